@@ -1,0 +1,37 @@
+"""RLHF of language models: megatron-core trains, vLLM generates, Ray places both.
+
+Names are loaded when first used, so that `import chatlearn_vllm` needs neither torch nor Ray.
+"""
+
+import importlib
+from typing import Any
+
+from chatlearn_vllm.version import __version__
+
+_EXPORTS = {
+    "init": "chatlearn_vllm.runtime.session",
+    "load_config": "chatlearn_vllm.config",
+    "ConfigError": "chatlearn_vllm.config",
+    "BaseModule": "chatlearn_vllm.modules.base",
+    "VLLMModule": "chatlearn_vllm.modules.vllm_module",
+    "MegatronModule": "chatlearn_vllm.modules.megatron_module",
+    "Engine": "chatlearn_vllm.runtime.engine",
+    "GRPOEngine": "chatlearn_vllm.runtime.grpo_engine",
+    "SFTEngine": "chatlearn_vllm.runtime.sft_engine",
+    "Evaluator": "chatlearn_vllm.runtime.evaluator",
+    "load_prompts": "chatlearn_vllm.data.prompts",
+    "PromptPipeline": "chatlearn_vllm.data.prompts",
+    "VLLMPromptPipeline": "chatlearn_vllm.data.prompts",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'chatlearn_vllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
