@@ -1,0 +1,1 @@
+"""The `chatlearn-vllm` command."""

@@ -1,0 +1,81 @@
+"""What can a user do from the command line?
+
+Everything heavy is imported after the arguments are read, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+
+from chatlearn_vllm.version import __version__
+
+USER_ERROR = 2
+"""Exit code for a job that cannot start as described."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Without `argv`, the process's own arguments."""
+    arguments = _parser().parse_args(argv)
+    from chatlearn_vllm.config import ConfigError
+
+    try:
+        return arguments.run(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chatlearn-vllm",
+        description="Reinforcement learning of language models: Megatron trains, vLLM generates.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help_text in (
+        ("launch", _launch, "run a job with the script that its runtime.entry_script names"),
+        ("plan", _plan, "check a job and show which rank runs on which device; starts nothing"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("job", metavar="JOB.yaml", help="the job's main yaml file")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="as in runtime.num_episode=3 or models.policy.model_args.temperature=0.7",
+        )
+        command.set_defaults(run=run)
+    return parser
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from chatlearn_vllm.config import ConfigError, Problem, load_config
+
+    job = load_config(arguments.job, arguments.overrides, check_files=True)
+    script = job.entry_script
+    if script is None:
+        rule = "must name the Python script that runs the job"
+        raise ConfigError([Problem(job.path, "runtime.entry_script", rule)])
+    # As `python SCRIPT -c JOB.yaml key=value ...` would have it.
+    sys.argv = [str(script), "-c", arguments.job, *arguments.overrides]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from chatlearn_vllm.config import load_config
+    from chatlearn_vllm.job import place
+
+    job = load_config(arguments.job, arguments.overrides)
+    print(place(job).describe())
+    for notice in job.notices:
+        print(f"note: {notice}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

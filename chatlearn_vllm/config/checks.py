@@ -1,0 +1,342 @@
+"""Which rules hold between the keys of a job, and what should its user be told before it starts?"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG, RetiredArgs, UnusedArgs
+from chatlearn_vllm.config.problems import Key
+from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
+from chatlearn_vllm.config.section import Section
+
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+}
+"""Our key of a model's structure -> its key in config.json."""
+
+_NEUTRAL_SAMPLING = {
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""Values with which responses are drawn from the model's whole softmax."""
+
+
+class Reporter(Protocol):
+    """Collects broken rules."""
+
+    def require(self, holds: bool, key: Key, rule: str, *, given: Sequence[Key] = ()) -> None:
+        """Report `rule` for the value at `key`, unless it or a key of `given` is already wrong."""
+
+
+def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
+    """Check every rule between keys.
+
+    Args:
+        report: told of every broken rule.
+        check_files: also require the files and directories that the job will read.
+    """
+    report.require(bool(job.models), ("models",), "a job needs at least one model")
+    for model in job.models.values():
+        _check_devices(model, report)
+        _check_unsupported(model, report)
+        _check_lengths_and_types(model, report)
+        _check_parallel(model, report)
+        _check_against_config_json(model, report)
+        _check_batches(model, job.runtime, report)
+    _check_runtime(job.runtime, report)
+    _check_colocation(job, report)
+    if check_files:
+        _check_files(job, report)
+
+
+def _check_devices(model: ModelConfig, report: Reporter) -> None:
+    at: Key = ("models", model.name)
+    num_gpu, num_cpu = (*at, "num_gpu"), (*at, "num_cpu")
+    sizes = [(*at, "tensor_model_parallel_size"), (*at, "pipeline_model_parallel_size")]
+    sizes += [(*at, "model_args", size[-1]) for size in sizes]
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+
+    report.require(
+        (model.num_gpu > 0) != (model.num_cpu > 0),
+        num_gpu,
+        "a model has either num_gpu > 0 or, without devices, num_cpu > 0",
+        given=[num_cpu],
+    )
+    divides = model.num_gpu % (tp * pp) == 0
+    report.require(
+        divides,
+        num_gpu,
+        f"must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size "
+        f"= {tp} x {pp}",
+        given=sizes,
+    )
+    report.require(
+        model.num_cpu % model.cpu_per_process == 0,
+        num_cpu,
+        f"must be a multiple of cpu_per_process={model.cpu_per_process}",
+    )
+    report.require(
+        model.num_gpu > 0 or not model.trainable,
+        (*at, "trainable"),
+        "a trainable model needs num_gpu > 0",
+        given=[num_gpu],
+    )
+    report.require(
+        model.expected_num_replica in (None, model.num_replica) or not divides,
+        (*at, "num_replica"),
+        f"follows from the devices and parallel sizes, which give {model.num_replica}",
+        given=[num_gpu, num_cpu, *sizes],
+    )
+
+
+def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
+    at: Key = ("models", model.name)
+    for name in ("gpu_per_process", "zero_size", "fsdp_size", "sp_size"):
+        report.require(getattr(model, name) == 1, (*at, name), "must be 1, others have no backend")
+    experts = model.expert_model_parallel_size
+    report.require(
+        experts == 1,
+        (*at, "expert_model_parallel_size"),
+        f"must be 1 and is {experts}; experts are not split yet",
+    )
+    report.require(
+        not model.lora.enable_lora,
+        (*at, "lora", "enable_lora"),
+        "must be False, adapters are not supported yet",
+    )
+    report.require(
+        not model.model_args.use_beam_search,
+        (*at, "model_args", "use_beam_search"),
+        "must be False, a beam has no sampling probability to train on; "
+        "for the most probable tokens set temperature: 0",
+    )
+    report.require(
+        model.model_args.apply_replica_id_to_seed,
+        (*at, "model_args", "apply_replica_id_to_seed"),
+        "must be True, replicas with equal seeds would give equal samples",
+    )
+
+
+def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
+    args, at = model.model_args, ("models", model.name, "model_args")
+    report.require(
+        args.max_new_tokens < args.seq_length,
+        (*at, "max_new_tokens"),
+        f"must be less than seq_length={args.seq_length}, the prompt needs room too",
+        given=[(*at, "seq_length")],
+    )
+    report.require(
+        args.max_num_batched_tokens is None or args.max_num_batched_tokens >= args.max_num_seqs,
+        (*at, "max_num_batched_tokens"),
+        f"must be at least max_num_seqs={args.max_num_seqs}, one token per running sequence",
+        given=[(*at, "max_num_seqs")],
+    )
+    report.require(
+        args.lr_decay_iters is None or args.lr_decay_iters > args.lr_warmup_iters,
+        (*at, "lr_decay_iters"),
+        f"must be more than lr_warmup_iters={args.lr_warmup_iters}",
+        given=[(*at, "lr_warmup_iters")],
+    )
+    report.require(
+        args.min_lr <= args.lr,
+        (*at, "min_lr"),
+        f"must be at most lr={args.lr}",
+        given=[(*at, "lr")],
+    )
+    for flag, dtype in DTYPE_OF_FLAG.items():
+        report.require(
+            not args[flag] or args.dtype == dtype,
+            (*at, flag),
+            f"contradicts the other keys of the type, which give dtype={args.dtype}",
+            given=[(*at, "dtype")],
+        )
+
+
+def _check_parallel(model: ModelConfig, report: Reporter) -> None:
+    args, at = model.model_args, ("models", model.name, "model_args")
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    virtual = args.virtual_pipeline_model_parallel_size
+    report.require(
+        virtual is None or pp > 1,
+        (*at, "virtual_pipeline_model_parallel_size"),
+        "needs pipeline_model_parallel_size > 1",
+    )
+    report.require(
+        not args.sequence_parallel or (tp > 1 and args.seq_length % tp == 0),
+        (*at, "sequence_parallel"),
+        f"needs tensor_model_parallel_size > 1 that divides seq_length={args.seq_length}; "
+        f"it is {tp}",
+    )
+    report.require(
+        not args.overlap_param_gather or args.use_distributed_optimizer,
+        (*at, "overlap_param_gather"),
+        "needs use_distributed_optimizer: True",
+    )
+    shape = _hf_config(args.load) | {
+        name: args[name] for name in _HF_NAMES if args[name] is not None
+    }
+    heads, layers = shape.get("num_attention_heads"), shape.get("num_layers")
+    groups = shape.get("num_query_groups")
+    report.require(
+        heads is None or heads % tp == 0,
+        (*at, "num_attention_heads"),
+        f"{heads} heads must be a multiple of tensor_model_parallel_size={tp}",
+    )
+    report.require(
+        groups is None or groups % tp == 0 or tp % groups == 0,
+        (*at, "num_query_groups"),
+        f"{groups} groups must be a multiple or a divisor of tensor_model_parallel_size={tp}",
+    )
+    report.require(
+        not heads or not groups or heads % groups == 0,
+        (*at, "num_query_groups"),
+        f"{groups} groups must divide num_attention_heads={heads}",
+        given=[(*at, "num_attention_heads")],
+    )
+    stages = pp * (virtual or 1)
+    # vLLM takes stages of different depth, megatron-core wants them equal.
+    report.require(
+        not model.trainable or layers is None or layers % stages == 0,
+        (*at, "num_layers"),
+        f"{layers} layers of a trainable model must be a multiple of its {stages} pipeline stages",
+    )
+
+
+def _check_against_config_json(model: ModelConfig, report: Reporter) -> None:
+    args = model.model_args
+    for name, value in _hf_config(args.load).items():
+        report.require(
+            args[name] in (None, value),
+            ("models", model.name, "model_args", name),
+            f"{args.load}/config.json says {_HF_NAMES[name]}={value}; leave the key out",
+        )
+
+
+def _hf_config(load: str | None) -> dict[str, int]:
+    """The structure in a checkpoint's config.json under our names; empty without the file."""
+    path = Path(load or "", "config.json")
+    if load is None or not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return {ours: config[theirs] for ours, theirs in _HF_NAMES.items() if theirs in config}
+
+
+def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -> None:
+    samples = ("runtime", "sample_per_episode")
+    name = f"models.{model.name}"
+    devices: list[Key] = [("models", model.name, "num_gpu")]
+    if model.trainable:
+        rows = runtime.train_micro_batch_size * max(model.data_parallel_size, 1)
+        report.require(
+            (runtime.train_global_batch_size or 0) % rows == 0,
+            ("runtime", "train_global_batch_size"),
+            f"must be a multiple of {rows} = train_micro_batch_size x data parallel size of {name}",
+            given=[("runtime", "train_micro_batch_size"), *devices],
+        )
+    elif model.num_gpu:
+        report.require(
+            runtime.sample_per_episode % max(model.num_replica, 1) == 0,
+            samples,
+            f"must be a multiple of the {model.num_replica} replicas of {name}",
+            given=devices,
+        )
+        responses = model.model_args.responses_per_prompt
+        report.require(
+            runtime.sample_per_episode % responses == 0,
+            samples,
+            f"must be a multiple of {responses} = num_inference_per_prompt x n of {name}",
+        )
+
+
+def _check_runtime(runtime: RuntimeConfig, report: Reporter) -> None:
+    report.require(
+        (runtime.train_global_batch_size or 0) <= runtime.sample_per_episode,
+        ("runtime", "train_global_batch_size"),
+        f"must be at most sample_per_episode={runtime.sample_per_episode}",
+        given=[("runtime", "sample_per_episode"), ("runtime", "train_micro_batch_size")],
+    )
+
+
+def _check_colocation(job: JobConfig, report: Reporter) -> None:
+    key = ("runtime", "colocation")
+    seen: set[str] = set()
+    for name in (name for group in job.runtime.colocation_groups() for name in group):
+        model = job.models.get(name)
+        known = ", ".join(job.models)
+        report.require(
+            model is not None,
+            key,
+            f"{name!r} is none of the models: {known}",
+            given=[("models", name)],
+        )
+        report.require(name not in seen, key, f"model {name!r} may be in one group only")
+        report.require(
+            model is None or model.num_gpu > 0,
+            key,
+            f"model {name!r} has no devices to share (num_gpu is 0)",
+            given=[("models", name, "num_gpu")],
+        )
+        seen.add(name)
+
+
+def _check_files(job: JobConfig, report: Reporter) -> None:
+    report.require(
+        job.runtime.entry_script is None or job.entry_script is not None,
+        ("runtime", "entry_script"),
+        "no such file",
+    )
+    for name in ("data_path", "eval_data_path"):
+        given = getattr(job.runtime, name) or ()
+        for path in [given] if isinstance(given, str) else given:
+            report.require(Path(path).is_file(), ("runtime", name), f"no such file: {path}")
+    for model in job.models.values():
+        directories = {"tokenizer": model.model_args.tokenizer, "load": model.model_args.load}
+        # A tokenizer that was not named is that of `load`, and is reported there.
+        for directory, name in {path: name for name, path in directories.items()}.items():
+            report.require(
+                directory is None or Path(directory).is_dir(),
+                ("models", model.name, "model_args", name),
+                f"no such directory: {directory}",
+            )
+
+
+def notices(job: JobConfig) -> Iterator[str]:
+    """Settings that have no effect or an effect that their user may not expect."""
+    yield from _without_effect("runtime", job.runtime, UnusedRuntimeKeys)
+    for name, model in job.models.items():
+        args = model.model_args
+        yield from _without_effect(f"models.{name}", args, UnusedArgs)
+        yield from _without_effect(f"models.{name}", args, RetiredArgs)
+        section = model.batch_generation
+        yield from _without_effect(f"models.{name}.batch_generation", section, type(section))
+        changed = [key for key, neutral in _NEUTRAL_SAMPLING.items() if args[key] != neutral]
+        changed += ["top_k"] if args.top_k > 0 else []
+        if changed and not model.trainable and model.num_gpu:
+            yield (
+                f"models.{name}: {_assignments(args, changed)} draws training responses from a "
+                "changed distribution, but the trainer's log probabilities are of the whole "
+                "softmax: the probability ratio will be biased"
+            )
+
+
+def _without_effect(title: str, section: Section, group: type) -> Iterator[str]:
+    fields = group.model_fields
+    idle = [
+        name
+        for name in fields
+        if name in section.model_fields_set and getattr(section, name) != fields[name].default
+    ]
+    if idle:
+        yield f"{title}: no effect of {_assignments(section, idle)}; {group.no_effect}"
+
+
+def _assignments(section: Section, names: Sequence[str]) -> str:
+    return ", ".join(f"{name}={getattr(section, name)!r}" for name in names)

@@ -1,0 +1,103 @@
+"""Which keys did the user give, in the job's file, in model files and on the command line?"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.config.problems import Key, Problem
+from chatlearn_vllm.config.scalars import typed
+from chatlearn_vllm.config.tree import Tree, TreeReader
+
+COMMAND_LINE = "command line"
+"""The origin of overrides."""
+
+_LEGACY_JOB_KEYS = {"rlhf": "runtime"}
+_LEGACY_MODEL_KEYS = {
+    "num_device": "num_gpu",
+    "moe_expert_model_parallel_size": "expert_model_parallel_size",
+}
+_LEGACY_MODEL_FILE_KEYS = {
+    "vllm_load_format": "load_format",
+    "moe_expert_model_parallel_size": "expert_model_parallel_size",
+}
+
+
+class Gathering:
+    """Collects the keys of a whole job into one tree, and what is wrong with the files."""
+
+    def __init__(self, main_file: Path) -> None:
+        self.problems: list[Problem] = []
+        self.notices: list[str] = []
+        self._main_file = main_file
+        self._reader = TreeReader(main_file.parent, self.problems)
+
+    def gather(self, overrides: Sequence[str]) -> Tree:
+        """The job with each model's file below `model_args`; overrides win over all files."""
+        tree = self._reader.read(self._main_file)
+        self._rename_legacy_keys(tree)
+        tree.merge(self._read_overrides(overrides, _models_in(tree)))
+        whole = Tree()
+        for name in _models_in(tree):
+            whole.merge(self._read_model_file(tree, name), ("models", name, "model_args"))
+        whole.merge(tree)
+        return whole
+
+    def _read_overrides(self, overrides: Sequence[str], models: Collection[str]) -> Tree:
+        """`a.b.c=value` arguments as a tree; they cannot add to the models of the file."""
+        tree = Tree()
+        for override in overrides:
+            dotted, equals, text = override.partition("=")
+            names = dotted.split(".")
+            if not equals or not all(names):
+                rule = "must look like runtime.num_episode=3"
+                self.problems.append(Problem(COMMAND_LINE, override, rule))
+            elif names[0] == "models" and names[1:2] not in [[model] for model in models]:
+                rule = f"the job has no such model, only {', '.join(models)}"
+                self.problems.append(Problem(COMMAND_LINE, dotted, rule, text))
+            else:
+                value = typed(text)
+                for name in reversed(names):
+                    value = {name: value}
+                tree.merge(Tree.of(value, COMMAND_LINE))
+        self._rename_legacy_keys(tree)
+        return tree
+
+    def _read_model_file(self, tree: Tree, model: str) -> Tree:
+        key = ("models", model, "model_config_file")
+        name = tree.get(key)
+        if not isinstance(name, str):
+            return Tree()
+        file, dotted = tree.origin(key)
+        naming_file = self._main_file if file == COMMAND_LINE else Path(file)
+        path = self._reader.find(naming_file.parent, name)
+        if path is None:
+            self.problems.append(Problem(file, dotted, "no such file", name))
+            return Tree()
+        model_tree = self._reader.read(path)
+        self._rename(model_tree, (), _LEGACY_MODEL_FILE_KEYS)
+        return model_tree
+
+    def _rename_legacy_keys(self, tree: Tree) -> None:
+        """Give keys of older ChatLearn files their present names."""
+        self._rename(tree, (), _LEGACY_JOB_KEYS)
+        for name in _models_in(tree):
+            self._rename(tree, ("models", name), _LEGACY_MODEL_KEYS)
+            self._rename(tree, ("models", name, "model_args"), _LEGACY_MODEL_FILE_KEYS)
+
+    def _rename(self, tree: Tree, at: Key, new_names: dict[str, str]) -> None:
+        values = tree.get(at)
+        for old, new in new_names.items():
+            if not isinstance(values, dict) or old not in values:
+                continue
+            file, dotted = tree.origin((*at, old))
+            if new in values:
+                rule = f"is the older name of {new}, which is given too; keep one of them"
+                self.problems.append(Problem(file, dotted, rule, values.pop(old)))
+            else:
+                self.notices.append(f"{file}: {dotted} is now called {new}")
+                tree.rename(at, old, new)
+
+
+def _models_in(tree: Tree) -> dict[str, Any]:
+    models = tree.get(("models",))
+    return models if isinstance(models, dict) else {}

@@ -1,0 +1,209 @@
+"""How does a yaml file become a checked JobConfig?
+
+Gather what the user gave, put unknown keys aside, let the schema check types, derive what follows
+from other keys, check the rules between keys. Every step collects what is wrong; one ConfigError at
+the end tells all of it.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from chatlearn_vllm.config.checks import check_job, notices
+from chatlearn_vllm.config.derive import derive
+from chatlearn_vllm.config.gather import Gathering
+from chatlearn_vllm.config.model_args import ModelArgs
+from chatlearn_vllm.config.problems import NO_VALUE, ConfigError, Key, Problem
+from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, RuntimeEnvConfig
+from chatlearn_vllm.config.section import Section
+from chatlearn_vllm.config.tree import BROKEN, Tree
+from chatlearn_vllm.config.upstream_fields import upstream_fields
+
+_SECTIONS: dict[str, type[Section]] = {"runtime_env": RuntimeEnvConfig, "runtime": RuntimeConfig}
+_SET_BY_OUR_KEY = {
+    "model": "load",
+    "served_model_name": "load",
+    "tensor_parallel_size": "tensor_model_parallel_size",
+    "pipeline_parallel_size": "pipeline_model_parallel_size",
+    "max_model_len": "seq_length",
+    "max_tokens": "max_new_tokens",
+    "stop": "stop_token_list",
+    "params_dtype": "dtype",
+    "data_parallel_size": "num_gpu of the model",
+    "distributed_executor_backend": "the runtime",
+    "worker_cls": "the runtime",
+}
+"""Upstream arguments that follow from one of our keys, so that no two keys mean the same."""
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False
+) -> JobConfig:
+    """Read a job's yaml with its includes and model files, and check all of it.
+
+    Args:
+        path: the job's main yaml file.
+        overrides: `"runtime.num_episode=3"`, `"models.policy.num_gpu=2"`,
+            `"models.policy.model_args.temperature=0.7"`; they win over every file.
+        check_files: also require that the entry script, data files and the directories of `load`
+            and `tokenizer` exist.
+
+    Raises:
+        ConfigError: with everything that is wrong, one line each.
+    """
+    gathering = Gathering(Path(path))
+    tree = gathering.gather(overrides)
+    if gathering.problems and not tree.values:
+        raise ConfigError(gathering.problems)
+    validation = _Validation(tree)
+    job = derive(validation.build(str(path)), tree)
+    check_job(job, validation, check_files=check_files)
+    if problems := [*gathering.problems, *validation.problems]:
+        raise ConfigError(problems)
+    return job.model_copy(update={"notices": (*gathering.notices, *notices(job))})
+
+
+class _Validation:
+    """One tree against the schema; collects what is wrong with its values."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.problems: list[Problem] = []
+        self._tree = tree
+        self._unreadable: set[Key] = set()
+
+    def build(self, path: str) -> JobConfig:
+        """The job without the values that were reported; those take their defaults."""
+        values: dict[str, Any] = {"path": path, "models": {}}
+        for name, value in self._tree.values.items():
+            if name == "models":
+                values["models"] = self._known_models(value)
+            elif name in _SECTIONS:
+                values[name] = self._known(_SECTIONS[name], value, (name,))
+            else:
+                self._report_unknown((name,), ["models", *_SECTIONS])
+        while True:
+            try:
+                return JobConfig.model_validate(values)
+            except ValidationError as error:
+                rules: dict[Key, list[str]] = {}
+                for item in error.errors():
+                    rules.setdefault(_key_of(values, item["loc"]), []).append(_rule(item["msg"]))
+                for key, alternatives in rules.items():
+                    self._report_unreadable(key, " or ".join(alternatives))
+                    _drop(values, key)
+
+    def require(self, holds: bool, key: Key, rule: str, *, given: Sequence[Key] = ()) -> None:
+        """Report a broken rule, unless a key it depends on has no valid value anyway."""
+        if not holds and not any(self._is_unreadable(needed) for needed in (key, *given)):
+            self._report(key, rule)
+
+    def _is_unreadable(self, key: Key) -> bool:
+        """Whether the value at a key, part of it, or the map it is in could not be used."""
+        return any(
+            key[: len(other)] == other or other[: len(key)] == key for other in self._unreadable
+        )
+
+    def _known_models(self, models: Any) -> dict[str, Any]:
+        return {
+            name: {"name": name} | self._known(ModelConfig, model, ("models", name))
+            for name, model in self._as_map(models, ("models",)).items()
+        }
+
+    def _known(self, section: type[Section], values: Any, at: Key) -> dict[str, Any]:
+        """The keys of a map that its section has; the rest is passed upstream or reported."""
+        known: dict[str, Any] = {}
+        keys = keys_of(section)
+        for name, value in self._as_map(values, at).items():
+            key = (*at, name)
+            if value is BROKEN:
+                self._unreadable.add(key)
+            elif name in keys:
+                inner = keys[name]
+                known[name] = self._known(inner, value, key) if inner else value
+            elif section is ModelArgs and (targets := self._upstream_targets(key)):
+                for target in targets:
+                    known.setdefault(target, {})[name] = value
+            elif key not in self._unreadable:
+                self._report_unknown(key, keys)
+        return {name: value for name, value in known.items() if (*at, name) not in self._unreadable}
+
+    def _as_map(self, values: Any, at: Key) -> dict[str, Any]:
+        """The map at a key; an empty one for nothing, and for what is no map."""
+        if isinstance(values, dict):
+            return values
+        if values is BROKEN:
+            self._unreadable.add(at)
+        elif values is not None:
+            self._report_unreadable(at, "must be a map of keys")
+        return {}
+
+    def _upstream_targets(self, key: Key) -> list[str]:
+        """The pass-through dicts that take a key of a model file, by the library that has it."""
+        targets = [target for target, names in upstream_fields().items() if key[-1] in names]
+        if targets and key[-1] in _SET_BY_OUR_KEY:
+            self._report_unreadable(key, f"is set by {_SET_BY_OUR_KEY[key[-1]]}; leave it out")
+            return []
+        return targets
+
+    def _report_unknown(self, key: Key, valid: Sequence[str] | Mapping[str, Any]) -> None:
+        name = key[-1]
+        candidates = set(valid)
+        if "model_args" in key:
+            candidates = candidates.union(*upstream_fields().values()) - _SET_BY_OUR_KEY.keys()
+        homes = {
+            "models.<name>": ModelConfig,
+            "the model's file or models.<name>.model_args": ModelArgs,
+            **_SECTIONS,
+        }
+        home = next((title for title, section in homes.items() if name in keys_of(section)), None)
+        rule = f"unknown key here; it belongs in {home}" if home else "unknown key"
+        nearest = difflib.get_close_matches(name, sorted(candidates), n=1)
+        self._report(key, rule, nearest[0] if nearest and not home else None)
+
+    def _report_unreadable(self, key: Key, rule: str) -> None:
+        """Report a value that cannot be used, so that no rule that needs it is checked."""
+        self._report(key, rule)
+        self._unreadable.add(key)
+
+    def _report(self, key: Key, rule: str, suggestion: str | None = None) -> None:
+        file, dotted = self._tree.origin(key)
+        value = self._tree.get(key, NO_VALUE)
+        self.problems.append(Problem(file, dotted, rule, value, suggestion))
+
+
+def keys_of(section: type[Section]) -> dict[str, type[Section] | None]:
+    """The keys that users may write in a section; its class for those that hold a section."""
+    internal = {"name", *ModelArgs.PASS_THROUGH}
+    return {
+        field.alias or name: field.annotation
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        else None
+        for name, field in section.model_fields.items()
+        if name not in internal
+    }
+
+
+def _rule(message: str) -> str:
+    """pydantic's message in the words of this project."""
+    for theirs, ours in (("Input should", "must"), ("tuple", "list"), ("dictionary", "map")):
+        message = message.replace(theirs, ours, 1)
+    return message
+
+
+def _key_of(values: dict[str, Any], location: Sequence[str | int]) -> Key:
+    """The key pydantic complains about: `location` without parts of the value's type at its end."""
+    key: Key = ()
+    for name in location:
+        if not isinstance(values, dict) or name not in values:
+            break
+        key, values = (*key, str(name)), values[name]
+    return key
+
+
+def _drop(values: dict[str, Any], key: Key) -> None:
+    for name in key[:-1]:
+        values = values[name]
+    values.pop(key[-1], None)

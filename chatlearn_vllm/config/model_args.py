@@ -1,0 +1,404 @@
+"""Which keys may a model's yaml file hold, and what does each mean?
+
+The keys lie flat in the file; the classes below only group them for the reader and for
+docs/configuration.md. Names are ChatLearn's, which are Megatron's and vLLM's.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from chatlearn_vllm.config.section import (
+    Count,
+    Integers,
+    Limit,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Share,
+)
+
+DTYPE_OF_FLAG = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+class WeightArgs(Section):
+    """Weights, tokenizer and lengths"""
+
+    load: str | None = None
+    """Directory in Hugging Face form: config.json, tokenizer and weights; without weights in it,
+    training starts from random ones."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, in Hugging Face form. None: that of `load`."""
+    save: str | None = None
+    """Directory of checkpoints for resuming; None = `checkpoints/<model>` in the run directory."""
+    seed: int = 42
+    """Seed of initial weights, dropout and sampling; replicas and samples derive their own."""
+    seq_length: Positive = 1024
+    """Longest sequence in tokens: prompt and response together (vLLM's max_model_len)."""
+    max_new_tokens: Positive = 512
+    """Longest response in tokens; prompts are cut to seq_length - max_new_tokens."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the weights. auto: bfloat16 on GPUs, float32 on CPUs."""
+    bf16: bool | None = None
+    """Megatron's spelling of `dtype: bfloat16`."""
+    fp16: bool | None = None
+    """Megatron's spelling of `dtype: float16`."""
+
+
+class ShapeArgs(Section):
+    """Model structure
+
+    Read from `load`/config.json; a key given here as well must agree with it.
+    """
+
+    num_layers: Positive | None = None
+    """Transformer layers."""
+    hidden_size: Positive | None = None
+    """Width of the residual stream."""
+    num_attention_heads: Positive | None = None
+    """Query heads; a multiple of tensor_model_parallel_size."""
+    num_query_groups: Positive | None = None
+    """Key/value heads; a multiple or a divisor of tensor_model_parallel_size."""
+    ffn_hidden_size: Positive | None = None
+    """Width of the feed-forward layer."""
+
+
+class ParallelArgs(Section):
+    """Parallelism"""
+
+    tensor_model_parallel_size: Positive = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: Positive = 1
+    """Ranks that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    """Chunks of layers per pipeline rank (interleaved schedule); needs pipeline parallel > 1."""
+    expert_model_parallel_size: Positive = 1
+    """Ranks that share the experts. Must be 1: no mixture-of-experts model is supported yet."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor parallel regions along the sequence; needs TP > 1."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer states over the data parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs."""
+    distributed_timeout_minutes: Positive = 10
+    """A collective call that waits longer than this many minutes fails."""
+
+
+class OptimizerArgs(Section):
+    """Optimizer and schedule (trainable models)"""
+
+    lr: NonNegative = 1e-6
+    """Peak learning rate of Adam."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    lr_warmup_iters: Count = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    lr_decay_iters: Positive | None = None
+    """Optimizer steps until min_lr is reached; None = all steps of the job."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    clip_grad: NonNegative = 1.0
+    """Gradient norm above which gradients are scaled down; 0 = never."""
+    adam_beta1: Probability = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Probability = 0.999
+    """Decay of Adam's second moment."""
+    adam_eps: NonNegative = 1e-8
+    """Term that keeps Adam's denominator away from 0."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations computed again in the backward pass: whole layers (full) or attention."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """How `recompute_granularity: full` picks layers."""
+    recompute_num_layers: Positive | None = None
+    """Layers per recomputed unit (uniform) or recomputed layers per stage (block)."""
+
+
+class AlgorithmArgs(Section):
+    """Policy optimisation (the trainable policy)"""
+
+    cliprange: NonNegative = 0.2
+    """The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
+    init_kl_coef: NonNegative = 0.0
+    """Weight of the KL penalty towards the reference model; 0 = no reference model needed."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL: log ratio, half its square, or the unbiased non-negative one."""
+    loss_agg: Literal["token-mean", "seq-mean"] = "token-mean"
+    """Mean over all response tokens, or mean over responses of each response's mean."""
+    advantage_std: bool = True
+    """Divide advantages by the standard deviation of their group, not only subtract its mean."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+
+
+class PromptArgs(Section):
+    """Prompts"""
+
+    prompt_key: str = "prompt"
+    """Field of a prompt record that holds the prompt."""
+    num_inference_per_prompt: Positive = 1
+    """Responses per prompt in training, the size of GRPO's group. Evaluation takes one."""
+
+
+class SamplingArgs(Section):
+    """Sampling
+
+    Any other field of vLLM's SamplingParams may be given under its own name: min_tokens,
+    stop_token_ids, logit_bias, ... They apply to training and evaluation.
+    """
+
+    n: Positive = 1
+    """Responses per request; multiplies num_inference_per_prompt."""
+    temperature: NonNegative = 1.0
+    """Logits are divided by it before sampling; 0 = greedy."""
+    top_p: Share = 1.0
+    """Sample from the most probable tokens whose probabilities sum to this."""
+    top_k: Limit = -1
+    """Sample from this many most probable tokens; -1 or 0 = all."""
+    min_p: Probability = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time a token was generated."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the logits of tokens in the prompt or response; 1 = none."""
+    eval_temperature: NonNegative = 1.0
+    """`temperature` of evaluation."""
+    eval_top_p: Share = 1.0
+    """`top_p` of evaluation."""
+    eval_top_k: Limit = -1
+    """`top_k` of evaluation."""
+    eval_min_p: Probability = 0.0
+    """`min_p` of evaluation."""
+    eval_presence_penalty: float = 0.0
+    """`presence_penalty` of evaluation."""
+    eval_frequency_penalty: float = 0.0
+    """`frequency_penalty` of evaluation."""
+    eval_repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """`repetition_penalty` of evaluation."""
+    use_beam_search: bool = False
+    """Beam search. Must be False: a beam has no sampling probability to train on."""
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token, until the length limit."""
+    stop_token_list: str | None = None
+    """Strings that end a response, separated by semicolons, e.g. `<EOS>;</s>`."""
+    new_token_limit: bool = True
+    """True: at most max_new_tokens per response. False: up to seq_length."""
+    prompt_logprobs: Count | None = None
+    """1 = also return the log probability of each prompt token; None = do not (less memory)."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text of a response."""
+    apply_replica_id_to_seed: bool = True
+    """Give every replica its own seed. Must be True: equal seeds give equal samples."""
+
+
+class SchedulerArgs(Section):
+    """vLLM scheduler, cache and engine
+
+    Any other field of vLLM's EngineArgs may be given under its own name: kv_cache_memory_bytes,
+    quantization, revision, tokenizer_revision, tokenizer_mode, trust_remote_code, ...
+    """
+
+    max_num_seqs: Positive = 256
+    """Sequences that one replica decodes at the same time."""
+    max_num_batched_tokens: Positive | None = None
+    """Tokens of one scheduler step, at least max_num_seqs; None = vLLM's choice."""
+    block_size: Positive | None = None
+    """Tokens (not MB) per block of the KV cache; None = the backend's choice, 16 on most GPUs."""
+    gpu_memory_utilization: Share = 0.5
+    """Share of a GPU's total memory for weights and KV cache; the trainer needs the rest."""
+    enforce_eager: bool = False
+    """Run without compilation and CUDA graphs."""
+    enable_prefix_caching: bool = True
+    """Keep the KV cache of common prompt beginnings; emptied when the weights change."""
+    load_format: str = "dummy"
+    """First weights: dummy (they come with the first weight sync), or vLLM's auto, safetensors."""
+    sleep_level: Literal[1, 2] = 2
+    """While others use the GPU: 1 keeps the weights in host memory, 2 drops them."""
+    log_metrics: bool = False
+    """Log the engine's own counters (running requests, cache use) while it generates."""
+
+
+class ModuleArgs(Section):
+    """Your own module"""
+
+    user_args: dict[str, Any] = {}
+    """Free-form map, unchecked: `self.model_args.user_args["my_setting"]`."""
+
+
+class UnusedArgs(Section):
+    """Keys of ChatLearn that nothing here reads
+
+    Accepted so that files made for ChatLearn load; one notice at start names those that are set.
+    Your own module may read them: `self.model_args["gamma"]`.
+    """
+
+    no_effect: ClassVar[str] = "no built-in module reads them"
+
+    load_iteration: Count | None = None
+    """Megatron: iteration of the checkpoint in `load`; here runtime.load_data_checkpoint_iteration
+    says where to resume."""
+    make_vocab_size_divisible_by: Positive = 128
+    """Megatron: the vocabulary is padded to a multiple of this; here to one of the tensor parallel
+    size."""
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """ChatLearn: torch.distributed backend; here nccl on GPUs, gloo on CPUs."""
+    adaptive_parallel_strategy_on_checkpoint: bool = True
+    """ChatLearn: load checkpoints of other parallel sizes; here always possible."""
+    init_shuffle_prompts: Literal[0, 1, 2] = 0
+    """ChatLearn: order of the copies of a prompt, 0 = adjacent, as here."""
+    num_tokenize_threads: Positive = 4
+    """ChatLearn: threads that tokenize the prompts."""
+    trainer_engine: str | None = None
+    """ChatLearn: name of the training algorithm; here the engine class says it."""
+    train_to_compare_num_responses: Positive = 1
+    """ChatLearn: responses per prompt in reward training."""
+    loss_on_prompts: bool = False
+    """ChatLearn: also train on prompt tokens."""
+    target: float = 6
+    """PPO: target of the adaptive KL controller."""
+    horizon: Positive = 10000
+    """PPO: horizon of the adaptive KL controller, in samples."""
+    fix_kl_coef: bool = True
+    """PPO: keep the KL coefficient fixed."""
+    gamma: float = 1.0
+    """PPO: discount."""
+    lam: float = 0.95
+    """PPO: lambda of generalised advantage estimation."""
+    cliprange_value: float = 0.1
+    """PPO: clip range of the value loss."""
+    cliprange_reward: float = 100
+    """PPO: rewards are clipped to plus and minus this."""
+    ngram_coef: float = 1
+    """PPO reward: weight of the n-gram term."""
+    lm_coef: float = 0
+    """PPO reward: weight of the language model term."""
+    math_coef: float = 0
+    """PPO reward: weight of the math term."""
+    raw_reward_coeff: float = 1
+    """PPO reward: weight of the reward model."""
+    numerical_stable: bool = True
+    """PPO: clamp log ratios."""
+    dpo_weight: float = 0.1
+    """DPO: beta."""
+    use_ipo: bool = False
+    """DPO: IPO loss."""
+    no_load_optim: bool = True
+    """Megatron: leave the optimizer's state out when loading."""
+    no_load_rng: bool = True
+    """Megatron: leave the random generators' state out when loading."""
+    no_load_args: bool = True
+    """Megatron: leave the saved arguments out when loading."""
+    no_load_scheduler: bool = True
+    """Megatron: leave the schedule's state out when loading."""
+    drop_last: bool = False
+    """ChatLearn: drop the last incomplete batch of prompts."""
+    enable_stage_resume: bool = False
+    """ChatLearn: keep the responses of an interrupted episode."""
+    log_stats: bool = False
+    """ChatLearn: vLLM's log line of statistics; see log_metrics."""
+    detokenize: bool = True
+    """ChatLearn: make text of responses; always done here."""
+    vllm_prompt_key: str = "prompt"
+    """ChatLearn: batch key of the prompt's text; here always `prompt`."""
+    vllm_input_ids_key: str = "input_ids"
+    """ChatLearn: batch key of the prompt's tokens; here always `input_ids`."""
+    allow_padding_num_layers: bool = False
+    """ChatLearn: pad the number of layers to a multiple of the pipeline stages."""
+    pipeline_layers: Integers | None = None
+    """ChatLearn: layers of each pipeline stage."""
+    standalone_embedding_stage: bool = False
+    """ChatLearn: a pipeline stage for the embedding alone."""
+
+
+class RetiredArgs(Section):
+    """Keys that vLLM's V1 engine no longer has
+
+    Accepted so that older files load; one notice at start names those that are set.
+    """
+
+    no_effect: ClassVar[str] = "vLLM's V1 engine has no such setting"
+
+    max_paddings: Count | None = None
+    """Padding tokens of a batch; V1 batches have no padding."""
+    swap_space: NonNegative | None = None
+    """GiB of host memory for preempted requests; V1 computes them again."""
+    sliding_window: Positive | None = None
+    """Attention window; it comes from the model's config.json."""
+    use_v2_block_manager: bool | None = None
+    """V1 has one block manager."""
+    num_scheduler_steps: Positive | None = None
+    """Multi-step scheduling; V1 schedules asynchronously instead."""
+    max_seq_len_to_capture: Positive | None = None
+    """Longest sequence for CUDA graphs; V1 captures by batch size."""
+    max_context_len_to_capture: Positive | None = None
+    """Older name of max_seq_len_to_capture."""
+    preemption_mode: str | None = None
+    """V1 always recomputes."""
+    disable_log_requests: bool | None = None
+    """V1 does not log requests unless asked to."""
+
+
+class ModelArgs(
+    WeightArgs,
+    ShapeArgs,
+    ParallelArgs,
+    OptimizerArgs,
+    AlgorithmArgs,
+    PromptArgs,
+    SamplingArgs,
+    SchedulerArgs,
+    ModuleArgs,
+    UnusedArgs,
+    RetiredArgs,
+):
+    """All settings of one model: attributes for our code, a read-only mapping for users.
+
+    Example:
+        args.seq_length == args["seq_length"] == args.get("seq_length")
+    """
+
+    engine_args: dict[str, Any] = {}
+    """Keys that are vLLM EngineArgs fields and not in this schema, under vLLM's names."""
+    sampling_args: dict[str, Any] = {}
+    """The same for vLLM's SamplingParams."""
+    transformer_args: dict[str, Any] = {}
+    """The same for megatron-core's TransformerConfig."""
+
+    PASS_THROUGH: ClassVar[tuple[str, ...]] = ("engine_args", "sampling_args", "transformer_args")
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Responses that each training prompt gets in an episode."""
+        return self.num_inference_per_prompt * self.n
+
+    def __getitem__(self, key: str) -> Any:
+        if key in type(self).model_fields and key not in self.PASS_THROUGH:
+            return getattr(self, key)
+        for name in self.PASS_THROUGH:
+            if key in getattr(self, name):
+                return getattr(self, name)[key]
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (key for key in type(self).model_fields if key not in self.PASS_THROUGH)
+        # A field that two libraries have is in two of the dicts.
+        yield from dict.fromkeys(key for name in self.PASS_THROUGH for key in getattr(self, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    __contains__ = Mapping.__contains__
+    get = Mapping.get
+    keys = Mapping.keys
+    values = Mapping.values
+    items = Mapping.items
+
+
+Mapping.register(ModelArgs)

@@ -1,0 +1,161 @@
+"""What do a yaml file, its includes and the command line say, and which of them said it?"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem
+from chatlearn_vllm.config.scalars import JobYamlLoader, fill
+
+BROKEN: Any = object()
+"""Stands for a value that could not be read and was already reported."""
+
+Origin = tuple[str, str]
+"""(file, dotted key in that file)."""
+
+
+@dataclass
+class Tree:
+    """Nested maps, with the origin of every entry."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, Origin] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], file: str) -> "Tree":
+        """A tree in which everything comes from one file."""
+        tree = cls(values)
+        tree._own(values, (), file)
+        return tree
+
+    def _own(self, values: dict[str, Any], at: Key, file: str) -> None:
+        for name, value in values.items():
+            key = (*at, str(name))
+            self.origins[key] = (file, ".".join(key))
+            if isinstance(value, dict):
+                self._own(value, key, file)
+
+    def merge(self, over: "Tree", at: Key = ()) -> None:
+        """Lay `over` on top of the map at `at`: its entries win, maps are merged."""
+        target = self.values
+        for name in at:
+            target = target.setdefault(name, {})
+        _merge(target, over.values)
+        for key, origin in over.origins.items():
+            if isinstance(over.get(key), dict):
+                self.origins.setdefault((*at, *key), origin)
+            else:
+                self.origins[(*at, *key)] = origin
+
+    def rename(self, at: Key, old: str, new: str) -> None:
+        """Give an entry of the map at `at` another name."""
+        parent = self.get(at)
+        parent[new] = parent.pop(old)
+        before, after = (*at, old), (*at, new)
+        for key in [key for key in self.origins if key[: len(before)] == before]:
+            self.origins[(*after, *key[len(before) :])] = self.origins.pop(key)
+
+    def get(self, key: Key, default: Any = None) -> Any:
+        """The value at a key, or `default`."""
+        value: Any = self.values
+        for name in key:
+            if not isinstance(value, dict) or name not in value:
+                return default
+            value = value[name]
+        return value
+
+    def origin(self, key: Key) -> Origin:
+        """Where a key was written; for a key nobody wrote, where its nearest parent was."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.origins:
+                file, dotted = self.origins[key[:length]]
+                return file, ".".join((dotted, *key[length:]))
+        return "", ".".join(key)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(name), dict):
+            _merge(under[name], value)
+        else:
+            under[name] = value
+
+
+class TreeReader:
+    """Reads yaml files with their includes.
+
+    Args:
+        main_dir: where an include is looked for that is not beside the including file.
+        problems: takes what is wrong with the files.
+    """
+
+    def __init__(self, main_dir: Path, problems: list[Problem]) -> None:
+        self._main_dir = main_dir
+        self._problems = problems
+
+    def read(self, path: Path, including: Sequence[Path] = ()) -> Tree:
+        """One file over its includes: own keys win, later includes win over earlier ones."""
+        values = self._fill(self._load(path), str(path), ())
+        if not isinstance(values, dict):
+            return Tree()
+        tree = Tree()
+        for name in self._include_names(values.pop("includes", None), str(path)):
+            included = self.find(path.parent, name)
+            chain = (*including, path.resolve())
+            if included is None:
+                self._report(path, "includes", "no such file", name)
+            elif included.resolve() in chain:
+                self._report(path, "includes", "files include each other in a circle", name)
+            else:
+                tree.merge(self.read(included, chain))
+        tree.merge(Tree.of(values, str(path)))
+        return tree
+
+    def find(self, directory: Path, name: str) -> Path | None:
+        """A file named in a yaml of `directory`: relative to it, else to the main file's."""
+        candidates = (directory / name, self._main_dir / name)
+        return next((path for path in candidates if path.is_file()), None)
+
+    def _load(self, path: Path) -> Any:
+        try:
+            values = yaml.load(path.read_text(encoding="utf-8"), JobYamlLoader)
+        except OSError as error:
+            self._report(path, "", error.strerror or str(error))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self._report(path, "", "not yaml: " + " ".join(str(error).split()))
+        else:
+            if values is None or isinstance(values, dict):
+                return values or {}
+            self._report(path, "", "must be a map of keys")
+        return None
+
+    def _fill(self, value: Any, file: str, at: Key) -> Any:
+        if isinstance(value, dict):
+            return {
+                str(key): self._fill(item, file, (*at, str(key))) for key, item in value.items()
+            }
+        if isinstance(value, list):
+            items = [self._fill(item, file, at) for item in value]
+            return BROKEN if any(item is BROKEN for item in items) else items
+        if not isinstance(value, str):
+            return value
+        try:
+            return fill(value, os.environ)
+        except ValueError as error:
+            self._report(file, ".".join(at), str(error), value)
+            return BROKEN
+
+    def _include_names(self, names: Any, file: str) -> list[str]:
+        if names is None or names is BROKEN:
+            return []
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+        self._report(file, "includes", "must be a list of file names", names)
+        return []
+
+    def _report(self, file: Path | str, key: str, rule: str, value: Any = NO_VALUE) -> None:
+        self._problems.append(Problem(str(file), key, rule, value))

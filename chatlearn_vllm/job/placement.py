@@ -1,0 +1,131 @@
+"""Which rank of which model sits on which device, and who shares it?
+
+A bundle is one device: a GPU, or a CPU core on a machine without GPUs. The models of one
+`runtime.colocation` entry lie over each other, each starting at the first bundle of the group;
+every other model gets bundles of its own. Ranks of a replica are on consecutive bundles.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from chatlearn_vllm.config import JobConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class RankPlacement:
+    """One process of one model."""
+
+    model: str
+    replica: int
+    rank: int
+    """Within the replica."""
+    world_size: int
+    """Ranks of the replica."""
+    bundle: int | None
+    """Index of the device; None for a model without devices."""
+    share: float
+    """Part of the device, 1 / number of ranks on it; 0.0 without a device."""
+    num_cpu: int = 0
+    """CPU cores of a process without a device."""
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Where all ranks of a job go."""
+
+    num_bundles: int
+    """Devices that the job needs."""
+    ranks: tuple[RankPlacement, ...]
+    """Models in the order of the job, then replicas, then ranks."""
+
+    def of_model(self, model: str) -> tuple[RankPlacement, ...]:
+        """The ranks of one model, by replica and rank."""
+        return tuple(rank for rank in self.ranks if rank.model == model)
+
+    def on_bundle(self, bundle: int) -> tuple[RankPlacement, ...]:
+        """The ranks that share one device."""
+        return tuple(rank for rank in self.ranks if rank.bundle == bundle)
+
+    def describe(self) -> str:
+        """A text table: one row per device, one column per model, `replica.rank` in the cells."""
+        models = list(dict.fromkeys(rank.model for rank in self.ranks if rank.bundle is not None))
+        rows = [["device", "share", *models]]
+        for bundle in range(self.num_bundles):
+            cells = {r.model: f"{r.replica}.{r.rank}" for r in self.on_bundle(bundle)}
+            row = [str(bundle), f"1/{len(cells)}", *(cells.get(model, "-") for model in models)]
+            rows.append(row)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        for model in dict.fromkeys(rank.model for rank in self.ranks if rank.bundle is None):
+            processes = self.of_model(model)
+            cpus = f"{processes[0].num_cpu} CPU" + "s" * (processes[0].num_cpu > 1)
+            lines.append(f"no device: {model}, {len(processes)} x {cpus}")
+        return "\n".join(lines)
+
+
+def place(job: JobConfig, only: Collection[str] | None = None) -> PlacementPlan:
+    """Lay the models of a job out over as few devices as its colocation allows.
+
+    Args:
+        job: checked, so device counts fit the parallel sizes and groups name known models.
+        only: the models that take part; None = all of the job.
+    """
+    models = {name: model for name, model in job.models.items() if only is None or name in only}
+    first_bundle, num_bundles = _first_bundles(models, job.runtime.colocation_groups())
+    num_on_bundle = [0] * num_bundles
+    for name, first in first_bundle.items():
+        for bundle in range(first, first + models[name].num_gpu):
+            num_on_bundle[bundle] += 1
+    ranks = [
+        rank
+        for name, model in models.items()
+        for rank in (
+            _device_ranks(model, first_bundle[name], num_on_bundle)
+            if model.num_gpu
+            else _cpu_ranks(model)
+        )
+    ]
+    return PlacementPlan(num_bundles, tuple(ranks))
+
+
+def _first_bundles(
+    models: Mapping[str, ModelConfig], groups: Sequence[Sequence[str]]
+) -> tuple[dict[str, int], int]:
+    """The first bundle of each model with devices, and the number of bundles."""
+    group_of = {name: group for group in groups for name in group}
+    first_bundle: dict[str, int] = {}
+    num_bundles = 0
+    for name, model in models.items():
+        if not model.num_gpu or name in first_bundle:
+            continue
+        group = [member for member in group_of.get(name, (name,)) if member in models]
+        first_bundle |= dict.fromkeys(group, num_bundles)
+        num_bundles += max(models[member].num_gpu for member in group)
+    return first_bundle, num_bundles
+
+
+def _device_ranks(
+    model: ModelConfig, first_bundle: int, num_on_bundle: Sequence[int]
+) -> list[RankPlacement]:
+    size = model.ranks_per_replica
+    return [
+        RankPlacement(
+            model=model.name,
+            replica=index // size,
+            rank=index % size,
+            world_size=size,
+            bundle=first_bundle + index,
+            share=1 / num_on_bundle[first_bundle + index],
+        )
+        for index in range(model.num_gpu)
+    ]
+
+
+def _cpu_ranks(model: ModelConfig) -> list[RankPlacement]:
+    return [
+        RankPlacement(model.name, replica, 0, 1, None, 0.0, model.cpu_per_process)
+        for replica in range(model.num_replica)
+    ]

@@ -1,0 +1,1 @@
+"""Tests of chatlearn_vllm.config."""

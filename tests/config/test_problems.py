@@ -1,0 +1,254 @@
+"""Which jobs are refused, and what is the user told?"""
+
+import json
+
+import pytest
+
+from chatlearn_vllm.config import ConfigError, load_config
+
+
+def problems_of(path, overrides=(), **options) -> list[str]:
+    """The lines of the error, without the directory of the test."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, **options)
+    return [str(problem).replace(f"{path.parent}/", "") for problem in caught.value.problems]
+
+
+def test_everything_wrong_is_told_at_once(job, write):
+    write("policy.yaml", "temprature: 1\nlr: fast\nseq_length: ${NO_SUCH_VARIABLE}\n")
+    write("base.yaml", "log_interval: 0\n")
+    write(
+        "job.yaml",
+        """
+includes: [base.yaml, missing.yaml]
+models:
+  policy: {num_gpu: 3, tensor_model_parallel_size: 2, model_config_file: policy.yaml}
+  policy_trainer: {num_gpus: 2, num_gpu: 2, trainable: True, free_memory: "False"}
+  other: {num_cpu: 1, model_config_file: nowhere.yaml}
+runtime:
+  num_epsiode: 3
+  colocation: ["policy,polcy", "policy,value"]
+  train_micro_batch_size: 2
+  train_global_batch_size: 3
+  save_episode_interval: True
+runtimes: {}
+""",
+    )
+    assert problems_of(job) == [
+        "job.yaml: includes='missing.yaml': no such file",
+        "policy.yaml: seq_length='${NO_SUCH_VARIABLE}': environment variable NO_SUCH_VARIABLE is "
+        "not set and there is no default",
+        "job.yaml: models.other.model_config_file='nowhere.yaml': no such file",
+        "policy.yaml: temprature=1: unknown key; did you mean temperature?",
+        "job.yaml: models.policy_trainer.num_gpus=2: unknown key; did you mean num_gpu?",
+        "base.yaml: log_interval=0: unknown key here; it belongs in runtime",
+        "job.yaml: runtime.num_epsiode=3: unknown key; did you mean num_episode?",
+        "job.yaml: runtimes={}: unknown key; did you mean runtime?",
+        "policy.yaml: lr='fast': must be a valid number",
+        "job.yaml: models.policy_trainer.free_memory='False': must be a valid boolean",
+        "job.yaml: runtime.save_episode_interval=True: must be a valid integer",
+        "job.yaml: models.policy.num_gpu=3: must be a multiple of "
+        "tensor_model_parallel_size x pipeline_model_parallel_size = 2 x 1",
+        "job.yaml: runtime.train_global_batch_size=3: must be a multiple of 4 = "
+        "train_micro_batch_size x data parallel size of models.policy_trainer",
+        "job.yaml: runtime.colocation=['policy,polcy', 'policy,value']: "
+        "'polcy' is none of the models: policy, policy_trainer, other",
+        "job.yaml: runtime.colocation=['policy,polcy', 'policy,value']: "
+        "model 'policy' may be in one group only",
+        "job.yaml: runtime.colocation=['policy,polcy', 'policy,value']: "
+        "'value' is none of the models: policy, policy_trainer, other",
+    ]
+
+
+def test_a_message_has_one_line_per_problem(job):
+    with pytest.raises(ConfigError) as caught:
+        load_config(job, ["runtime.seeed=1"])
+    assert str(caught.value) == (
+        "1 problem in the job's configuration:\n"
+        "  command line: runtime.seeed=1: unknown key; did you mean seed?"
+    )
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_file_shared_by_two_models_is_reported_once(write):
+    write("base.yaml", "seqlength: 3\n")
+    write("model.yaml", "includes: [base.yaml]\n")
+    path = write(
+        "job.yaml",
+        "models: {a: {num_gpu: 1, model_config_file: model.yaml},"
+        " b: {num_gpu: 1, model_config_file: model.yaml}}\n",
+    )
+    assert problems_of(path) == ["base.yaml: seqlength=3: unknown key; did you mean seq_length?"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        # types
+        ("runtime.num_episode=3.5", "runtime.num_episode=3.5: must be a valid integer"),
+        ("runtime.num_episode=0", "runtime.num_episode=0: must be greater than or equal to 1"),
+        ("runtime.data_path=3", "runtime.data_path=3: must be a valid string or must be a valid "
+         "list"),
+        ("runtime=3", "runtime=3: must be a map of keys"),
+        ("models.reward=3", "models.reward=3: must be a map of keys"),
+        (
+            "models.policy.model_args.dtype=float8",
+            "models.policy.model_args.dtype='float8': "
+            "must be 'auto', 'bfloat16', 'float16' or 'float32'",
+        ),
+        ("models.policy.lora.lora_dmi=3", "models.policy.lora.lora_dmi=3: unknown key; "
+         "did you mean lora_dim?"),
+        ("models.policy.lora.lora_dim=True", "models.policy.lora.lora_dim=True: "
+         "must be a valid integer"),
+        # names
+        (
+            "models.policy.model_args.enable_chunked_prefil=True",
+            "models.policy.model_args.enable_chunked_prefil=True: unknown key; "
+            "did you mean enable_chunked_prefill?",
+        ),
+        (
+            "models.policy.model_args.max_model_len=9",
+            "models.policy.model_args.max_model_len=9: is set by seq_length; leave it out",
+        ),
+        (
+            "models.policy.temperature=0.5",
+            "models.policy.temperature=0.5: unknown key here; it belongs in the model's file or "
+            "models.<name>.model_args",
+        ),
+        (
+            "models.policy.model_args.engine_args={}",
+            "models.policy.model_args.engine_args={}: unknown key",
+        ),
+        ("models.polcy.num_gpu=1", "models.polcy.num_gpu='1': the job has no such model, only "
+         "policy, reward, policy_trainer"),
+        ("runtime.num_episode", "runtime.num_episode: must look like runtime.num_episode=3"),
+        # devices
+        ("models.reward.num_gpu=1", "models.reward.num_gpu=1: a model has either num_gpu > 0 or, "
+         "without devices, num_cpu > 0"),
+        ("models.policy.num_replica=3", "models.policy.num_replica=3: follows from the devices "
+         "and parallel sizes, which give 2"),
+        ("models.reward.trainable=True", "models.reward.trainable=True: "
+         "a trainable model needs num_gpu > 0"),
+        ("models.policy.gpu_per_process=2", "models.policy.gpu_per_process=2: "
+         "must be 1, others have no backend"),
+        ("models.policy.expert_model_parallel_size=2", "models.policy.expert_model_parallel_size="
+         "2: must be 1 and is 2; experts are not split yet"),
+        ("models.policy.lora.enable_lora=True", "models.policy.lora.enable_lora=True: "
+         "must be False, adapters are not supported yet"),
+        ("runtime.colocation=['policy,reward']", "runtime.colocation=['policy,reward']: "
+         "model 'reward' has no devices to share (num_gpu is 0)"),
+        # batches
+        ("runtime.train_global_batch_size=6", "runtime.train_global_batch_size=6: must be a "
+         "multiple of 4 = train_micro_batch_size x data parallel size of models.policy_trainer"),
+        ("runtime.train_global_batch_size=32", "runtime.train_global_batch_size=32: "
+         "must be at most sample_per_episode=16"),
+        ("runtime.sample_per_episode=17", "runtime.sample_per_episode=17: "
+         "must be a multiple of the 2 replicas of models.policy"),
+        ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
+         "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
+        # model arguments
+        ("models.policy.model_args.max_new_tokens=64", "models.policy.model_args.max_new_tokens="
+         "64: must be less than seq_length=64, the prompt needs room too"),
+        ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "
+         "must be at least max_num_seqs=256, one token per running sequence"),
+        ("models.policy.model_args.sequence_parallel=True", "sequence_parallel=True: needs "
+         "tensor_model_parallel_size > 1 that divides seq_length=64; it is 1"),
+        ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",
+         "needs pipeline_model_parallel_size > 1"),
+        ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: must be False"),
+        ("models.policy.model_args.apply_replica_id_to_seed=False", "must be True"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_names_file_key_value_and_rule(job, override, line):
+    lines = problems_of(job, [override])
+    assert len(lines) == 1
+    assert line in lines[0]
+    assert lines[0].startswith(("command line: ", "job.yaml: "))
+
+
+def test_heads_and_groups_must_fit_the_tensor_parallel_size(job, write):
+    shape = "num_attention_heads: 6\nnum_query_groups: 3\n"
+    write("policy.yaml", f"tensor_model_parallel_size: 2\n{shape}")
+    lines = problems_of(job)
+    assert lines == [
+        "policy.yaml: num_query_groups=3: 3 groups must be a multiple or a divisor of "
+        "tensor_model_parallel_size=2"
+    ]
+    write("policy.yaml", f"tensor_model_parallel_size: 4\n{shape}")
+    lines = problems_of(job, ["models.policy.num_gpu=4"])
+    assert "6 heads must be a multiple of tensor_model_parallel_size=4" in lines[0]
+    write("policy.yaml", "tensor_model_parallel_size: 4\nnum_attention_heads: 8\n"
+          "num_query_groups: 2\n")  # fmt: skip
+    load_config(job, ["models.policy.num_gpu=4"])
+
+
+def test_layers_of_a_trainable_model_must_fit_the_pipeline(job):
+    overrides = [
+        "models.policy_trainer.pipeline_model_parallel_size=2",
+        "models.policy_trainer.model_args.num_layers=3",
+    ]
+    (line,) = problems_of(job, overrides)
+    assert "3 layers of a trainable model must be a multiple of its 2 pipeline stages" in line
+
+
+def test_structure_in_the_yaml_must_agree_with_config_json(job, write, tmp_path):
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write("hf/config.json", json.dumps(config))
+    write("policy.yaml", f"load: {tmp_path}/hf\nnum_layers: 3\nnum_attention_heads: 4\n")
+    (line,) = problems_of(job)
+    assert line.endswith("config.json says num_hidden_layers=2; leave the key out")
+
+
+def test_structure_of_config_json_is_checked_against_the_parallel_sizes(job, write, tmp_path):
+    write("hf/config.json", json.dumps({"num_attention_heads": 3, "num_key_value_heads": 3}))
+    write("policy.yaml", f"load: {tmp_path}/hf\ntensor_model_parallel_size: 2\n")
+    lines = problems_of(job)
+    assert ["3 heads" in lines[0], "3 groups" in lines[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("bf16: True\nfp16: True\n", "fp16=True: contradicts"),
+        ("bf16: True\ndtype: float32\n", "bf16=True: contradicts"),
+    ],
+)
+def test_two_types_contradict_each_other(job, write, text, line):
+    write("policy.yaml", text)
+    assert line in problems_of(job)[0]
+
+
+def test_files_are_required_only_when_asked_for(job, write, tmp_path):
+    write("train.jsonl", "{}")
+    write("policy.yaml", f"load: {tmp_path}/nowhere\n")
+    overrides = [
+        f"runtime.data_path=['{tmp_path}/train.jsonl', '{tmp_path}/more.jsonl']",
+        "runtime.entry_script=none.py",
+    ]
+    load_config(job, overrides)
+    lines = problems_of(job, overrides, check_files=True)
+    assert [line.split(": ")[-1].replace(f"{tmp_path}/", "") for line in lines] == [
+        "no such file",
+        "more.jsonl",
+        "nowhere",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("models: [", "not yaml"),
+        ("- 1\n", "must be a map of keys"),
+        ("models: 3\n", "models=3: must be a map of keys"),
+        ("models: ${NO_SUCH_VARIABLE}\n", "environment variable NO_SUCH_VARIABLE is not set"),
+        ("runtime: {}\n", "a job needs at least one model"),
+        ("includes: a.yaml\nmodels: {m: {num_cpu: 1}}\n", "must be a list of file names"),
+    ],
+)
+def test_files_that_hold_no_job_are_refused(write, text, rule):
+    (line,) = problems_of(write("job.yaml", text))
+    assert rule in line
+
+
+def test_a_missing_job_is_one_problem(tmp_path):
+    assert problems_of(tmp_path / "no.yaml") == ["no.yaml: No such file or directory"]

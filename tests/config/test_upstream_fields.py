@@ -1,0 +1,41 @@
+"""Are the arguments of the installed libraries read, and read without importing them?"""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+from chatlearn_vllm.config import upstream_fields as upstream
+
+
+def test_fields_are_those_of_the_installed_classes():
+    from megatron.core.transformer import TransformerConfig
+
+    fields = upstream.upstream_fields()
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert fields["transformer_args"] == {name for name in names if not name.startswith("_")}
+    assert {"enable_chunked_prefill", "kv_cache_memory_bytes", "quantization"} <= fields[
+        "engine_args"
+    ]
+    assert {"min_tokens", "stop_token_ids", "logit_bias"} <= fields["sampling_args"]
+    assert not any(name.startswith("_") for names in fields.values() for name in names)
+
+
+def test_nothing_passes_through_without_the_libraries(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fields = upstream.upstream_fields.__wrapped__()
+    assert fields == dict.fromkeys(
+        ("engine_args", "sampling_args", "transformer_args"), frozenset()
+    )
+
+
+def test_config_and_job_import_and_load_without_heavy_libraries(job):
+    code = f"""
+import sys
+import chatlearn_vllm.config, chatlearn_vllm.job
+from chatlearn_vllm.config import load_config
+load_config({str(job)!r}, ["models.policy.model_args.min_tokens=1"])
+print([name for name in ("torch", "ray", "vllm", "megatron") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
