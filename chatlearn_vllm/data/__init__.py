@@ -1,0 +1,1 @@
+"""What flows between models: prompts in, batches of samples out."""

@@ -1,0 +1,298 @@
+"""Read prompts from a file, tokenise them, and decide which come next."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from chatlearn_vllm.data.batch import ADDED_KEYS, ROLLOUT_KEYS
+
+ASSISTANT_TAG = "\n\nAssistant: "
+"""Ends the prompt in records with `text` or `query`; ChatLearn's dialogue format."""
+
+_SOURCE_KEYS = ("prompt", "query", "text")
+_RESERVED_KEYS = frozenset((*ROLLOUT_KEYS, *ADDED_KEYS, "input_ids"))
+_MAX_REPORTED_PROBLEMS = 10
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> list[dict[str, Any]]:
+    """Read jsonl files: one JSON object per line, blank lines are skipped.
+
+    The prompt is taken from the first of these keys that the object has:
+
+    * `prompt`: used as it is;
+    * `query`: becomes "\\n\\nHuman: {query}\\n\\nAssistant: ";
+    * `text`: a dialogue; cut behind its last "\\n\\nAssistant: ", what follows is left out.
+
+    All other fields are kept. A field that only some records have is None in the others, so that
+    every batch made of them has the same keys.
+
+    Args:
+        path: one file, or several that are read one after another.
+        limit: keep only the first so many records; -1 keeps all.
+
+    Returns:
+        Records with the field "prompt" first, in the order of the file.
+
+    Raises:
+        ValueError: names file, line number, key and rule of the first ten problems.
+    """
+    paths = [path] if isinstance(path, str | Path) else path
+    records = [record for one in paths for record in _read_file(Path(one))]
+    fields = {field: None for record in records for field in record}
+    chosen = records if limit < 0 else records[:limit]
+    return [{**fields, **record} for record in chosen]
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"prompt file {path} does not exist")
+    records, problems = [], []
+    for place, line in _numbered_lines(path):
+        try:
+            records.append(_read_record(line))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+    if problems:
+        shown = problems[:_MAX_REPORTED_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        raise ValueError("\n".join(shown))
+    if not records:
+        raise ValueError(f"prompt file {path} holds no record")
+    return records
+
+
+class PromptPipeline:
+    """A data set of tokenised prompts; the base of user-written pipelines.
+
+    Items are dicts with at least `input_ids` (list of token ids) and `prompt` (str). A subclass
+    may skip this constructor and assign `data` or `prompts_ids`, which are the same list, itself.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Any], max_prompt_length: int, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Tokenise plain prompts; see `VLLMPromptPipeline`, of which this is the simple case."""
+        self.tokenizer = tokenizer
+        self.data = _tokenize(prompts, max_prompt_length, tokenizer, prompt_key="prompt")
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The items."""
+        return self.prompts_ids
+
+    @data.setter
+    def data(self, items: list[dict[str, Any]]) -> None:
+        self.prompts_ids = items
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.data[index]
+
+    def collate_fn(self, items: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Turn items into one dict of lists, unpadded.
+
+        Raises:
+            ValueError: the items' keys differ.
+        """
+        for item in items:
+            if item.keys() != items[0].keys():
+                differing = sorted(item.keys() ^ items[0].keys())
+                raise ValueError(f"prompt records of one batch differ in fields {differing}")
+        return {key: [item[key] for item in items] for key in (items[0] if items else ())}
+
+
+class VLLMPromptPipeline(PromptPipeline):
+    """A data set of prompts for `VLLMModule.build_dataset`."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str] | Sequence[tuple] | Sequence[dict[str, Any]],
+        max_prompt_length: int,
+        tokenizer: Tokenizer | None = None,
+        prompt_key: str | None = None,
+    ) -> None:
+        """Tokenise the prompts.
+
+        A prompt longer than `max_prompt_length` tokens loses tokens at its head, because its end
+        holds what the model has to answer; a leading BOS stays.
+
+        Args:
+            prompts: texts; or tuples whose first entry is the text; or dicts, whose other fields
+                stay in the item.
+            max_prompt_length: in tokens, at least 1; `seq_length - max_new_tokens` as a rule.
+            tokenizer: adds a BOS if its own settings say so.
+            prompt_key: field of the text in dicts; None means "prompt". Items hold the text
+                under "prompt" in any case.
+
+        Raises:
+            ValueError: names the row and key of the first prompt that is missing or empty.
+        """
+        self.tokenizer = tokenizer
+        self.data = _tokenize(
+            prompts,
+            max_prompt_length,
+            tokenizer,
+            prompt_key="prompt" if prompt_key is None else prompt_key,
+        )
+
+
+class PromptSampler:
+    """An endless order of prompt rows, the same for the same seed, whose position can be saved.
+
+    Every epoch holds each row once. A call of `next` may cross the end of an epoch, so a row can
+    come twice in one call.
+    """
+
+    def __init__(self, num_prompts: int, seed: int, shuffle: bool = True) -> None:
+        """Start before the first row.
+
+        Args:
+            num_prompts: rows of the data set.
+            seed: decides the order of every epoch; unused without `shuffle`.
+            shuffle: a new order in every epoch; else rows come in ascending order.
+        """
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts={num_prompts} must be at least 1")
+        self._num_prompts = num_prompts
+        self._seed = seed
+        self._shuffle = shuffle
+        self._move_to(epoch=0, position=0)
+
+    def next(self, num_rows: int) -> list[int]:
+        """Return the next `num_rows` rows and move behind them."""
+        rows: list[int] = []
+        while len(rows) < num_rows:
+            taken = self._order[self._position :][: num_rows - len(rows)]
+            rows += taken
+            self._position += len(taken)
+            if self._position == self._num_prompts:
+                self._move_to(epoch=self._epoch + 1, position=0)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what it depends on, as plain values."""
+        return {
+            "num_prompts": self._num_prompts,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was called.
+
+        Raises:
+            ValueError: the saved sampler had other prompts, another seed or another order.
+        """
+        own = self.state_dict()
+        for key in ("num_prompts", "seed", "shuffle"):
+            if state[key] != own[key]:
+                raise ValueError(
+                    f"cannot resume the prompt order: {key} was {state[key]} when it was saved "
+                    f"and is {own[key]} now; restore the old value or start a new run"
+                )
+        self._move_to(epoch=state["epoch"], position=state["position"])
+
+    def _move_to(self, *, epoch: int, position: int) -> None:
+        self._epoch = epoch
+        self._position = position
+        self._order = list(range(self._num_prompts))
+        if self._shuffle:
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", line
+
+
+def _read_record(line: str) -> dict[str, Any]:
+    """Parse one line; ValueError says what is wrong without naming the place."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"is a JSON {type(record).__name__}, must be an object")
+    reserved = sorted(_RESERVED_KEYS & record.keys())
+    if reserved:
+        raise ValueError(f"keys {reserved} are used by the framework; rename them")
+    source = next((key for key in _SOURCE_KEYS if key in record), None)
+    if source is None:
+        raise ValueError(f"has keys {sorted(record)}, needs one of {list(_SOURCE_KEYS)}")
+    text = record.pop(source)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"key {source!r} is {text!r}, must be a non-empty string")
+    return {"prompt": _format_prompt(source, text), **record}
+
+
+def _format_prompt(source: str, text: str) -> str:
+    if source == "query":
+        return f"\n\nHuman: {text}{ASSISTANT_TAG}"
+    if source == "text":
+        dialogue, tag, _ = text.rpartition(ASSISTANT_TAG)
+        if not tag:
+            raise ValueError(
+                f"key 'text' lacks {ASSISTANT_TAG!r}, which ends the prompt; "
+                "use the key 'prompt' for a prompt without it"
+            )
+        return dialogue + tag
+    return text
+
+
+def _tokenize(
+    prompts: Sequence[Any],
+    max_prompt_length: int,
+    tokenizer: Tokenizer | None,
+    *,
+    prompt_key: str,
+) -> list[dict[str, Any]]:
+    if max_prompt_length < 1:
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} must be at least 1; "
+            "seq_length must exceed max_new_tokens"
+        )
+    if tokenizer is None:
+        raise ValueError("a prompt pipeline needs a tokenizer; pass self.tokenizer.tokenizer")
+    items = []
+    for row, entry in enumerate(prompts):
+        text, fields = _text_and_fields(entry, prompt_key)
+        if not isinstance(text, str) or not text:
+            raise ValueError(
+                f"prompts[{row}] (key {prompt_key!r}) is {text!r}, must be a non-empty string"
+            )
+        input_ids = _keep_tail(tokenizer.encode(text), max_prompt_length, tokenizer.bos_token_id)
+        items.append({**fields, "input_ids": input_ids, "prompt": text})
+    return items
+
+
+def _text_and_fields(entry: Any, prompt_key: str) -> tuple[Any, dict[str, Any]]:
+    if isinstance(entry, dict):
+        return entry.get(prompt_key), entry
+    if isinstance(entry, tuple | list):
+        return (entry[0] if entry else None), {}
+    return entry, {}
+
+
+def _keep_tail(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
+    ids = list(ids)
+    if len(ids) <= max_length:
+        return ids
+    head = ids[:1] if ids[0] == bos_token_id and max_length > 1 else []
+    return head + ids[len(ids) - (max_length - len(head)) :]

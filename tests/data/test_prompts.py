@@ -1,0 +1,218 @@
+"""Are prompt files read, tokenised and ordered as documented, and are bad ones explained?"""
+
+import json
+
+import pytest
+
+from chatlearn_vllm.data.prompts import (
+    PromptPipeline,
+    PromptSampler,
+    VLLMPromptPipeline,
+    load_prompts,
+)
+
+
+class CodePointTokenizer:
+    """One token per character, with or without a BOS (id 1)."""
+
+    def __init__(self, bos_token_id: int | None = None):
+        self.bos_token_id = bos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        head = [] if self.bos_token_id is None else [self.bos_token_id]
+        return head + [ord(character) for character in text]
+
+
+def write_jsonl(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return path
+
+
+def test_all_three_formats_become_a_prompt(tmp_path):
+    path = write_jsonl(
+        tmp_path / "p.jsonl",
+        {"prompt": "1+1="},
+        {"query": "1+1?"},
+        {"text": "\n\nHuman: 1?\n\nAssistant: 1\n\nHuman: 2?\n\nAssistant: 2"},
+    )
+    assert load_prompts(path) == [
+        {"prompt": "1+1="},
+        {"prompt": "\n\nHuman: 1+1?\n\nAssistant: "},
+        {"prompt": "\n\nHuman: 1?\n\nAssistant: 1\n\nHuman: 2?\n\nAssistant: "},
+    ]
+
+
+def test_extra_fields_are_kept_and_missing_ones_are_none(tmp_path):
+    path = write_jsonl(
+        tmp_path / "p.jsonl", {"prompt": "1+1=", "answer": "2"}, {"query": "?", "level": 3}
+    )
+    first, second = load_prompts(path)
+    assert first == {"prompt": "1+1=", "answer": "2", "level": None}
+    assert second["answer"] is None and second["level"] == 3
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('\n{"prompt": "ü"}\n\n', encoding="utf-8")
+    assert load_prompts(path) == [{"prompt": "ü"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"p.jsonl, line 2: is not valid JSON"),
+        ('["a"]', r"line 2: is a JSON list, must be an object"),
+        ('{"question": "a"}', r"line 2: has keys \['question'\], needs one of \['prompt', 'qu"),
+        ('{"prompt": ""}', r"line 2: key 'prompt' is '', must be a non-empty string"),
+        ('{"query": 3}', r"line 2: key 'query' is 3, must be a non-empty string"),
+        ('{"text": "no tag"}', r"line 2: key 'text' lacks '\\n\\nAssistant: '"),
+        ('{"prompt": "a", "rewards": 1}', r"line 2: keys \['rewards'\] are used by the framework"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_number_and_key(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(path)
+
+
+def test_all_bad_lines_are_reported_up_to_ten(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", *({"prompt": ""} for _ in range(12)))
+    with pytest.raises(ValueError) as error:
+        load_prompts(path)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 11 and lines[-1] == "... and 2 more"
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.jsonl does not exist"):
+        load_prompts(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="empty.jsonl holds no record"):
+        load_prompts(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prompt_key"),
+    [
+        (["abc"], None),
+        ([("abc", "chosen", "rejected")], None),
+        ([{"prompt": "abc"}], None),
+        ([{"prompt": "abc"}], "prompt"),
+    ],
+)
+def test_texts_tuples_and_dicts_give_the_same_item(prompts, prompt_key):
+    pipeline = VLLMPromptPipeline(prompts, 8, CodePointTokenizer(), prompt_key)
+    assert len(pipeline) == 1
+    assert pipeline[0] == {"input_ids": [97, 98, 99], "prompt": "abc"}
+
+
+def test_a_record_keeps_its_fields_and_is_not_changed():
+    record = {"question": "ab", "answer": "x"}
+    pipeline = VLLMPromptPipeline([record, record], 8, CodePointTokenizer(), "question")
+    assert pipeline[1] == {"question": "ab", "answer": "x", "input_ids": [97, 98], "prompt": "ab"}
+    assert record == {"question": "ab", "answer": "x"}
+    pipeline[0]["input_ids"].append(0)
+    assert pipeline[1]["input_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("bos", "max_length", "expected"),
+    [(None, 2, "bc"), (None, 3, "abc"), (1, 3, "\x01bc"), (1, 2, "\x01c"), (1, 1, "c")],
+)
+def test_a_long_prompt_loses_tokens_at_its_head_but_not_the_bos(bos, max_length, expected):
+    pipeline = VLLMPromptPipeline(["abc"], max_length, CodePointTokenizer(bos))
+    assert pipeline[0]["input_ids"] == [ord(character) for character in expected]
+    assert pipeline[0]["prompt"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prompt_key", "message"),
+    [
+        (["a", ""], None, r"prompts\[1\] \(key 'prompt'\) is '', must be a non-empty string"),
+        ([{"query": "a"}], None, r"prompts\[0\] \(key 'prompt'\) is None"),
+        ([{"prompt": "a"}], "query", r"prompts\[0\] \(key 'query'\) is None"),
+        ([()], None, r"prompts\[0\]"),
+    ],
+)
+def test_an_empty_or_missing_prompt_is_named(prompts, prompt_key, message):
+    with pytest.raises(ValueError, match=message):
+        VLLMPromptPipeline(prompts, 8, CodePointTokenizer(), prompt_key)
+
+
+def test_no_room_for_a_prompt_is_an_error():
+    with pytest.raises(ValueError, match="max_prompt_length=0 must be at least 1"):
+        VLLMPromptPipeline(["a"], 0, CodePointTokenizer())
+
+
+def test_a_pipeline_without_a_tokenizer_is_an_error():
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        VLLMPromptPipeline(["a"], 8)
+
+
+def test_collate_gives_a_dict_of_lists():
+    pipeline = PromptPipeline(
+        [{"prompt": "ab", "answer": 1}, {"prompt": "c", "answer": 2}], 8, CodePointTokenizer()
+    )
+    collated = pipeline.collate_fn([pipeline[0], pipeline[1]])
+    assert collated == {
+        "prompt": ["ab", "c"],
+        "answer": [1, 2],
+        "input_ids": [[97, 98], [99]],
+    }
+    with pytest.raises(ValueError, match=r"differ in fields \['extra'\]"):
+        pipeline.collate_fn([pipeline[0], pipeline[1] | {"extra": 1}])
+
+
+@pytest.mark.parametrize("attribute", ["data", "prompts_ids"])
+def test_a_user_pipeline_may_fill_either_attribute(attribute):
+    class OwnPipeline(PromptPipeline):
+        def __init__(self, prompts, tokenizer):
+            setattr(self, attribute, [])
+            for prompt in prompts:
+                item = {"input_ids": tokenizer.encode(prompt), "prompt": prompt}
+                getattr(self, attribute).extend([item])
+
+    pipeline = OwnPipeline(["a", "b"], CodePointTokenizer())
+    assert len(pipeline) == 2
+    assert pipeline.collate_fn([pipeline[1]]) == {"input_ids": [[98]], "prompt": ["b"]}
+
+
+def test_every_epoch_of_the_sampler_holds_each_row_once_in_another_order():
+    sampler = PromptSampler(10, seed=0)
+    epochs = [sampler.next(10) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert PromptSampler(50, seed=3).next(120) == PromptSampler(50, seed=3).next(120)
+    assert PromptSampler(50, seed=3).next(50) != PromptSampler(50, seed=4).next(50)
+    one_by_one = PromptSampler(50, seed=3)
+    assert [one_by_one.next(1)[0] for _ in range(120)] == PromptSampler(50, seed=3).next(120)
+
+
+def test_without_shuffle_rows_come_in_order_and_start_again():
+    sampler = PromptSampler(3, seed=0, shuffle=False)
+    assert sampler.next(2) == [0, 1]
+    assert sampler.next(5) == [2, 0, 1, 2, 0]
+
+
+def test_a_resumed_sampler_continues_in_the_middle_of_an_epoch():
+    sampler = PromptSampler(7, seed=1)
+    sampler.next(10)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = PromptSampler(7, seed=1)
+    resumed.load_state_dict(state)
+    assert resumed.next(20) == sampler.next(20)
+
+
+def test_resuming_with_other_prompts_is_refused():
+    state = PromptSampler(7, seed=1).state_dict()
+    with pytest.raises(ValueError, match="num_prompts was 7 when it was saved and is 8 now"):
+        PromptSampler(8, seed=1).load_state_dict(state)
+
+
+def test_a_sampler_without_rows_is_refused():
+    with pytest.raises(ValueError, match="num_prompts=0"):
+        PromptSampler(0, seed=1)
