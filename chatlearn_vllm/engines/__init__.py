@@ -1,0 +1,1 @@
+"""The only builders of vLLM and megatron-core objects."""

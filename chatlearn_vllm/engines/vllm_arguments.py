@@ -1,0 +1,142 @@
+"""How do yaml values become vLLM's engine arguments and sampling parameters?"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatlearn_vllm.config import ModelArgs
+from chatlearn_vllm.layouts import ModelShape
+
+CPU_BLOCK_SIZE = 32
+"""vLLM's CPU attention takes KV blocks of a multiple of this many tokens."""
+
+
+def resolve_dtype(args: ModelArgs, *, on_gpu: bool) -> torch.dtype:
+    """The dtype of weights and activations.
+
+    On a GPU what the yaml says, `auto` meaning bfloat16; always float32 on CPU, where half
+    precision is slower and vLLM would pack its weights.
+    """
+    if not on_gpu:
+        return torch.float32
+    return torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def engine_arguments(
+    args: ModelArgs, model_dir: Path, shape: ModelShape, *, seed: int, on_gpu: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments for `vllm.EngineArgs`.
+
+    Args:
+        args: the policy's model arguments.
+        model_dir: Hugging Face directory with config.json, and weights unless `load_format` is
+            dummy.
+        shape: sizes of the model, to size the KV cache on CPU.
+        seed: the engine's seed; the same on all ranks of a replica.
+        on_gpu: whether the engine runs on CUDA.
+
+    Returns:
+        The arguments, and one sentence for each value that this platform cannot take.
+    """
+    notices: list[str] = []
+    dtype = resolve_dtype(args, on_gpu=on_gpu)
+    kwargs: dict[str, Any] = {
+        "model": str(model_dir),
+        "tokenizer": str(args.tokenizer or model_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "load_format": args.load_format,
+        "max_model_len": args.seq_length,
+        "max_num_seqs": args.max_num_seqs,
+        "block_size": args.block_size,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "enforce_eager": args.enforce_eager,
+        "enable_prefix_caching": args.enable_prefix_caching,
+        "tensor_parallel_size": args.tensor_model_parallel_size,
+        "pipeline_parallel_size": args.pipeline_model_parallel_size,
+        "distributed_executor_backend": "external_launcher",
+        # Log-probabilities of the distribution that was really sampled from.
+        "logprobs_mode": "processed_logprobs",
+        # With every rank in its own process vLLM's peer-to-peer all-reduce can hang at start.
+        "disable_custom_all_reduce": True,
+        "disable_log_stats": False,
+    }
+    if args.max_num_batched_tokens is not None:
+        kwargs["max_num_batched_tokens"] = max(args.max_num_batched_tokens, args.max_num_seqs)
+    if on_gpu:
+        kwargs["enable_sleep_mode"] = True
+    else:
+        notices += _adapt_to_cpu(kwargs, args, shape)
+    kwargs.update(args.engine_args)
+    return kwargs, notices
+
+
+def _adapt_to_cpu(kwargs: dict[str, Any], args: ModelArgs, shape: ModelShape) -> list[str]:
+    notices = []
+    wanted = kwargs["block_size"]
+    block_size = math.ceil((wanted or CPU_BLOCK_SIZE) / CPU_BLOCK_SIZE) * CPU_BLOCK_SIZE
+    if wanted and wanted != block_size:
+        notices.append(
+            f"block_size: {wanted} becomes {block_size} (vLLM on CPU takes multiples of "
+            f"{CPU_BLOCK_SIZE})"
+        )
+    kwargs["block_size"] = block_size
+    if not kwargs["enforce_eager"]:
+        kwargs["enforce_eager"] = True
+        notices.append("enforce_eager: true (compiling on CPU takes longer than it saves)")
+    notices.append("sleep mode: off (not on CPU); sleep and wake only change the engine's state")
+    if args.dtype not in ("auto", "float32"):
+        notices.append(f"dtype: {args.dtype} becomes float32 (CPU)")
+    if args.engine_args.get("kv_cache_memory_bytes") is None:
+        # Room for max_num_seqs full sequences, at most a quarter of the host's memory.
+        heads = math.ceil(shape.num_query_groups / args.tensor_model_parallel_size)
+        token_bytes = 2 * 4 * heads * shape.head_dim * shape.num_layers
+        blocks = args.max_num_seqs * math.ceil(args.seq_length / block_size) + 1
+        wanted_bytes = blocks * block_size * token_bytes
+        kwargs["kv_cache_memory_bytes"] = min(wanted_bytes, _host_memory_bytes() // 4)
+    return notices
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def sampling_arguments(args: ModelArgs, *, is_eval: bool) -> dict[str, Any]:
+    """Keyword arguments for `vllm.SamplingParams`, without `max_tokens` and `seed`.
+
+    Evaluation takes each `eval_*` key that is set and asks for one response per prompt.
+    """
+    prefix = "eval_" if is_eval else ""
+    names = (
+        "temperature", "top_p", "top_k", "min_p",
+        "presence_penalty", "frequency_penalty", "repetition_penalty",
+    )  # fmt: skip
+    sampling = {name: args[f"{prefix}{name}"] for name in names}
+    sampling.update(
+        n=1 if is_eval else args.responses_per_prompt,
+        ignore_eos=args.ignore_eos,
+        stop=[token for token in (args.stop_token_list or "").split(";") if token],
+        logprobs=0,  # the sampled token only
+        prompt_logprobs=args.prompt_logprobs,
+        skip_special_tokens=args.skip_special_tokens,
+    )
+    sampling.update(args.sampling_args)
+    if sampling["temperature"] == 0 and sampling["n"] > 1:
+        raise ValueError(
+            f"n={sampling['n']} with temperature=0: greedy responses would all be equal; "
+            "set n: 1 or temperature > 0"
+        )
+    return sampling
+
+
+def max_response_tokens(args: ModelArgs, prompt_length: int) -> int:
+    """How many tokens a response may have.
+
+    `new_token_limit: True` allows `max_new_tokens`, False all that fits; never more than
+    `seq_length` for prompt and response together.
+    """
+    room = args.seq_length - prompt_length
+    return min(args.max_new_tokens, room) if args.new_token_limit else room

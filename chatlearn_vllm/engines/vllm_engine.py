@@ -1,0 +1,293 @@
+"""One rank of a vLLM engine in this process: build it, step it, put it to sleep, show its weights.
+
+vLLM is held, never inherited from, and reached through its public seams only. With several ranks
+per replica each rank runs its own engine and, given the same requests, the identical schedule
+(vLLM's `external_launcher`), so a rank is driven locally.
+"""
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
+from chatlearn_vllm.layouts import ModelShape, ParamLayout, vllm_param_layout
+
+
+class Weights(Enum):
+    """What the engine's parameters hold."""
+
+    DUMMY = "DUMMY"
+    """Random values; no weights have arrived yet."""
+    ASLEEP = "ASLEEP"
+    """Given back to the device, or out of reach until `wake_weights`."""
+    EMPTY = "EMPTY"
+    """Memory is back, the values are lost (sleep level 2)."""
+    STALE = "STALE"
+    """A sync began and did not finish; the values may mix two versions."""
+    READY = "READY"
+    """Exactly the weights of `version`."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine can do now."""
+
+    weights: Weights
+    version: int | None
+    """Weight version for READY and STALE (the last complete one); None where there is none."""
+    kv_cache_awake: bool = True
+
+    def __str__(self) -> str:
+        text = self.weights.value
+        if self.version is not None and self.weights in (Weights.READY, Weights.STALE):
+            text += f"({self.version})"
+        return text if self.kv_cache_awake else f"{text} without KV cache"
+
+
+class EngineStateError(RuntimeError):
+    """An engine was asked for something that its state does not allow."""
+
+
+class VLLMEngine:
+    """A vLLM V1 engine whose scheduler steps pass through an owner, and whose state is explicit."""
+
+    def __init__(
+        self, engine_arguments: dict[str, Any], shape: ModelShape, owner: StepOwner
+    ) -> None:
+        """Build the engine; collective over the replica's ranks.
+
+        Args:
+            engine_arguments: for `vllm.EngineArgs`, under vLLM's names.
+            shape: sizes of the model, for `weight_layout`.
+            owner: its `on_step` is called once per scheduled batch.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: vLLM refuses the arguments.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("initialise torch.distributed before building the engine")
+        pipeline = engine_arguments.get("pipeline_parallel_size", 1)
+        vllm_compat.installed_version()
+        vllm_compat.set_environment(pipeline_parallel_size=pipeline)
+        from vllm import EngineArgs, LLMEngine
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.executor.abstract import Executor
+
+        self._owner = owner
+        self._error_in_step: Exception | None = None
+        arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
+        with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
+            config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+            executor = bind_executor(Executor.get_class(config), self, _shared_id())
+            self._engine = LLMEngine(
+                config,
+                executor_class=executor,
+                log_stats=True,
+                usage_context=UsageContext.LLM_CLASS,
+                multiprocess_mode=False,
+            )
+            vllm_compat.keep_process_groups(self._engine)
+            if vllm_compat.needs_dummy_batch(pipeline_parallel_size=pipeline):
+                self._engine.collective_rpc("execute_dummy_batch")
+            self._rng = vllm_compat.RandomState.capture()
+        self._shape = shape
+        self._order: list[str] = []
+        loaded = arguments.get("load_format") != "dummy"
+        self.state = EngineState(Weights.READY if loaded else Weights.DUMMY, 0 if loaded else None)
+        self._weights_asleep_as: Weights = self.state.weights
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """This rank's live model."""
+        return self._engine.apply_model(_itself)[0]
+
+    @property
+    def hf_config(self) -> Any:
+        """The Hugging Face config that vLLM built the model from."""
+        return self._engine.model_config.hf_config
+
+    def add_request(
+        self, request_id: str, prompt: str | None, token_ids: list[int], sampling: dict[str, Any]
+    ) -> None:
+        """Queue a prompt.
+
+        Args:
+            request_id: unique among the queued requests.
+            prompt: its text, handed back as `RequestOutput.prompt`.
+            token_ids: what the model sees.
+            sampling: for `vllm.SamplingParams`.
+
+        Raises:
+            ValueError: vLLM refuses the request (too long, empty, a token outside the vocabulary).
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+            # One arrival time for all: ranks of a replica must not order requests by their clocks.
+            self._engine.add_request(
+                request_id,
+                {"prompt_token_ids": list(token_ids), "prompt": prompt},
+                params,
+                arrival_time=0.0,
+            )
+        except vllm_compat.validation_errors() as error:
+            raise ValueError(f"request {request_id}: {error}") from error
+        self._order.append(request_id)
+
+    def run(self, on_finished: Callable[[], None] | None = None) -> list[Any]:
+        """Step until all queued requests are done.
+
+        Args:
+            on_finished: called after each finished request.
+
+        Returns:
+            One `vllm.RequestOutput` per request, in the order in which they were added.
+
+        Raises:
+            EngineStateError: the engine is not READY.
+        """
+        if self.state.weights is not Weights.READY or not self.state.kv_cache_awake:
+            self.abort()
+            raise EngineStateError(
+                f"cannot generate: the engine is {self.state}, it must be READY. "
+                "Weights arrive by a weight sync; a sleeping engine is woken by wake_weights(), "
+                "a sync (sleep level 2) and wake_kv_cache()"
+            )
+        outer = vllm_compat.RandomState.capture()
+        self._rng.restore()
+        outputs: dict[str, Any] = {}
+        try:
+            # step() may return nothing while batches are in flight, so ask for unfinished ones.
+            while self._engine.has_unfinished_requests():
+                stepped = self._engine.step()
+                if self._error_in_step is not None:
+                    raise self._error_in_step
+                for output in stepped:
+                    if output.finished:
+                        outputs[output.request_id] = output
+                        if on_finished is not None:
+                            on_finished()
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self._error_in_step = None
+            self._rng = vllm_compat.RandomState.capture()
+            outer.restore()
+        order, self._order = self._order, []
+        return [outputs[request_id] for request_id in order]
+
+    def on_step(self, step: Step) -> Any:
+        """Pass a scheduled batch to the owner; called by the executor.
+
+        Once a batch was executed vLLM must get its handle, or the engine could not be used again;
+        an error of the owner is then raised when the step is over.
+        """
+        try:
+            self._owner.on_step(step)
+        except Exception as error:
+            if not step.executed:
+                raise
+            self._error_in_step = error
+        return step.handle
+
+    def abort(self) -> None:
+        """Drop all queued and running requests."""
+        self._engine.abort_request(self._order)
+        self._order = []
+
+    def sleep(self, level: int) -> None:
+        """Give device memory back: KV cache, and weights to the host (1) or to nothing (2)."""
+        if self.state.weights is Weights.ASLEEP:
+            return
+        self._engine.reset_prefix_cache()
+        self._engine.sleep(level)
+        lost = level == 2 and self.state.weights is not Weights.DUMMY
+        self._weights_asleep_as = Weights.EMPTY if lost else self.state.weights
+        self.state = EngineState(Weights.ASLEEP, self.state.version, kv_cache_awake=False)
+
+    def wake_weights(self) -> None:
+        """Take the weights' memory back; after sleep level 2 their values are lost."""
+        if self.state.weights is not Weights.ASLEEP:
+            return
+        self._engine.wake_up(["weights"])
+        version = None if self._weights_asleep_as is Weights.EMPTY else self.state.version
+        self.state = EngineState(self._weights_asleep_as, version, kv_cache_awake=False)
+
+    def wake_kv_cache(self) -> None:
+        """Take the KV cache's memory back; the last step before generating."""
+        if self.state.kv_cache_awake:
+            return
+        if self.state.weights is Weights.ASLEEP:
+            raise EngineStateError("wake_kv_cache(): the engine is ASLEEP; wake_weights() first")
+        self._engine.wake_up(["kv_cache"])
+        self.state = EngineState(self.state.weights, self.state.version)
+
+    def begin_weight_update(self) -> dict[str, torch.nn.Parameter]:
+        """Declare the weights STALE and return the live parameters to write into.
+
+        Raises:
+            EngineStateError: the weights are asleep.
+        """
+        if self.state.weights is Weights.ASLEEP:
+            raise EngineStateError("cannot write weights: the engine is ASLEEP; wake_weights()")
+        self.state = EngineState(Weights.STALE, self.state.version, self.state.kv_cache_awake)
+        return self.parameters()
+
+    def finish_weight_update(self, version: int) -> None:
+        """Declare the weights READY at `version` and forget what was cached for the old ones."""
+        self._engine.reset_prefix_cache()
+        self.state = EngineState(Weights.READY, version, self.state.kv_cache_awake)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's live parameters by vLLM's names; tied parameters once."""
+        return dict(self.model.named_parameters())
+
+    def weight_layout(self) -> list[ParamLayout]:
+        """Which rectangles of the model's logical tensors this rank's parameters hold.
+
+        Raises:
+            ValueError: a parameter has no layout (quantised or unknown architecture).
+        """
+        from vllm.distributed import parallel_state
+
+        group = parallel_state.get_tp_group()
+        return [
+            vllm_param_layout(
+                self._shape, name, tuple(param.shape), group.rank_in_group, group.world_size
+            )
+            for name, param in self.parameters().items()
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's own counters and gauges by name, summed over labels."""
+        values: dict[str, float] = {}
+        for metric in self._engine.get_metrics():
+            value = getattr(metric, "value", None)  # counters and gauges; histograms have none
+            if value is not None:
+                values[metric.name] = values.get(metric.name, 0.0) + value
+        return values
+
+
+def _itself(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
+def _shared_id() -> str:
+    """A text that all ranks of the replica share and no other replica or job uses.
+
+    It holds the job's id, by which the runtime finds what a killed rank left behind.
+    """
+    box = [f"{os.environ.get('CHATLEARN_VLLM_JOB_ID', '')}-{uuid.uuid4().hex[:12]}"]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

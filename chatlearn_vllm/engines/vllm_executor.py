@@ -1,0 +1,134 @@
+"""Where does user code stand between vLLM's scheduler and its model executor?
+
+Both of vLLM's step functions call `Executor.execute_model` exactly once per scheduled batch. The
+class made here derives from the executor that vLLM itself would pick and hands that call to the
+module's `forward_step`. vLLM takes an executor class as an argument, so nothing is patched, and
+async scheduling, CUDA graphs and pipeline batches work as without it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class StepOwner(Protocol):
+    """Who is asked once per scheduler step."""
+
+    def on_step(self, step: "Step") -> Any:
+        """Run the step with `step.execute()`."""
+
+
+class Step:
+    """One scheduled batch, not yet run."""
+
+    def __init__(self, scheduler_output: Any, execute: Callable[[], Any]) -> None:
+        self.scheduler_output = scheduler_output
+        self.executed = False
+        self.handle: Any = None
+        """What vLLM's executor returned: a future, or None."""
+        self._execute = execute
+
+    def execute(self) -> Any:
+        """Hand the batch to vLLM's model executor; returns its handle.
+
+        Raises:
+            RuntimeError: the batch was executed before.
+        """
+        if self.executed:
+            raise RuntimeError("execute_step() may be called only once per forward_step()")
+        self.executed = True
+        self.handle = self._execute()
+        return self.handle
+
+    def check_done(self, returned: Any, owner: str) -> None:
+        """Check that the user's hook executed the batch and passed its handle on.
+
+        Raises:
+            RuntimeError: it did not.
+        """
+        if not self.executed:
+            raise RuntimeError(
+                f"{owner} did not call self.execute_step(data): the scheduled batch was never run"
+            )
+        if returned is not self.handle:
+            raise RuntimeError(
+                f"{owner} must return what self.execute_step(data) returned, "
+                f"it returned {type(returned).__name__}"
+            )
+
+
+@dataclass(frozen=True)
+class SequenceGroupMetadata:
+    """One request of a scheduled batch, in the words of ChatLearn's data."""
+
+    request_id: str
+    """vLLM's internal id: the request's id and, unless disabled, a random suffix."""
+    is_prompt: bool
+    """Whether the step still works on the prompt."""
+    token_chunk_size: int
+    """Tokens of this request in this step."""
+    num_computed_tokens: int
+    """Tokens already in the KV cache before this step."""
+
+
+class SequenceGroupMetadataList(Sequence):
+    """The requests of a step; built when first read, so that not reading it costs nothing."""
+
+    def __init__(self, scheduler_output: Any) -> None:
+        self._scheduler_output = scheduler_output
+        self._items: list[SequenceGroupMetadata] | None = None
+
+    def _load(self) -> list[SequenceGroupMetadata]:
+        if self._items is None:
+            self._items = list(_read(self._scheduler_output))
+        return self._items
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._load()[index]
+
+    def __len__(self) -> int:
+        return len(self._scheduler_output.num_scheduled_tokens)
+
+
+def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
+    chunk = scheduler_output.num_scheduled_tokens
+    for new in scheduler_output.scheduled_new_reqs:
+        yield SequenceGroupMetadata(
+            new.req_id, True, chunk.get(new.req_id, 0), new.num_computed_tokens
+        )
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, computed, generated in zip(
+        cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
+    ):
+        yield SequenceGroupMetadata(request_id, generated == 0, chunk.get(request_id, 0), computed)
+
+
+def bind_executor(base: type, owner: StepOwner, distributed_id: str) -> type:
+    """Derive an executor class from `base` that asks `owner` once per scheduled batch.
+
+    Args:
+        base: the class vLLM would use, `Executor.get_class(vllm_config)`.
+        owner: held weakly, so that dropping the owner drops the engine.
+        distributed_id: text that is the same on all ranks of the replica and used by no other job
+            on the host; vLLM's CPU communicator names its shared memory after it.
+    """
+    reference = weakref.ref(owner)
+
+    class ChatLearnExecutor(base):  # type: ignore[misc,valid-type]
+        def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+            def execute() -> Any:
+                return base.execute_model(self, scheduler_output, non_block=non_block)
+
+            owner = reference()
+            # A batch without tokens only tells the workers about finished requests.
+            if owner is None or scheduler_output.total_num_scheduled_tokens == 0:
+                return execute()
+            return owner.on_step(Step(scheduler_output, execute))
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            # torch.distributed is initialised before the engine, so the address is never dialled.
+            _, rank, local_rank = super()._distributed_args()
+            return f"tcp://127.0.0.1:{distributed_id}", rank, local_rank
+
+    return ChatLearnExecutor

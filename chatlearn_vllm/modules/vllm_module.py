@@ -1,0 +1,397 @@
+"""What does a user subclass to generate with vLLM, and how does a batch of prompts pass through?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.utils.vllm_utils import get_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from chatlearn_vllm.engines.vllm_engine import VLLMEngine
+    from chatlearn_vllm.engines.vllm_executor import Step
+    from chatlearn_vllm.layouts import ParamLayout
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizerGroup:
+    """Holds the policy's Hugging Face tokenizer as `.tokenizer`, where ChatLearn's users look."""
+
+    tokenizer: Any
+
+
+class VLLMModule(BaseModule, ABC):
+    """A policy that generates with vLLM.
+
+    A subclass writes five hooks; each has a usable default, reached with `super()`. Per episode
+    and on every rank of a replica the framework calls `generate`, which calls
+
+        _add_request(prompts)              once     prompts enter the engine
+        forward_step(data, iteration)      per scheduler step, between scheduler and model
+            execute_step(data)             hands the scheduled batch to vLLM
+        decode_internal(request_outputs)   once, on the replica's first rank
+
+    For evaluation `eval_forward` is called instead of `forward_step`.
+    """
+
+    def __init__(self, name: str, job: Any = None, replica_id: int = 0) -> None:
+        """See `BaseModule`."""
+        super().__init__(name, job, replica_id)
+        self.model: nn.Module | None = None
+        """This rank's live vLLM model, once `setup` ran."""
+        self._engine: VLLMEngine | None = None
+        self._datasets: dict[bool, Any] = {}
+        self._step: Step | None = None
+        self._iteration = 0
+        self._is_eval = False
+        self._first_sample = 0
+        self._plan: Any = None
+
+    # ---- what users write -------------------------------------------------------------------
+
+    @abstractmethod
+    def build_dataset(self, train_prompts: list[Any], is_eval: bool = False) -> Any:
+        """Tokenize prompts. Every rank of every replica; once for training, once for evaluation.
+
+        Args:
+            train_prompts: what the job's `set_dataset` was given: strings, or dicts of a jsonl.
+            is_eval: whether these are the evaluation prompts.
+
+        Returns:
+            A sequence of dicts with `input_ids` and `prompt`; other fields travel with the sample.
+            Its `collate_fn` makes a dict of lists from a list of items.
+        """
+        from chatlearn_vllm.data.prompts import VLLMPromptPipeline
+
+        args = self.model_args
+        return VLLMPromptPipeline(
+            train_prompts,
+            args["seq_length"] - args["max_new_tokens"],
+            self.tokenizer.tokenizer,
+            args["prompt_key"],
+        )
+
+    @abstractmethod
+    def model_provider(self) -> nn.Module:
+        """Define the model. Every rank, once.
+
+        The default builds the vLLM engine for the architecture in `load`'s config.json and returns
+        this rank's live `nn.Module`. A subclass with a model of its own registers it with
+        `vllm.ModelRegistry` and calls `super().model_provider()`.
+        """
+        return self._build_engine().model
+
+    @abstractmethod
+    def _add_request(self, data: dict[str, list], is_eval: bool = False) -> Any:
+        """Pass collated prompts to the engine. Every rank, once per batch of prompts.
+
+        Args:
+            data: what the dataset's `collate_fn` made; lists of equal length.
+            is_eval: whether to sample with the `eval_*` keys.
+        """
+        return self._add_request_internal(data["prompt"], data["input_ids"], is_eval=is_eval)
+
+    @abstractmethod
+    def forward_step(self, data: dict[str, Any], iteration: int = 0) -> Any:
+        """Run one scheduled batch. Every rank, once per scheduler step; call `execute_step` once.
+
+        Args:
+            data: `seq_group_metadata_list` (a sequence, built when first read),
+                `blocks_to_swap_in`, `blocks_to_swap_out`, `blocks_to_copy` (empty: the V1 engine
+                recomputes instead of swapping) and `scheduler_output` (vLLM's own object).
+            iteration: scheduler steps so far for this batch of prompts.
+
+        Returns:
+            What `execute_step` returned.
+        """
+        return self.execute_step(data)
+
+    @abstractmethod
+    def decode_internal(self, batched_outputs: list[Any]) -> dict[str, Any]:
+        """Turn finished requests into a batch. First rank of each replica.
+
+        Args:
+            batched_outputs: `vllm.RequestOutput`s in request order, `n` completions in each.
+
+        Returns:
+            A batch as described in `chatlearn_vllm/data/batch.py`.
+        """
+        from chatlearn_vllm.data.rollouts import rollouts_to_batch
+
+        return rollouts_to_batch(
+            batched_outputs, self.model_args["seq_length"], self.tokenizer.tokenizer.eos_token_id
+        )
+
+    def setup(self) -> None:
+        """Make `self.model`. Every rank, once."""
+        self.model = get_model(self.model_provider, self.model_args)
+
+    def eval_forward(self, data: dict[str, Any], iteration: int = 0) -> Any:
+        """Like `forward_step`, during evaluation."""
+        return self.forward_step(data, iteration)
+
+    # ---- what users call --------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> TokenizerGroup:
+        """The tokenizer of `tokenizer` in the yaml, by default that of `load`."""
+        from transformers import AutoTokenizer
+
+        return TokenizerGroup(AutoTokenizer.from_pretrained(self._tokenizer_dir()))
+
+    def _add_request_internal(
+        self, prompt_list: list[str], prompt_token_id_list: list[list[int]], is_eval: bool = False
+    ) -> None:
+        """Add prompts to the engine with the yaml's sampling keys and a seed for each response.
+
+        Raises:
+            ValueError: a prompt leaves no room for a response, or vLLM refuses it.
+        """
+        from chatlearn_vllm.engines.vllm_arguments import max_response_tokens, sampling_arguments
+
+        args = self.model_args
+        sampling = sampling_arguments(args, is_eval=is_eval)
+        for row, (prompt, ids) in enumerate(zip(prompt_list, prompt_token_id_list, strict=True)):
+            room = max_response_tokens(args, len(ids))
+            if room < 1:
+                raise ValueError(
+                    f"prompt {row} has {len(ids)} tokens: no room for a response in "
+                    f"seq_length={args.seq_length}; truncate it in build_dataset()"
+                )
+            seed = sample_seed(args.seed, self._first_sample + row * sampling["n"], is_eval)
+            request = {"max_tokens": room, "seed": seed} | sampling
+            self.engine.add_request(str(row), prompt, ids, request)
+
+    def execute_step(
+        self,
+        seq_group_metadata_list: Any,
+        blocks_to_swap_in: Any = None,
+        blocks_to_swap_out: Any = None,
+        blocks_to_copy: Any = None,
+    ) -> Any:
+        """Hand the scheduled batch to vLLM; call it once per `forward_step`.
+
+        Takes the whole `data` of `forward_step`, or its four entries one by one. What is executed
+        is always the batch that vLLM scheduled.
+
+        Returns:
+            vLLM's handle of the running batch (a future, or None), to be returned by
+            `forward_step`. Tokens are sampled later, so it holds none.
+        """
+        if self._step is None:
+            raise RuntimeError("execute_step() is only valid inside forward_step()")
+        return self._step.execute()
+
+    @property
+    def engine(self) -> VLLMEngine:
+        """This rank's engine.
+
+        Raises:
+            RuntimeError: it is not built yet.
+        """
+        if self._engine is None:
+            raise RuntimeError(f"{self.name}: the engine is built by model_setup()")
+        return self._engine
+
+    # ---- what the framework calls -----------------------------------------------------------
+
+    def init(self) -> None:
+        """Join the process group of the replica's tensor and pipeline parallel ranks."""
+        from chatlearn_vllm.engines.process_group import init_process_group
+
+        init_process_group()
+
+    def model_setup(self) -> None:
+        """Run the user's `setup`, and build the engine if that did not."""
+        self.setup()
+        self._build_engine()
+        if self.model is None:
+            self.model = self.engine.model
+
+    def _build_engine(self) -> VLLMEngine:
+        if self._engine is not None:
+            return self._engine
+        import torch
+
+        from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
+        from chatlearn_vllm.engines.vllm_engine import VLLMEngine
+        from chatlearn_vllm.layouts import ModelShape
+
+        sampling_arguments(self.model_args, is_eval=False)
+        model_dir = Path(self.model_args.load or self._tokenizer_dir())
+        shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
+        arguments, notices = engine_arguments(
+            self.model_args,
+            model_dir,
+            shape,
+            seed=self.model_args.seed + self.replica_id,
+            on_gpu=torch.cuda.is_available(),
+        )
+        if self.rank == 0 and self.replica_id == 0:
+            for notice in notices:
+                logger.info("%s: %s", self.name, notice)
+        self._engine = VLLMEngine(arguments, shape, owner=self)
+        return self._engine
+
+    def _tokenizer_dir(self) -> str:
+        directory = self.model_args.tokenizer or self.model_args.load
+        if directory is None:
+            raise ValueError(
+                f"models.{self.name}: set `tokenizer` (or `load`) to a Hugging Face directory"
+            )
+        return str(directory)
+
+    def build_prompts(self, prompts: list[Any], is_eval: bool = False) -> int:
+        """Build and keep the dataset; returns the number of its prompts."""
+        dataset = self.build_dataset(prompts, is_eval=is_eval)
+        if dataset is None or len(dataset) == 0:
+            raise ValueError(
+                f"{type(self).__name__}.build_dataset(is_eval={is_eval}) returned no prompts "
+                f"for {len(prompts)} records"
+            )
+        self._datasets[is_eval] = dataset
+        return len(dataset)
+
+    def generate(
+        self,
+        prompt_indices: list[int],
+        first_sample: int,
+        iteration: int = 0,
+        is_eval: bool = False,
+    ) -> dict[str, Any] | None:
+        """Answer prompts. Collective over the replica: all its ranks, with equal arguments.
+
+        Args:
+            prompt_indices: rows of the dataset.
+            first_sample: ordinal, over the whole job, of the first response; makes seeds unique.
+            iteration: episode, for logs.
+            is_eval: use the evaluation dataset, sampling keys and `eval_forward`.
+
+        Returns:
+            On the first rank the batch, with `prompt_index`, `weight_version` and the dataset's
+            extra fields added; None on the others.
+        """
+        import torch
+
+        dataset = self._datasets[is_eval]
+        records = [dataset[index] for index in prompt_indices]
+        data = dataset.collate_fn(records)
+        self._is_eval, self._first_sample, self._iteration = is_eval, first_sample, 0
+        try:
+            self._add_request(data, is_eval=is_eval)
+            outputs = self.engine.run()
+        except BaseException:
+            self.engine.abort()
+            raise
+        if self.model_args.log_metrics and self.is_last_rank():
+            logger.info("%s: %s", self.name, self.engine.metrics())
+        if self.rank != 0:
+            return None
+        batch = self.decode_internal(outputs)
+        responses = [len(output.outputs) for output in outputs]
+        repeat = torch.tensor(responses)
+        batch["prompt_index"] = torch.tensor(prompt_indices).repeat_interleave(repeat)
+        batch["weight_version"] = torch.full((sum(responses),), self.engine.state.version)
+        for key in records[0].keys() - batch.keys() - {"input_ids", "prompt"}:
+            batch[key] = [
+                record[key]
+                for record, count in zip(records, responses, strict=True)
+                for _ in range(count)
+            ]
+        return batch
+
+    def on_step(self, step: Step) -> None:
+        """Pass one scheduled batch through the user's hook; called by the engine."""
+        from chatlearn_vllm.engines.vllm_executor import SequenceGroupMetadataList
+
+        data = {
+            "seq_group_metadata_list": SequenceGroupMetadataList(step.scheduler_output),
+            "blocks_to_swap_in": [],
+            "blocks_to_swap_out": [],
+            "blocks_to_copy": [],
+            "scheduler_output": step.scheduler_output,
+        }
+        hook = self.eval_forward if self._is_eval else self.forward_step
+        self._step = step
+        try:
+            returned = hook(data, self._iteration)
+        finally:
+            self._step = None
+        step.check_done(returned, f"{type(self).__name__}.{hook.__name__}()")
+        self._iteration += 1
+
+    def engine_state(self) -> str:
+        """The engine's state as text, for example `READY(3)`."""
+        return str(self.engine.state)
+
+    def sleep(self) -> None:
+        """Give device memory back at `sleep_level`."""
+        self.engine.sleep(self.model_args.sleep_level)
+
+    def wake_weights(self) -> None:
+        """Take the weights' memory back."""
+        self.engine.wake_weights()
+
+    def wake_kv_cache(self) -> None:
+        """Take the KV cache's memory back."""
+        self.engine.wake_kv_cache()
+
+    def weight_layout(self) -> list[ParamLayout]:
+        """Which part of the model this rank's live parameters hold."""
+        return self.engine.weight_layout()
+
+    def plan_weight_sync(
+        self, sources: dict[int, list[ParamLayout]], prefer: list[int]
+    ) -> tuple[int, ...]:
+        """Plan this rank's copies; kept for `import_weights`.
+
+        Args:
+            sources: layouts of all training ranks, by rank.
+            prefer: training ranks to read from first.
+
+        Returns:
+            The training ranks whose exports `import_weights` needs.
+        """
+        from chatlearn_vllm.weight_sync.planner import plan_rank
+
+        self._plan = plan_rank(self.weight_layout(), sources, prefer)
+        return self._plan.source_ranks
+
+    def import_weights(self, version: int, *exports: Any) -> int:
+        """Copy new weights into the live parameters. The weights must be awake.
+
+        Args:
+            version: what the new weights are called from now on.
+            *exports: of the training ranks that `plan_weight_sync` returned, in that order.
+
+        Returns:
+            Bytes written on this rank.
+        """
+        from chatlearn_vllm.weight_sync.transport import run_plan
+
+        targets = self.engine.begin_weight_update()
+        exports_by_rank = dict(zip(self._plan.source_ranks, exports, strict=True))
+        num_bytes = run_plan(self._plan, exports_by_rank, targets)
+        self.engine.finish_weight_update(version)
+        return num_bytes
+
+
+def sample_seed(run_seed: int, ordinal: int, is_eval: bool) -> int:
+    """Seed of the `ordinal`-th response of a job; vLLM adds the index among a prompt's responses.
+
+    Consecutive ordinals give consecutive seeds from a start that depends on the run's seed, so no
+    two of the first 2**32 responses share one, not even where a generator keeps 32 bits only.
+    """
+    digest = hashlib.sha256(f"{run_seed}/{'eval' if is_eval else 'train'}".encode()).digest()
+    return (int.from_bytes(digest[:7], "big") + ordinal) % 2**63

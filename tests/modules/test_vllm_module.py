@@ -1,0 +1,333 @@
+"""Does a policy generate as documented? One real vLLM engine serves all tests of this file."""
+
+import copy
+
+import pytest
+import torch
+
+from chatlearn_vllm import VLLMModule
+from chatlearn_vllm.data.batch import check_batch
+from chatlearn_vllm.data.prompts import PromptPipeline
+from chatlearn_vllm.data.rollouts import rollouts_to_batch
+from chatlearn_vllm.engines.vllm_engine import EngineStateError
+from chatlearn_vllm.modules.vllm_module import sample_seed
+from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
+from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
+from tests.helpers.tiny_llama import save_tiny_llama
+
+PROMPTS = ["12+34=", "a", "The sum of 1 and 2 is", "0" * 40, "x y z"]
+
+
+class VLLMPromptPipeline(PromptPipeline):
+    """As printed on the documentation page, character slicing included."""
+
+    def __init__(self, prompts, max_prompt_length, tokenizer=None):
+        for p in prompts:
+            assert len(p) > 0, "Got empty prompt"
+        assert max_prompt_length > 0
+        self.prompts = [(p, tokenizer.encode(p[:max_prompt_length])) for p in prompts]
+        self.prompts_ids = []
+        for prompt, prompt_ids in self.prompts:
+            p = {"input_ids": prompt_ids, "prompt": prompt}
+            self.prompts_ids.extend([copy.deepcopy(p)])
+        self.tokenizer = tokenizer
+
+
+class VLLMPolicyInference(VLLMModule):
+    """The class of the documentation page, with what it leaves open filled by the defaults."""
+
+    steps: list[tuple[int, int]]
+    misbehave: str | None = None
+
+    def setup(self):
+        self.steps = []
+        self.model = get_model(self.model_provider, self.model_args)
+        print_rank_0("model is built")
+
+    def model_provider(self):
+        """Build the model."""
+        return super().model_provider()
+
+    def build_dataset(self, train_prompts, is_eval=False):
+        max_prompt_length = self.model_args.get("seq_length") - self.model_args.get(
+            "max_new_tokens"
+        )
+        return VLLMPromptPipeline(train_prompts, max_prompt_length, self.tokenizer.tokenizer)
+
+    def eval_forward(self, data, iteration=0):
+        return self._forward_step(data, iteration, eval_mode=True)
+
+    def _add_request(self, data, is_eval=False):
+        return self._add_request_internal(data["prompt"], data["input_ids"], is_eval=is_eval)
+
+    def _forward_step(self, data, iteration, eval_mode):
+        assert iteration >= 0
+        assert isinstance(eval_mode, bool)
+        seq_group_metadata_list = data["seq_group_metadata_list"]
+        blocks_to_swap_in = data["blocks_to_swap_in"]
+        blocks_to_swap_out = data["blocks_to_swap_out"]
+        blocks_to_copy = data["blocks_to_copy"]
+        self.steps.append((iteration, sum(g.token_chunk_size for g in seq_group_metadata_list)))
+        if self.misbehave == "raise":
+            raise KeyError("my own bug")
+        if self.misbehave == "raise late":
+            self.execute_step(data)
+            raise KeyError("my own bug")
+        if self.misbehave == "skip":
+            return None
+        outputs = self.execute_step(
+            seq_group_metadata_list, blocks_to_swap_in, blocks_to_swap_out, blocks_to_copy
+        )
+        return None if self.misbehave == "drop" else outputs
+
+    def forward_step(self, data, iteration=0):
+        return self._forward_step(data, iteration, eval_mode=False)
+
+    def decode_internal(self, batched_outputs):
+        self.request_ids = [output.request_id for output in batched_outputs]
+        return super().decode_internal(batched_outputs)
+
+
+@pytest.fixture(scope="module")
+def hf_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    model = save_tiny_llama(directory)
+    model.directory = directory
+    return model
+
+
+@pytest.fixture(scope="module")
+def policy(hf_model, tmp_path_factory):
+    job = policy_job(
+        tmp_path_factory.mktemp("job"), hf_model.directory,
+        n=3, temperature=0.7, eval_temperature=0.0, block_size=16, bf16=True, stop_token_list="~;@",
+    )  # fmt: skip
+    module = start_policy(VLLMPolicyInference, job)
+    module.build_prompts(PROMPTS)
+    module.build_prompts(PROMPTS[:3], is_eval=True)
+    with pytest.raises(EngineStateError) as refusal:
+        module.generate([0], first_sample=0)
+    module.refusal_before_weights = str(refusal.value)
+    return module
+
+
+@pytest.fixture
+def ready(policy, hf_model):
+    policy.misbehave = None
+    policy.wake_weights()
+    put_weights(policy, hf_model, version=1)
+    policy.wake_kv_cache()
+    policy.steps.clear()
+    return policy
+
+
+def hf_logprobs(model, tokens, temperature=1.0):
+    """[S-1] log-probability of each next token under the Hugging Face model."""
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0].float() / temperature
+    return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+
+
+def response(batch, row):
+    return batch["all_tokens"][row][batch["loss_mask"][row] == 1]
+
+
+def test_generating_before_any_weights_arrived_is_refused(policy) -> None:
+    assert "the engine is DUMMY, it must be READY" in policy.refusal_before_weights
+
+
+def test_batch_follows_the_contract_in_request_order(ready) -> None:
+    batch = ready.generate([4, 0, 2], first_sample=0)
+    check_batch(batch, SEQ_LENGTH)
+    assert ready.request_ids == ["0", "1", "2"]
+    assert batch["str_prompts"] == [PROMPTS[i] for i in (4, 0, 2) for _ in range(3)]
+    assert batch["prompt_index"].tolist() == [4, 4, 4, 0, 0, 0, 2, 2, 2]
+    assert batch["weight_version"].tolist() == [1] * 9
+    tokenizer = ready.tokenizer.tokenizer
+    for row in range(9):
+        prompt = batch["no_padded_query_ids"][row]
+        assert torch.equal(batch["all_tokens"][row, : len(prompt)], prompt)
+        assert prompt.tolist() == tokenizer.encode(batch["str_prompts"][row])
+
+
+def test_forward_step_sees_every_scheduled_token_once(ready) -> None:
+    batch = ready.generate([0, 1], first_sample=0)
+    assert [iteration for iteration, _ in ready.steps] == list(range(len(ready.steps)))
+    prompt_tokens = sum(len(batch["no_padded_query_ids"][row]) for row in range(6))
+    responses = int(batch["loss_mask"].sum())
+    cached = prompt_tokens - sum(len(batch["no_padded_query_ids"][row]) for row in (0, 3))
+    scheduled = sum(tokens for _, tokens in ready.steps)
+    # The last token of a response is sampled and not fed back.
+    assert prompt_tokens - cached <= scheduled <= prompt_tokens + responses - 6
+
+
+def test_logprobs_are_of_the_distribution_at_the_sampling_temperature(ready, hf_model) -> None:
+    batch = ready.generate(list(range(5)), first_sample=0)
+    for row in range(len(batch["all_tokens"])):
+        mask = batch["loss_mask"][row, 1:] == 1
+        length = int(mask.nonzero().max()) + 2
+        want = hf_logprobs(hf_model, batch["all_tokens"][row, :length], temperature=0.7)
+        got = batch["logprobs"][row, : length - 1]
+        assert torch.allclose(got[mask[: length - 1]], want[mask[: length - 1]], atol=1e-4)
+
+
+def test_truncated_sampling_reports_logprobs_of_the_renormalised_rest(ready, hf_model) -> None:
+    prompt = ready.tokenizer.tokenizer.encode("12+34=")
+    sampling = {"temperature": 0.7, "top_k": 5, "max_tokens": 12, "seed": 1, "logprobs": 0}
+    ready.engine.add_request("0", None, prompt, sampling)
+    batch = rollouts_to_batch(ready.engine.run(), SEQ_LENGTH, pad_token_id=2)
+    mask = batch["loss_mask"][0, 1:] == 1
+    tokens = batch["all_tokens"][0, : int(mask.nonzero().max()) + 2]
+    with torch.no_grad():
+        logits = hf_model(tokens[None]).logits[0].float()[:-1] / 0.7
+    kept = logits.topk(5).values
+    want = logits.gather(1, tokens[1:, None])[:, 0] - kept.logsumexp(-1)
+    got = batch["logprobs"][0, : len(want)]
+    sampled = mask[: len(want)]
+    assert torch.allclose(got[sampled], want[sampled], atol=1e-4)
+    full = hf_logprobs(hf_model, tokens, temperature=0.7)
+    assert (got[sampled] > full[sampled]).all()
+
+
+def test_greedy_evaluation_equals_hugging_face_generate(ready, hf_model) -> None:
+    batch = ready.generate([0, 1, 2], first_sample=0, is_eval=True)
+    assert len(batch["all_tokens"]) == 3
+    for row in range(3):
+        prompt = batch["no_padded_query_ids"][row]
+        with torch.no_grad():
+            want = hf_model.generate(prompt[None], max_new_tokens=12, do_sample=False)[0]
+        got = response(batch, row)
+        text = ready.tokenizer.tokenizer.decode(want[len(prompt) :])
+        if not any(stop in text for stop in "~@"):
+            assert got.tolist() == want[len(prompt) :].tolist()
+        assert torch.equal(got, want[len(prompt) : len(prompt) + len(got)])
+
+
+def test_only_sampled_tokens_are_actions(ready) -> None:
+    batch = ready.generate(list(range(5)) * 8, first_sample=100)
+    eos = ready.tokenizer.tokenizer.eos_token_id
+    ended = cut = 0
+    for row in range(len(batch["all_tokens"])):
+        tokens = response(batch, row)
+        start = len(batch["no_padded_query_ids"][row])
+        assert (batch["all_tokens"][row, start + len(tokens) :] == eos).all()
+        assert (tokens[:-1] != eos).all()
+        ended += int(tokens[-1] == eos)
+        cut += int(len(tokens) == 12 and tokens[-1] != eos)
+    assert ended > 0
+    assert cut > 0
+
+
+def test_equal_seeds_give_equal_samples_and_others_differ(ready) -> None:
+    first = ready.generate([0, 1], first_sample=0)
+    again = ready.generate([0, 1], first_sample=0)
+    other = ready.generate([0, 1], first_sample=6)
+    assert torch.equal(first["all_tokens"], again["all_tokens"])
+    assert torch.equal(first["logprobs"], again["logprobs"])
+    assert not torch.equal(first["all_tokens"], other["all_tokens"])
+
+
+def test_a_sample_depends_on_its_ordinal_and_not_on_its_batch(ready) -> None:
+    together = ready.generate([0, 0, 0], first_sample=0)
+    alone = ready.generate([0], first_sample=6)
+    assert torch.equal(together["all_tokens"][6:], alone["all_tokens"])
+    assert len({tuple(row.tolist()) for row in together["all_tokens"]}) > 1
+
+
+def test_no_two_samples_of_a_job_share_a_seed() -> None:
+    seeds = {sample_seed(run, i, e) for run in (1, 2) for i in range(5000) for e in (True, False)}
+    assert len(seeds) == 20000
+    low_bits = {sample_seed(1, i, False) % 2**32 for i in range(5000)}
+    assert len(low_bits) == 5000
+
+
+def test_generating_leaves_the_process_random_generators_alone(ready) -> None:
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    ready.generate([0], first_sample=0)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_new_weights_answer_at_once_and_not_from_the_prefix_cache(ready, hf_model) -> None:
+    before = ready.generate([3], first_sample=0)
+    changed = copy.deepcopy(hf_model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.3)
+    num_bytes = put_weights(ready, changed, version=2)
+    assert num_bytes == 4 * sum(p.numel() for p in changed.parameters())
+    after = ready.generate([3], first_sample=0)
+    assert after["weight_version"].tolist() == [2, 2, 2]
+    assert not torch.allclose(before["logprobs"], after["logprobs"], atol=1e-2)
+    for row in range(3):
+        mask = after["loss_mask"][row, 1:] == 1
+        length = int(mask.nonzero().max()) + 2
+        want = hf_logprobs(changed, after["all_tokens"][row, :length], temperature=0.7)
+        got = after["logprobs"][row, : length - 1]
+        assert torch.allclose(got[mask[: length - 1]], want[mask[: length - 1]], atol=1e-4)
+
+
+def test_states_follow_sleep_wake_and_sync(ready, hf_model) -> None:
+    assert ready.engine_state() == "READY(1)"
+    ready.sleep()
+    assert ready.engine_state() == "ASLEEP without KV cache"
+    with pytest.raises(EngineStateError, match="ASLEEP.*must be READY"):
+        ready.generate([0], first_sample=0)
+    with pytest.raises(EngineStateError, match="cannot write weights"):
+        put_weights(ready, hf_model, version=2)
+    ready.wake_weights()
+    assert ready.engine_state() == "EMPTY without KV cache"
+    with pytest.raises(EngineStateError, match="EMPTY"):
+        ready.generate([0], first_sample=0)
+    put_weights(ready, hf_model, version=2)
+    with pytest.raises(EngineStateError, match=r"READY\(2\) without KV cache"):
+        ready.generate([0], first_sample=0)
+    ready.wake_kv_cache()
+    assert ready.engine_state() == "READY(2)"
+    assert ready.generate([0], first_sample=0)["weight_version"].tolist() == [2] * 3
+
+
+def test_a_sync_that_fails_leaves_the_engine_stale(ready, hf_model) -> None:
+    export = {"no": "export"}
+    with pytest.raises(AttributeError):
+        ready.import_weights(9, export)
+    assert ready.engine_state() == "STALE(1)"
+    with pytest.raises(EngineStateError, match=r"STALE\(1\)"):
+        ready.generate([0], first_sample=0)
+    put_weights(ready, hf_model, version=2)
+    assert ready.engine_state() == "READY(2)"
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        ("raise", KeyError, "my own bug"),
+        ("raise late", KeyError, "my own bug"),
+        ("skip", RuntimeError, r"VLLMPolicyInference.forward_step\(\) did not call"),
+        ("drop", RuntimeError, "must return what self.execute_step"),
+    ],
+)
+def test_a_broken_forward_step_is_named_and_the_engine_stays_usable(
+    ready, how, error, match
+) -> None:
+    want = ready.generate([0], first_sample=0)
+    ready.misbehave = how
+    with pytest.raises(error, match=match):
+        ready.generate([0, 1], first_sample=0)
+    ready.misbehave = None
+    assert torch.equal(ready.generate([0], first_sample=0)["all_tokens"], want["all_tokens"])
+
+
+def test_a_prompt_without_room_for_a_response_is_refused(ready) -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 has 96 tokens.*seq_length=96"):
+        ready.build_prompts(["a", "b" * 96])
+        ready._datasets[False].prompts_ids[1]["input_ids"] = [5] * SEQ_LENGTH
+        ready.generate([0, 1], first_sample=0)
+    ready.build_prompts(PROMPTS)
+    assert len(ready.generate([0], first_sample=0)["all_tokens"]) == 3
+
+
+def test_execute_step_outside_of_forward_step_is_refused(ready) -> None:
+    with pytest.raises(RuntimeError, match="only valid inside forward_step"):
+        ready.execute_step({})
