@@ -1,0 +1,22 @@
+"""megatron-core on a replica's ranks: model, optimizer, schedules, checkpoints.
+
+The only package that imports megatron.core. In reading order:
+
+    engine.py           MegatronEngine: what modules/megatron_module.py drives
+    parallel.py         process group, parallel groups, seeds
+    architectures.py    Hugging Face config.json -> TransformerConfig
+    model.py            GPTModel chunks of this rank
+    norm.py, attention.py   the two modules put in place of megatron-core's own
+    init_weights.py     reproducible weights for a policy made from nothing
+    hf_checkpoint.py    Hugging Face safetensors in and out
+    logprobs.py         log-probabilities and entropy from vocabulary-parallel logits
+    optimizer.py        data parallel wrapper, optimizer, schedule
+    offload.py          device memory out and back in
+    checkpoint.py       megatron-core's dist_checkpointing, for resume
+    cpu.py              what lets all of this run without a GPU
+"""
+
+import warnings
+
+# Said by five modules of megatron-core, on every rank; this package is made to do without both.
+warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")

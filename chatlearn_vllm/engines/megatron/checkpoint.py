@@ -1,0 +1,224 @@
+"""How is training state saved so that it resumes with other parallel sizes?
+
+<directory>/iter_0000020/    megatron-core's dist_checkpointing files
+            chatlearn.json   iteration, parallel sizes and optimizer format of the writer
+            rng_00003.pt     random states of rank 3
+<directory>/latest           name of the newest complete one
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import queue
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from chatlearn_vllm.engines.megatron.files import (
+    atomic_directory,
+    read_json,
+    write_text_atomically,
+)
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config import ModelArgs
+
+_ABOUT = "chatlearn.json"
+_LATEST = "latest"
+_LAYOUT_KEYS = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Resumable(NamedTuple):
+    """What a checkpoint holds."""
+
+    chunks: list[GPTModel]
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
+
+
+def save(directory: Path, iteration: int, state: Resumable, args: ModelArgs) -> None:
+    """Write one checkpoint, whole or not at all, then point `latest` at it. All ranks.
+
+    Raises:
+        ValueError: psutil is not installed; megatron-core would hang instead of saying so.
+    """
+    if importlib.util.find_spec("psutil") is None:
+        raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
+    about = _describe(args, iteration)
+    name = _name(iteration)
+    with atomic_directory(directory / name) as temporary:
+        sharded = _sharded_state(state, about["optimizer_format"], is_loading=False)
+        with _write_results_stay_in_this_process():
+            dist_checkpointing.save(sharded, str(temporary))
+        torch.save(_random_state(), temporary / f"rng_{dist.get_rank():05d}.pt")
+        if dist.get_rank() == 0:
+            (temporary / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    if dist.get_rank() == 0:
+        write_text_atomically(directory / _LATEST, name + "\n")
+    dist.barrier()
+
+
+def load(directory: Path, iteration: int | None, state: Resumable, args: ModelArgs) -> int | None:
+    """Read a checkpoint into the state. All ranks.
+
+    The random states are restored if the ranks are arranged as when it was saved; else every rank
+    keeps those of its seed.
+
+    Returns:
+        Its iteration; None if `iteration` is None and there is no checkpoint.
+
+    Raises:
+        ValueError: the asked-for checkpoint does not exist, or cannot be read with these settings.
+    """
+    latest = directory / _LATEST
+    if iteration is None and not latest.is_file():
+        return None
+    path = directory / (_name(iteration) if iteration is not None else latest.read_text().strip())
+    if not (path / _ABOUT).is_file():
+        raise ValueError(f"{path}: no complete checkpoint there (no {_ABOUT})")
+    about = read_json(path / _ABOUT)
+    _check_readable(path, about, args)
+    wanted = _sharded_state(state, about["optimizer_format"], is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(path))
+    for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
+        chunk.load_state_dict(loaded[key])
+    if state.optimizer is not None:
+        # A resumed job follows its yaml: the saved rates would win over it otherwise.
+        own = [(group["max_lr"], group["min_lr"]) for group in state.optimizer.param_groups]
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        for group, rates in zip(state.optimizer.param_groups, own, strict=True):
+            group["max_lr"], group["min_lr"] = rates
+        state.scheduler.num_steps = 0
+        state.scheduler.load_state_dict(loaded["scheduler"])
+    if all(about[key] == _describe(args, 0)[key] for key in _LAYOUT_KEYS):
+        _set_random_state(torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=False))
+    elif dist.get_rank() == 0:
+        logger.info("%s was saved with other parallel sizes: random states start anew", path)
+    return about["iteration"]
+
+
+def _name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _describe(args: ModelArgs, iteration: int) -> dict[str, Any]:
+    if not args.use_distributed_optimizer:
+        optimizer_format = "replicated"
+    elif args.overlap_grad_reduce:
+        # With several gradient buckets the paddings at their ends would shift the optimizer's
+        # state in the reshardable format: megatron-core warns and writes wrong numbers.
+        optimizer_format = "dp_reshardable"
+    else:
+        optimizer_format = "fully_reshardable"
+    return {
+        "iteration": iteration,
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": args.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": args.virtual_pipeline_model_parallel_size,
+        "optimizer_format": optimizer_format,
+    }
+
+
+def _check_readable(path: Path, about: dict[str, Any], args: ModelArgs) -> None:
+    mine = _describe(args, about["iteration"])
+    saved, wanted = about["optimizer_format"], mine["optimizer_format"]
+    if (saved == "replicated") != (wanted == "replicated"):
+        raise ValueError(
+            f"{path}: was saved with use_distributed_optimizer={saved != 'replicated'}, "
+            f"set it so (it is {args.use_distributed_optimizer})"
+        )
+    changed = [key for key in _LAYOUT_KEYS[1:] if about[key] != mine[key]]
+    if "dp_reshardable" in (saved, wanted) and (saved != wanted or changed):
+        raise ValueError(
+            f"{path}: optimizer format {saved!r} cannot be read here; with "
+            "overlap_grad_reduce=True on either side that setting and the tensor and pipeline "
+            "parallel sizes must stay the same"
+            + "".join(f"; {key} was {about[key]}, is {mine[key]}" for key in changed)
+        )
+
+
+def _model_keys(state: Resumable) -> list[str]:
+    if len(state.chunks) == 1:
+        return ["model"]
+    return [f"model{number}" for number in range(len(state.chunks))]
+
+
+def _sharded_state(state: Resumable, optimizer_format: str, *, is_loading: bool) -> dict[str, Any]:
+    """What dist_checkpointing saves, or fills when loading."""
+    # The format must be explicit: the default one fails ("flattened_range is not supported").
+    metadata = {
+        "distrib_optim_sharding_type": optimizer_format,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    # Of the bare GPTModel: the data parallel wrapper would prefix every key.
+    models = {
+        key: chunk.sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(_model_keys(state), state.chunks, strict=True)
+    }
+    sharded: dict[str, Any] = dict(models)
+    if state.optimizer is not None:
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(
+            models["model"] if len(models) == 1 else models,
+            is_loading=is_loading,
+            metadata=metadata,
+        )
+        sharded["scheduler"] = state.scheduler.state_dict()
+    return sharded
+
+
+@contextmanager
+def _write_results_stay_in_this_process() -> Iterator[None]:
+    """Within the block megatron-core collects the results of its writers in a plain queue.
+
+    For saves in the background it would start a process to hold that queue: seconds per save,
+    hundreds of MiB per rank, and it outlives a rank that is killed. Nothing here saves in the
+    background. The queue is a variable of megatron-core's module, which is put back.
+    """
+    original = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = original
+
+
+def _random_state() -> dict[str, Any]:
+    is_cuda = torch.cuda.is_available()
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if is_cuda else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,501 @@
+"""What can be done with a model on megatron-core: train, score, save, move out of the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from chatlearn_vllm.engines.megatron import checkpoint, hf_checkpoint, offload, optimizer, parallel
+from chatlearn_vllm.engines.megatron.architectures import transformer_config
+from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
+from chatlearn_vllm.engines.megatron.files import read_json
+from chatlearn_vllm.engines.megatron.hf_checkpoint import HFWeights, LaidOut
+from chatlearn_vllm.engines.megatron.init_weights import RandomWeights
+from chatlearn_vllm.engines.megatron.logprobs import vocab_parallel_logprobs
+from chatlearn_vllm.engines.megatron.micro_batches import to_device, trim
+from chatlearn_vllm.engines.megatron.model import (
+    ModelProvider,
+    build_chunks,
+    build_gpt_model,
+    in_training_dtype,
+    named_parameters,
+)
+from chatlearn_vllm.layouts import ModelShape, ParamLayout, megatron_param_layout
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config import ModelArgs
+    from chatlearn_vllm.data.batch import Batch
+
+Stats = dict[str, torch.Tensor]
+LossFn = Callable[["Batch", torch.Tensor, torch.Tensor], tuple[torch.Tensor, Stats]]
+"""(micro-batch, logprobs [b, S'-1], entropy [b, S'-1]) -> loss to be summed, sums to be summed."""
+ScoreFn = Callable[["Batch", torch.Tensor, torch.Tensor], torch.Tensor]
+"""(micro-batch, logprobs [b, S'-1], entropy [b, S'-1]) -> [b, ...]."""
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronEngine:
+    """One rank's part of a model, its optimizer if it is trained, and the schedules that run them.
+
+    Every public method is collective over the ranks of the replica unless it says otherwise.
+    """
+
+    def __init__(
+        self, args: ModelArgs, *, trainable: bool, model_provider: ModelProvider | None = None
+    ) -> None:
+        """Join the process group, cut it into parallel groups and read config.json.
+
+        The model itself is built by `build`.
+
+        Args:
+            args: settings of the model, parallel sizes included.
+            trainable: whether gradients and an optimizer are needed.
+            model_provider: builds a chunk of the model; None for `default_model_provider`.
+
+        Raises:
+            ValueError: a setting contradicts the number of ranks, config.json or another setting.
+        """
+        self.args = args
+        self.trainable = trainable
+        self._provider = model_provider or self.default_model_provider
+        self._check_settings()
+        self.hf_directory = self._find_hf_directory()
+        self.hf_config = read_json(self.hf_directory / "config.json")
+        self.shape = ModelShape.from_hf_config(self.hf_config)
+        parallel.join_process_group(args.distributed_timeout_minutes)
+        parallel.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        )
+        self.device = parallel.device()
+        with cuda_means_cpu():
+            parallel.seed_everything(args.seed)
+        self.config = transformer_config(self.hf_config, **self._transformer_settings())
+        self.chunks: list[GPTModel] = []
+        self._modules: list[torch.nn.Module] = []
+        self.optimizer = None
+        self.scheduler = None
+
+    # ---------------------------------------------------------------- building
+
+    @cuda_means_cpu()
+    def build(self) -> None:
+        """Build the model, fill its weights, and build the optimizer if it is trained."""
+        self.chunks = build_chunks(self.config, self._provider, self.device)
+        modules = [in_training_dtype(self.config, chunk) for chunk in self.chunks]
+        for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
+            parameter.requires_grad_(self.trainable)
+        self._fill_weights()
+        if self.trainable:
+            modules = optimizer.wrap_data_parallel(self.config, modules, self.args)
+            self.optimizer = optimizer.build_optimizer(self.config, modules, self.args)
+            self.scheduler = optimizer.build_scheduler(self.optimizer, self.args)
+        self._modules = modules
+        self._build_offloaders()
+
+    @cuda_means_cpu()
+    def default_model_provider(
+        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+    ) -> GPTModel:
+        """The model that config.json describes; see `build_gpt_model`. Not collective."""
+        return build_gpt_model(
+            self.config,
+            self.hf_config,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+    # ---------------------------------------------------------------- running
+
+    @cuda_means_cpu()
+    def train_step(
+        self, micro_batches: list[Batch], loss_fn: LossFn
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Compute gradients over some micro-batches and update the weights once.
+
+        The loss is the *sum* of what `loss_fn` returns for all micro-batches of all data parallel
+        ranks, so `loss_fn` must divide by numbers of the whole global batch.
+
+        Args:
+            micro_batches: this data parallel rank's, of equal size, in the form of data/batch.py;
+                the same on all its tensor and pipeline parallel ranks, and equally many on all
+                data parallel ranks.
+            loss_fn: called on the last pipeline stage, on trimmed micro-batches on the device.
+
+        Returns:
+            On all ranks, {"loss", "grad_norm" (before clipping), "lr", "update_skipped" (1.0 where
+            fp16 gradients overflowed)} and the sums of `loss_fn` over all micro-batches and ranks.
+        """
+        assert self.trainable, "the model was built without an optimizer"
+        self._require_onloaded(self._weights, self._grads, self._optimizer_states)
+        for module in self._modules:
+            module.train()
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._forward_backward(micro_batches, loss_fn)
+        # The k-th update uses the schedule's k-th value, so that a warm-up does not start with 0.
+        self.scheduler.step(1)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        is_updated, grad_norm, _ = self.optimizer.step()
+        self._sync_parameters()
+        metrics = {
+            "loss": sums.pop("loss"),
+            "grad_norm": float(grad_norm) if is_updated else 0.0,
+            "lr": learning_rate,
+            "update_skipped": float(not is_updated),
+        }
+        return metrics, sums
+
+    @cuda_means_cpu()
+    @torch.no_grad()
+    def forward_only(self, micro_batches: list[Batch], score_fn: ScoreFn) -> list[torch.Tensor]:
+        """Run the model without gradients.
+
+        Args:
+            micro_batches: as for `train_step`; data parallel ranks are independent here.
+            score_fn: called on the last pipeline stage, on trimmed micro-batches on the device.
+
+        Returns:
+            What `score_fn` returned for each micro-batch, on the CPU of all ranks that share the
+            micro-batches.
+        """
+        self.require_weights()
+        for module in self._modules:
+            module.eval()
+        results = self._run_schedule(micro_batches, score_fn, forward_only=True)
+        return parallel.broadcast_from_last_stage([result.cpu() for result in results])
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches of a call must be a multiple of."""
+        is_interleaved = bool(self.config.virtual_pipeline_model_parallel_size)
+        return self.config.pipeline_model_parallel_size if is_interleaved else 1
+
+    def _forward_backward(self, micro_batches: list[Batch], loss_fn: LossFn) -> dict[str, float]:
+        """Accumulate gradients; return the sums of the statistics over all ranks."""
+        # megatron-core divides the loss by the number of micro-batches (in place!) and averages
+        # gradients over data parallel ranks; `loss_fn` is summed, so undo both.
+        scale = len(micro_batches) * parallel_state.get_data_parallel_world_size()
+
+        def scaled(
+            batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
+        ) -> tuple[torch.Tensor, Stats]:
+            loss, stats = loss_fn(batch, logprobs, entropy)
+            stats = {**stats, "loss": loss}
+            return loss * scale, {
+                key: value.detach().to(torch.float32, copy=True) for key, value in stats.items()
+            }
+
+        collected = self._run_schedule(micro_batches, scaled, forward_only=False)
+        totals: dict[str, float] = {}
+        if parallel.is_on_last_stage():
+            names = sorted(collected[0])
+            sums = torch.stack([sum(stats[name] for stats in collected) for name in names])
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+            totals = dict(zip(names, sums.tolist(), strict=True))
+        return parallel.broadcast_from_last_stage(totals)
+
+    def _run_schedule(
+        self, micro_batches: list[Batch], output_fn: Callable, *, forward_only: bool
+    ) -> list[Any]:
+        """Drive megatron-core's pipeline schedule; results on the last stage, else empty."""
+        batches, length = trim(micro_batches)
+        # Sequence parallel ranks hold equal parts of the sequence.
+        tp_size = self.config.tensor_model_parallel_size
+        padded = -(-length // tp_size) * tp_size if self.config.sequence_parallel else length
+        iterators = [iter(batches) for _ in self._modules]
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, output_fn, padded),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._modules if len(self._modules) > 1 else self._modules[0],
+            num_microbatches=len(batches),
+            seq_length=padded,
+            micro_batch_size=len(batches[0]["all_tokens"]),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward_step(
+        self,
+        output_fn: Callable,
+        padded_length: int,
+        iterator: Iterator[Batch],
+        module: torch.nn.Module,
+    ) -> tuple[torch.Tensor, Callable]:
+        """One micro-batch through one chunk; megatron-core calls it."""
+        batch = to_device(next(iterator), self.device)
+        tokens = batch["all_tokens"]  # [b, S']
+        tokens = F.pad(tokens, (0, padded_length - tokens.size(1)))
+        positions = torch.arange(padded_length, device=self.device).expand_as(tokens)
+        options = {"fp32_output": False} if self.config.bf16 or self.config.fp16 else {}
+        output = module(tokens, positions, None, **options)  # logits [b, padded, V / tp] at the end
+        return output, partial(self._finish, output_fn, batch)
+
+    def _finish(
+        self,
+        output_fn: Callable,
+        batch: Batch,
+        logits: torch.Tensor,
+        non_loss_data: bool = False,
+    ) -> Any:
+        """Logits of a micro-batch -> what the caller asked for. On the last stage."""
+        num_predictions = batch["all_tokens"].size(1) - 1
+        # Targets for the padding too: cutting the logits instead would copy them.
+        padding = logits.size(1) - num_predictions
+        targets = F.pad(batch["all_tokens"][:, 1:], (0, padding))  # [b, padded]
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits,
+            targets,
+            vocab_size=self.shape.vocab_size,
+            temperature=self.args.temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return output_fn(batch, logprobs[:, :num_predictions], entropy[:, :num_predictions])
+
+    def _sync_parameters(self) -> None:
+        """Let every rank see the updated weights now.
+
+        With overlap_param_gather they would arrive with the next forward pass only, and whoever
+        reads them before (weight sync, save) would see other ranks' old shards.
+        """
+        if self.args.overlap_param_gather:
+            for module in self._modules:
+                module.start_param_sync(force_sync=True)
+
+    # ---------------------------------------------------------------- ranks
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which shard of a training batch this rank works on."""
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of shards of a training batch."""
+        return parallel_state.get_data_parallel_world_size()
+
+    def all_reduce_data_parallel(
+        self, values: list[float], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> list[float]:
+        """Combine numbers of the data parallel ranks; the result on all of them, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
+        return tensor.tolist()
+
+    # ---------------------------------------------------------------- parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters, layers numbered over the whole model. Not collective."""
+        return named_parameters(self.chunks)
+
+    def param_layout(self, name: str, parameter: torch.Tensor) -> ParamLayout:
+        """Where a parameter of this rank lies in the logical tensors. Not collective."""
+        return megatron_param_layout(
+            self.shape,
+            name,
+            tuple(parameter.shape),
+            parallel_state.get_tensor_model_parallel_rank(),
+            self.config.tensor_model_parallel_size,
+        )
+
+    def laid_out_parameters(self) -> list[LaidOut]:
+        """This rank's parameters with their layouts. Not collective."""
+        return [
+            LaidOut(self.param_layout(name, parameter), parameter.data)
+            for name, parameter in self.named_parameters()
+        ]
+
+    def _fill_weights(self) -> None:
+        parameters = self.laid_out_parameters()
+        unreadable = [*self.hf_directory.glob("*.bin"), *self.hf_directory.glob("*.pt")]
+        if self.args.load and HFWeights.exist_in(self.hf_directory):
+            source = HFWeights(self.hf_directory)
+            hf_checkpoint.check_complete(parameters, source, self.shape)
+            hf_checkpoint.fill_parameters(parameters, source)
+            return
+        if unreadable:
+            raise ValueError(
+                f"{self.hf_directory}: {unreadable[0].name} is not read; save the weights as "
+                "safetensors"
+            )
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s has config.json and no weights: starting from random ones, seed %d",
+                self.hf_directory,
+                self.args.seed,
+            )
+        hf_checkpoint.fill_parameters(parameters, RandomWeights(self.hf_config, self.args.seed))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_hf(
+        self, directory: str | Path, *, max_file_bytes: int = hf_checkpoint.MAX_FILE_BYTES
+    ) -> None:
+        """Write the weights, config.json and the tokenizer for transformers and vLLM."""
+        self.require_weights()
+        sources = [self.hf_directory]
+        if self.args.tokenizer:
+            sources.append(Path(self.args.tokenizer))
+        hf_checkpoint.save_hf(
+            Path(directory),
+            self.laid_out_parameters(),
+            self.shape,
+            self.hf_config,
+            is_writer_copy=parallel_state.get_data_parallel_rank() == 0,
+            side_files_from=sources,
+            max_file_bytes=max_file_bytes,
+        )
+
+    @cuda_means_cpu()
+    def save_checkpoint(self, directory: str | Path, iteration: int) -> None:
+        """Write everything that resuming needs to <directory>/iter_<iteration>."""
+        self._require_onloaded(self._weights, self._optimizer_states)
+        checkpoint.save(Path(directory), iteration, self._resumable(), self.args)
+
+    @cuda_means_cpu()
+    def load_checkpoint(self, directory: str | Path, iteration: int | None = None) -> int | None:
+        """Read what `save_checkpoint` wrote, with any parallel sizes.
+
+        Args:
+            directory: as given to `save_checkpoint`.
+            iteration: which one; None for the newest.
+
+        Returns:
+            The iteration that was read; None if there is no checkpoint and none was asked for.
+        """
+        self._require_onloaded(self._weights, self._optimizer_states)
+        return checkpoint.load(Path(directory), iteration, self._resumable(), self.args)
+
+    def _resumable(self) -> checkpoint.Resumable:
+        return checkpoint.Resumable(self.chunks, self.optimizer, self.scheduler)
+
+    # ---------------------------------------------------------------- memory
+
+    def _build_offloaders(self) -> None:
+        data_parallel = self._modules if self.trainable else []
+        weights = partial(offload.weight_tensors, self.chunks, data_parallel)
+        self._weights = offload.StorageOffloader(weights, keeps_content=True)
+        self._grads = offload.StorageOffloader(
+            partial(offload.grad_tensors, data_parallel), keeps_content=False
+        )
+        self._optimizer_states = offload.StorageOffloader(
+            lambda: offload.optimizer_tensors(self.optimizer, weights()) if self.trainable else (),
+            keeps_content=True,
+        )
+
+    def offload(self, *, weights: bool = True, optimizer: bool = True, grads: bool = True) -> int:
+        """Move the chosen state to host memory, gradients to nowhere. Not collective.
+
+        Returns:
+            Bytes of device memory given back.
+        """
+        freed = 0
+        # Optimizer first: it must see which of its tensors are views of the weights.
+        if optimizer:
+            freed += self._optimizer_states.offload()
+        if grads:
+            freed += self._grads.offload()
+        if weights:
+            freed += self._weights.offload()
+        offload.clear_rotary_cache()
+        return freed
+
+    def onload(self, *, weights: bool = True, optimizer: bool = True, grads: bool = True) -> int:
+        """Take the chosen state back. Not collective.
+
+        Returns:
+            Bytes of device memory taken.
+        """
+        chosen = (
+            (weights, self._weights),
+            (optimizer, self._optimizer_states),
+            (grads, self._grads),
+        )
+        return sum(offloader.onload() for is_chosen, offloader in chosen if is_chosen)
+
+    def require_weights(self) -> None:
+        """Check that the weights are in device memory. Not collective.
+
+        Raises:
+            RuntimeError: they are offloaded.
+        """
+        self._require_onloaded(self._weights)
+
+    def _require_onloaded(self, *offloaders: offload.StorageOffloader) -> None:
+        if any(offloader.is_offloaded for offloader in offloaders):
+            raise RuntimeError("the model is offloaded: call onload() before using it")
+
+    def shutdown(self) -> None:
+        """Dissolve the parallel groups and the process group with all its threads."""
+        parallel_state.destroy_model_parallel()
+        # megatron-core only forgets its groups; left alive, each keeps gloo threads polling.
+        dist.destroy_process_group()
+
+    # ---------------------------------------------------------------- settings
+
+    def _find_hf_directory(self) -> Path:
+        directory = self.args.load or self.args.tokenizer
+        if not directory:
+            raise ValueError(
+                "load: must name a Hugging Face directory with config.json "
+                "(without weights beside it, training starts from random ones)"
+            )
+        return Path(directory)
+
+    def _check_settings(self) -> None:
+        args = self.args
+        if args.temperature <= 0:
+            raise ValueError(
+                f"temperature={args.temperature} must be > 0 here: the model scores tokens under "
+                "softmax(logits / temperature), as the rollout sampled them"
+            )
+        if args.overlap_param_gather and not args.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather=True needs overlap_grad_reduce=True")
+
+    def _transformer_settings(self) -> dict[str, Any]:
+        args = self.args
+        dtype = resolve_dtype(args)
+        settings: dict[str, Any] = dict(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            recompute_granularity=args.recompute_granularity,
+        )
+        if args.recompute_granularity == "full":
+            settings.update(
+                recompute_method=args.recompute_method or "uniform",
+                recompute_num_layers=args.recompute_num_layers or 1,
+            )
+        return {**settings, **args.transformer_args}
+
+
+def resolve_dtype(args: ModelArgs) -> torch.dtype:
+    """The dtype of weights and activations on this machine.
+
+    Raises:
+        ValueError: float16 on a CPU, where megatron-core's loss scaling does not run.
+    """
+    name = args.dtype
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    if name == "float16" and not torch.cuda.is_available():
+        raise ValueError("dtype=float16 needs a GPU; use float32 or bfloat16 on a CPU")
+    return getattr(torch, name)

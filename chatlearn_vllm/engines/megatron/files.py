@@ -1,0 +1,53 @@
+"""How does a directory appear whole or not at all, when several ranks write into it?"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside `path` that becomes `path` when the block ends.
+
+    Collective over all ranks, which must share the file system. If the block raises, `path` is
+    left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    yield temporary
+    dist.barrier()  # every rank has written its part
+    if dist.get_rank() == 0:
+        replaced = path.with_name(f".{path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    dist.barrier()  # no rank goes on before the directory is there
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a small file; a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return json.loads(path.read_text())

@@ -1,0 +1,150 @@
+"""How are gradients reduced and parameters updated: DDP, optimizer, schedule."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config import ModelArgs
+
+
+def wrap_data_parallel(
+    config: TransformerConfig, chunks: list[torch.nn.Module], args: "ModelArgs"
+) -> list[DistributedDataParallel]:
+    """Give every chunk flat gradient buffers that are reduced over the data parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    config: TransformerConfig, chunks: list[DistributedDataParallel], args: "ModelArgs"
+) -> MegatronOptimizer:
+    """Adam with decoupled weight decay over the wrapped chunks. Collective over all ranks."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=args.lr,
+            min_lr=args.min_lr,
+            weight_decay=args.weight_decay,
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            adam_eps=args.adam_eps,
+            clip_grad=args.clip_grad,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=args.use_distributed_optimizer,
+            overlap_param_gather=args.overlap_param_gather,
+        ),
+        chunks,
+    )
+    for part in optimizer.chained_optimizers:
+        if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.Adam):
+            # Chosen for this instance only; megatron-core's own name keeps its class.
+            part.__class__ = TorchAdamDistributedOptimizer
+    config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, args: "ModelArgs") -> OptimizerParamScheduler:
+    """Learning rate by update number; call `step(1)` before each update, the first included.
+
+    It is also what applies `wd_mult`, the multiplier that spares norms and biases from weight
+    decay: without a scheduler they would decay as well.
+
+    Raises:
+        ValueError: the numbers of the schedule contradict each other.
+    """
+    warmup = args.lr_warmup_iters
+    decay = args.lr_decay_iters
+    if args.lr_decay_style == "constant":
+        decay = max(decay or 0, warmup + 1)
+    elif not decay or decay <= warmup:
+        raise ValueError(
+            f"lr_decay_iters={decay!r} must be set and greater than lr_warmup_iters={warmup} "
+            f"for lr_decay_style={args.lr_decay_style!r}"
+        )
+    if args.min_lr > args.lr:
+        raise ValueError(f"min_lr={args.min_lr} must be at most lr={args.lr}")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed job follows its yaml; only the number of updates comes from the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+class TorchAdamDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose checkpoints are right with torch's Adam inside.
+
+    Without Transformer Engine and apex megatron-core (0.16.1 to 0.19.2) uses torch's Adam, whose
+    state has one `step` tensor per parameter where the fused Adams have one number per group. Its
+    code for state dicts assumes the latter; what goes wrong is said at each method.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As upstream, which asserts that a step was taken: a fresh optimizer could not load."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    state.setdefault("exp_avg", torch.zeros_like(parameter.data))
+                    state.setdefault("exp_avg_sq", torch.zeros_like(parameter.data))
+        return super().state_dict(*args, **kwargs)
+
+    @torch.no_grad()  # float32 shards are views of leaf parameters, which are copied into
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As upstream, which lets all parameters share one `step`: each update counts it up again.
+
+        Measured: after two more updates `step` was 30 instead of 4, and so was Adam's bias
+        correction.
+        """
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: torch.nn.Parameter, tensors: dict[str, Any]
+    ) -> None:
+        """Upstream looks for `step` among the saved tensors, where it is not: KeyError."""
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        targets = {"param": main_param, **self.optimizer.state[main_param]}
+        for name, value in tensors.items():
+            if name in targets and name != "step":
+                targets[name].copy_(value)

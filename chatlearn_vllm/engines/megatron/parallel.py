@@ -1,0 +1,96 @@
+"""Which ranks work together: process group, megatron-core's parallel groups, seeds."""
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+
+def join_process_group(timeout_minutes: float = 30.0) -> None:
+    """Join the replica's default process group, described by RANK, WORLD_SIZE, MASTER_ADDR, ...
+
+    Without RANK in the environment this process is a replica of its own. On GPUs the group moves
+    CPU tensors (checkpoints, metrics) over gloo and GPU tensors over NCCL. Does nothing where the
+    process has a default group already.
+    """
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def initialize_model_parallel(
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None,
+) -> None:
+    """Cut the default process group into tensor, pipeline and data parallel groups.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of tensor x pipeline parallel size.
+    """
+    ranks_per_copy = tensor_model_parallel_size * pipeline_model_parallel_size
+    if dist.get_world_size() % ranks_per_copy:
+        raise ValueError(
+            f"{dist.get_world_size()} ranks cannot hold whole copies of the model: the number "
+            f"must be a multiple of tensor_model_parallel_size={tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={pipeline_model_parallel_size}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and megatron-core's tracker of parallel random states.
+
+    Pipeline stages draw different numbers, data parallel ranks the same ones.
+    """
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def is_on_last_stage() -> bool:
+    """Whether this rank holds the output layer."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def broadcast_from_last_stage(value: object) -> object:
+    """Give every pipeline stage what the last stage passed; others may pass anything.
+
+    Collective over the pipeline parallel group.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return value
+    box = [value]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(box, src=last, group=group, device=torch.device("cpu"))
+    return box[0]

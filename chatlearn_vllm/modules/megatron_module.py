@@ -1,0 +1,314 @@
+"""What does a user subclass to train a model, or to score with one, on megatron-core?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from chatlearn_vllm.algorithms.grpo import aggregate
+from chatlearn_vllm.data.batch import Batch, batch_size
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.weight_sync.transport import Export, export_tensors
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from chatlearn_vllm.config import ModelArgs
+    from chatlearn_vllm.engines.megatron.engine import MegatronEngine
+    from chatlearn_vllm.layouts import ParamLayout
+    from chatlearn_vllm.weight_sync.transport import Export
+
+
+class MegatronModule(BaseModule, ABC):
+    """A model on megatron-core: tensor, pipeline and data parallel, trained or frozen.
+
+    Users implement `model_provider`, which may return `super().model_provider(...)`, and
+
+    * to train: `loss`, or for full control `train_step`;
+    * to score with a frozen model: `forward_step`, mostly around `compute_logprobs`.
+
+    All methods that take data are called on every rank; the ranks of one data parallel copy get
+    the same rows.
+    """
+
+    engine: MegatronEngine
+    """Owns the model; there from `init` on."""
+
+    # ---------------------------------------------------------------- what users write
+
+    @abstractmethod
+    def model_provider(
+        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+    ) -> GPTModel:
+        """Build this pipeline stage's part of the model.
+
+        Called on every rank, once per virtual stage. The body here builds what config.json in
+        `load` describes.
+
+        Args:
+            pre_process: whether the part begins with the embedding.
+            post_process: whether the part ends with the output layer.
+            vp_stage: number of the virtual stage; passed only where there are several.
+        """
+        return self.engine.default_model_provider(pre_process, post_process, vp_stage)
+
+    def loss(
+        self, batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss of every token of one micro-batch.
+
+        Called on the last pipeline stage. Tensors are on the device and cut to S', the longest
+        sequence of the optimizer step.
+
+        Args:
+            batch: see data/batch.py; `old_logprobs` [b, S'-1] is there if the rollout sent
+                `logprobs`.
+            logprobs: [b, S'-1] of softmax(logits / temperature), differentiable.
+            entropy: [b, S'-1] of the same distribution, differentiable.
+
+        Returns:
+            The loss [b, S'-1], of which only what `loss_mask` marks counts, averaged as the yaml's
+            `loss_agg` says over the whole global batch; and sums over the marked tokens (scalars),
+            reported divided by the number of tokens of the global batch.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} is trained: implement loss() or train_step()"
+        )
+
+    def train_step(self, data: list[Batch], iteration: int) -> dict[str, float]:
+        """One optimizer step on this rank's micro-batches.
+
+        The result does not depend on how the global batch is cut into micro-batches and data
+        parallel shards.
+
+        Args:
+            data: micro-batches of equal size, on the CPU.
+            iteration: number of the episode.
+
+        Returns:
+            Metrics of the step, the same on all ranks.
+        """
+        masks = [batch["loss_mask"][:, 1:] != 0 for batch in data]
+        num_tokens, num_sequences = self.engine.all_reduce_data_parallel(
+            [
+                float(sum(mask.sum() for mask in masks)),
+                float(sum(mask.any(1).sum() for mask in masks)),
+            ]
+        )
+        how = self.model_args.loss_agg
+        denominator = max(1.0, num_tokens if how == "token-mean" else num_sequences)
+
+        def loss_fn(
+            batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            mask = batch["loss_mask"][:, 1:]
+            token_loss, sums = self.loss(batch, logprobs, entropy)
+            total = aggregate(token_loss, mask, how, denominator=denominator)
+            return total, {"entropy": (entropy.detach() * mask).sum(), **sums}
+
+        metrics, sums = self.engine.train_step(data, loss_fn)
+        means = {name: value / max(1.0, num_tokens) for name, value in sums.items()}
+        return {**means, **metrics, "tokens": num_tokens}
+
+    # ---------------------------------------------------------------- what the framework calls
+
+    def init(self) -> None:
+        """Join the process group and the parallel groups. All ranks; once."""
+        from chatlearn_vllm.engines.megatron.engine import MegatronEngine
+
+        self.engine = MegatronEngine(
+            self._engine_args(),
+            trainable=self.module_args.trainable,
+            model_provider=self.model_provider,
+        )
+        if self._global_batch_size() % self.data_parallel_size:
+            raise ValueError(
+                f"runtime.train_global_batch_size={self._global_batch_size()} must be a multiple "
+                f"of the data parallel size of models.{self.name} = {self.data_parallel_size}"
+            )
+
+    def model_setup(self) -> None:
+        """Build the model, with its optimizer if it is trained. All ranks; once."""
+        self.engine.build()
+        self.setup()
+
+    def train(self, data: Batch, iteration: int = 0) -> list[dict[str, float]]:
+        """Train on one episode's samples, `num_training_epoch` times.
+
+        Rows are taken in order: each optimizer step takes the next
+        train_global_batch_size / data_parallel_size rows of every rank, the last step of an epoch
+        what is left.
+
+        Args:
+            data: this data parallel rank's rows, equally many on each; see data/batch.py.
+            iteration: number of the episode.
+
+        Returns:
+            Metrics of each optimizer step, the same on all ranks. If the rollout sent `logprobs`,
+            logprob_abs_diff_mean and _max compare them with this model's before the first step.
+        """
+        num_rows = batch_size(data)
+        self._check_equal_rows(num_rows)
+        common: dict[str, float] = {}
+        if "logprobs" in data:
+            data = {**data, "old_logprobs": self.compute_logprobs(data)}
+            common = self._compare_with_rollout(data)
+        rows_per_step = self._global_batch_size() // self.data_parallel_size
+        metrics = []
+        for _ in range(self.runtime_args.num_training_epoch):
+            for start in range(0, num_rows, rows_per_step):
+                rows = {key: value[start : start + rows_per_step] for key, value in data.items()}
+                micro_batches = self._cut(rows, self.runtime_args.train_micro_batch_size)
+                metrics.append({**self.train_step(micro_batches, iteration), **common})
+        return metrics
+
+    def compute_logprobs(self, data: Batch) -> torch.Tensor:
+        """Log-probabilities of the batch's tokens under softmax(logits / temperature).
+
+        Args:
+            data: needs `all_tokens` [B, S]; `loss_mask` [B, S] saves work and zeroes the rest.
+
+        Returns:
+            [B, S-1] float32 on the CPU of every rank, entry t for token t+1; 0.0 where
+            `loss_mask[:, 1:]` is 0.
+        """
+        inputs = {key: data[key] for key in ("all_tokens", "loss_mask") if key in data}
+        micro_batches = self._cut(inputs, self._rows_per_forward())
+        scores = torch.cat(self.engine.forward_only(micro_batches, _masked_logprobs))
+        return F.pad(scores, (0, data["all_tokens"].size(1) - 1 - scores.size(1)))
+
+    def onload(self, weights: bool = True, optimizer: bool = True, grads: bool = True) -> None:
+        """Take back what `offload` gave away, or the named parts of it."""
+        self.engine.onload(weights=weights, optimizer=optimizer, grads=grads)
+
+    def offload(self, weights: bool = True, optimizer: bool = True, grads: bool = True) -> None:
+        """Give device memory back: of the named parts those that the yaml allows.
+
+        `offload_weights`, `offload_optimizer_states` and `free_grad_buffers` allow them,
+        `free_memory` all three.
+        """
+        self.engine.offload(
+            weights=weights and self.module_args.offload_weights,
+            optimizer=optimizer and self.module_args.offload_optimizer_states,
+            grads=grads and self.module_args.free_grad_buffers,
+        )
+
+    # ---------------------------------------------------------------- weights and checkpoints
+
+    def weight_layout(self) -> list[ParamLayout]:
+        """Where each of this rank's parameters lies in the Hugging Face tensors."""
+        return [layout for layout, _ in self.engine.laid_out_parameters()]
+
+    def local_parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's live parameters by the names of `weight_layout`."""
+        return {name: parameter.data for name, parameter in self.engine.named_parameters()}
+
+    def export_weights(self) -> Export:
+        """Describe this rank's parameters to rollout ranks on the same host, to be read there.
+
+        They must not be trained, offloaded or onloaded until those ranks have read them.
+        """
+        self.engine.require_weights()
+        return export_tensors(self.local_parameters())
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Save weights, optimizer, schedule and random states for a later resume."""
+        self.engine.save_checkpoint(self.checkpoint_dir, iteration)
+
+    def load_checkpoint(self, iteration: int | None = None) -> int | None:
+        """Load what `save_checkpoint` saved, the newest by default; any parallel sizes.
+
+        Returns:
+            Its iteration; None if there is none yet.
+        """
+        return self.engine.load_checkpoint(self.checkpoint_dir, iteration)
+
+    def save_hf(self, directory: str | Path) -> None:
+        """Write weights, config.json and tokenizer in Hugging Face form."""
+        self.engine.save_hf(directory)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where checkpoints of this role go."""
+        if self.model_args.save:
+            return Path(self.model_args.save)
+        return self.runtime_args.run_dir / "checkpoints" / self.name
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which shard of a training batch this rank works on."""
+        return self.engine.data_parallel_rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of shards of a training batch."""
+        return self.engine.data_parallel_size
+
+    def shutdown(self) -> None:
+        """Dissolve the parallel groups."""
+        self.engine.shutdown()
+
+    # ---------------------------------------------------------------- helpers
+
+    def _engine_args(self) -> ModelArgs:
+        """The model's settings with what only the whole job knows filled in."""
+        known = {
+            "tensor_model_parallel_size": self.module_args.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.module_args.pipeline_model_parallel_size,
+        }
+        if self.model_args.lr_decay_iters is None:
+            known["lr_decay_iters"] = self._num_steps_of_job()
+        return self.model_args.model_copy(update=known)
+
+    def _num_steps_of_job(self) -> int:
+        runtime = self.runtime_args
+        steps_per_epoch = -(-runtime.sample_per_episode // self._global_batch_size())
+        return runtime.num_episode * runtime.num_training_epoch * steps_per_epoch
+
+    def _global_batch_size(self) -> int:
+        runtime = self.runtime_args
+        if runtime.train_global_batch_size is not None:
+            return runtime.train_global_batch_size
+        return runtime.train_micro_batch_size * self.module_args.data_parallel_size
+
+    def _rows_per_forward(self) -> int:
+        own = self.module_args.generation_batch_size
+        return own if own is not None and own > 0 else self.runtime_args.generation_batch_size
+
+    def _cut(self, data: Batch, max_rows: int) -> list[Batch]:
+        from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
+
+        return cut_micro_batches(data, max_rows, multiple_of=self.engine.micro_batch_multiple)
+
+    def _check_equal_rows(self, num_rows: int) -> None:
+        (total,) = self.engine.all_reduce_data_parallel([float(num_rows)])
+        if total != num_rows * self.data_parallel_size:
+            raise ValueError(
+                f"train(): data parallel rank {self.data_parallel_rank} has {num_rows} rows, all "
+                f"{self.data_parallel_size} ranks together {total:.0f}; each needs equally many"
+            )
+
+    def _compare_with_rollout(self, data: Batch) -> dict[str, float]:
+        mask = data["loss_mask"][:, 1:] != 0
+        difference = (data["logprobs"] - data["old_logprobs"]).abs()[mask]
+        total, count = self.engine.all_reduce_data_parallel(
+            [float(difference.sum()), float(difference.numel())]
+        )
+        (largest,) = self.engine.all_reduce_data_parallel(
+            [float(difference.max()) if difference.numel() else 0.0],
+            torch.distributed.ReduceOp.MAX,
+        )
+        return {
+            "logprob_abs_diff_mean": total / max(1.0, count),
+            "logprob_abs_diff_max": largest,
+        }
+
+
+def _masked_logprobs(batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    if "loss_mask" not in batch:
+        return logprobs
+    return logprobs * (batch["loss_mask"][:, 1:] != 0)

@@ -1,0 +1,98 @@
+"""Real ranks for tests: processes that stay alive and run functions together over gloo."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Ranks:
+    """A fixed number of processes; each call runs one function on all of them.
+
+    Importing torch and megatron-core takes seconds, so tests share the processes. A function
+    leaves them as it found them: it dissolves the parallel groups that it made.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+            }
+            # not a daemon: saving a checkpoint starts processes of its own
+            process = context.Process(target=_serve, args=(theirs, environment))
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a module-level function on every rank; its results by rank.
+
+        Raises:
+            AssertionError: it raised on a rank; holds that rank's traceback. The ranks are gone
+                then, since the others may wait for it in a collective.
+        """
+        # A new port each time: the last call's store may not have left its own yet.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for connection in self._connections:
+            connection.send((function, args, kwargs, port))
+        waiting = dict(enumerate(self._connections))
+        results: dict[int, Any] = {}
+        while waiting:
+            ready = multiprocessing.connection.wait(waiting.values(), timeout=240)
+            if not ready:
+                self.close()
+                raise AssertionError(f"{function.__name__}: ranks {sorted(waiting)} hang")
+            for rank, connection in list(waiting.items()):
+                if connection in ready:
+                    is_ok, value = connection.recv()
+                    if not is_ok:
+                        self.close()
+                        raise AssertionError(f"rank {rank}:\n{value}")
+                    results[rank] = value
+                    del waiting[rank]
+        return [results[rank] for rank in sorted(results)]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether `run` can be called."""
+        return bool(self._connections)
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._connections = []
+
+
+def _serve(connection: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, kwargs, port = connection.recv()
+            os.environ["MASTER_PORT"] = str(port)
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*args, **kwargs)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))

@@ -1,0 +1,208 @@
+"""Training goes on after a resume as if it had never stopped, also on other ranks."""
+
+import importlib.util
+import multiprocessing
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from chatlearn_vllm.engines.megatron import checkpoint
+from tests.megatron import tiny_models
+
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_models.save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def without_stop(ranks, llama):
+    """[loss, grad_norm] of steps 0 to 4 in one go."""
+    return ranks[1].run(train_and_save, llama, None, steps=5)[0]
+
+
+@pytest.fixture(scope="module")
+def saved_by_two(ranks, llama, tmp_path_factory):
+    """Checkpoint of two data parallel ranks after two steps."""
+    directory = tmp_path_factory.mktemp("dp2")
+    ranks[2].run(train_and_save, llama, directory, steps=2)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"pp": 2, "vpp": 2}),
+        (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    ],
+)
+def test_resume_on_other_ranks_continues_the_curve(
+    ranks, llama, saved_by_two, without_stop, world_size, settings
+):
+    # three further steps: a wrong Adam step count shows in the second one
+    for iteration, curve in ranks[world_size].run(resume, llama, saved_by_two, **settings):
+        assert iteration == 2
+        assert np.allclose(curve, without_stop[2:], rtol=2e-4), f"{curve}\n{without_stop[2:]}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tp": 2, "pp": 2},
+        {"use_distributed_optimizer": False, "tp": 2},
+        {"dtype": "bfloat16", "tp": 2},
+        {**OVERLAP, "bucket_size": 3000},
+        {**OVERLAP, "pp": 2},
+    ],
+)
+def test_resume_on_the_same_ranks_continues_the_curve(ranks, llama, tmp_path, settings):
+    expected = ranks[4].run(train_and_save, llama, None, steps=5, **settings)[0][2:]
+    ranks[4].run(train_and_save, llama, tmp_path, steps=2, **settings)
+    for _, curve in ranks[4].run(resume, llama, tmp_path, **settings):
+        assert np.allclose(curve, expected, rtol=1e-5), f"{curve}\n{expected}"
+
+
+def test_each_parameter_has_its_own_step_count_after_a_resume(ranks, llama, saved_by_two):
+    assert ranks[2].run(step_counts_after_resume, llama, saved_by_two) == [{3.0}, {3.0}]
+
+
+def test_format_of_several_buckets_is_refused_for_other_sizes(ranks, llama, tmp_path):
+    ranks[2].run(train_and_save, llama, tmp_path, steps=1, **OVERLAP)
+    for settings in ({"tp": 2, **OVERLAP}, {}):
+        for message in ranks[2].run(error_of_loading, llama, tmp_path, **settings):
+            assert "dp_reshardable" in message and "must stay the same" in message
+
+
+def test_another_kind_of_optimizer_is_refused(ranks, llama, saved_by_two):
+    settings = {"use_distributed_optimizer": False}
+    (message,) = ranks[1].run(error_of_loading, llama, saved_by_two, **settings)
+    assert "set it so (it is False)" in message
+
+
+def test_no_checkpoint_is_no_error_unless_asked_for(ranks, llama, tmp_path):
+    assert ranks[1].run(resume, llama, tmp_path, steps=0) == [(None, [])]
+    (message,) = ranks[1].run(error_of_loading, llama, tmp_path, iteration=7)
+    assert "iter_0000007: no complete checkpoint there" in message
+
+
+def test_latest_names_the_newest_complete_checkpoint(ranks, llama, tmp_path):
+    assert ranks[1].run(save_twice_then_fail, llama, tmp_path) == ["disk full"]
+    assert (tmp_path / "latest").read_text() == "iter_0000002\n"
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert names == ["iter_0000001", "iter_0000002", "latest"]
+
+
+def test_saving_leaves_no_process_behind(ranks, llama, tmp_path):
+    assert ranks[2].run(processes_after_save, llama, tmp_path) == [0, 0]
+
+
+def test_random_numbers_go_on_after_a_resume(ranks, llama, tmp_path):
+    expected = ranks[2].run(random_numbers_after_save, llama, tmp_path, pp=2)
+    assert ranks[2].run(random_numbers_after_load, llama, tmp_path, pp=2) == expected
+
+
+def test_a_resumed_job_follows_the_learning_rate_of_its_yaml(ranks, llama, saved_by_two):
+    settings = {"lr_decay_style": "linear", "lr": 0.1, "lr_decay_iters": 10}
+    (rate,) = ranks[1].run(learning_rate_after_resume, llama, saved_by_two, **settings)
+    assert rate == pytest.approx(0.1 * (1 - 3 / 10))
+
+
+def test_missing_psutil_is_said_instead_of_hanging(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name)
+    )
+    with pytest.raises(ValueError, match="pip install psutil"):
+        checkpoint.save(tmp_path, 1, state=None, args=None)
+
+
+def train_and_save(path, directory, steps, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        curve = tiny_models.train(engine, steps)
+        if directory is not None:
+            engine.save_checkpoint(directory, steps)
+        return curve
+
+
+def resume(path, directory, steps=3, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        iteration = engine.load_checkpoint(directory)
+        return iteration, tiny_models.train(engine, steps)
+
+
+def step_counts_after_resume(path, directory):
+    with tiny_models.engine(path) as engine:
+        engine.load_checkpoint(directory)
+        tiny_models.train(engine, 1)
+        (part,) = engine.optimizer.chained_optimizers
+        return {float(state["step"]) for state in part.optimizer.state.values()}
+
+
+def error_of_loading(path, directory, iteration=None, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        try:
+            engine.load_checkpoint(directory, iteration)
+        except ValueError as error:
+            return str(error)
+
+
+def save_twice_then_fail(path, directory):
+    with tiny_models.engine(path) as engine:
+        for iteration in (1, 2):
+            engine.save_checkpoint(directory, iteration)
+
+        def fail():
+            raise OSError("disk full")
+
+        original, checkpoint._random_state = checkpoint._random_state, fail
+        try:
+            engine.save_checkpoint(directory, 3)
+        except OSError as error:
+            return str(error)
+        finally:
+            checkpoint._random_state = original
+
+
+def processes_after_save(path, directory):
+    with tiny_models.engine(path) as engine:
+        for iteration in (1, 2):
+            engine.save_checkpoint(directory, iteration)
+        return len(multiprocessing.active_children())
+
+
+def random_numbers():
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
+
+    with cuda_means_cpu(), get_cuda_rng_tracker().fork():
+        forked = float(torch.rand(()))
+    return random.random(), float(np.random.random()), float(torch.rand(())), forked
+
+
+def random_numbers_after_save(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        random_numbers()
+        engine.save_checkpoint(directory, 1)
+        return random_numbers()
+
+
+def random_numbers_after_load(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        engine.load_checkpoint(directory)
+        return random_numbers()
+
+
+def learning_rate_after_resume(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        engine.load_checkpoint(directory)
+        from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
+
+        micro_batches = cut_micro_batches(tiny_models.batch(), 2)
+        return engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]

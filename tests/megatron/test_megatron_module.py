@@ -1,0 +1,255 @@
+"""What a subclass of MegatronModule gets: training, scores, weights, offloading."""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+
+from chatlearn_vllm.algorithms.grpo import policy_loss
+from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
+from chatlearn_vllm.modules.megatron_module import MegatronModule
+from chatlearn_vllm.weight_sync.transport import open_export
+from tests.megatron import tiny_models
+
+
+class Scorer(MegatronModule):
+    def model_provider(self, pre_process=True, post_process=True, vp_stage=None):
+        return super().model_provider(pre_process, post_process, vp_stage)
+
+    def forward_step(self, data, iteration=0):
+        return {**data, "ref_logprobs": self.compute_logprobs(data)}
+
+
+class Trainer(Scorer):
+    """Clipped policy loss with an entropy bonus."""
+
+    def loss(self, batch, logprobs, entropy):
+        mask = batch["loss_mask"][:, 1:]
+        loss, sums = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask)
+        return loss - 0.01 * entropy, sums
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_models.save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def one_rank_metrics(ranks, llama):
+    """Two optimizer steps on 4 of 8 rows each, in micro-batches of 4."""
+    return ranks[1].run(train, llama, train_micro_batch_size=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {"train_micro_batch_size": 1}),
+        (2, {"train_micro_batch_size": 1}),
+        (2, {"train_micro_batch_size": 2}),
+        (2, {"tp": 2, "train_micro_batch_size": 2}),
+        (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+        (4, {"train_micro_batch_size": 1}),
+    ],
+)
+def test_metrics_depend_neither_on_micro_batches_nor_on_ranks(
+    ranks, llama, one_rank_metrics, world_size, settings
+):
+    # rows have different numbers of tokens: a mean of means would show
+    for metrics in ranks[world_size].run(train, llama, **settings):
+        assert len(metrics) == len(one_rank_metrics) == 2
+        for found, expected in zip(metrics, one_rank_metrics, strict=True):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+
+
+def test_sequence_mean_depends_neither_on_micro_batches_nor_on_ranks(ranks, llama):
+    (expected,) = ranks[1].run(train, llama, train_micro_batch_size=4, loss_agg="seq-mean")
+    (found, _) = ranks[2].run(train, llama, train_micro_batch_size=1, loss_agg="seq-mean")
+    (token_mean,) = ranks[1].run(train, llama)
+    for step in (0, 1):
+        for name in ("loss", "grad_norm", "clipped"):
+            assert found[step][name] == pytest.approx(expected[step][name], rel=2e-4, abs=2e-6)
+    assert expected[0]["grad_norm"] != pytest.approx(token_mean[0]["grad_norm"], rel=1e-2)
+
+
+def test_first_step_compares_the_rollout_with_the_weights_before_it(ranks, llama):
+    (metrics,) = ranks[1].run(train, llama, rollout_error=0.25, num_training_epoch=2)
+    assert len(metrics) == 4
+    for step in metrics:
+        assert step["logprob_abs_diff_mean"] == pytest.approx(0.25, abs=1e-5)
+        assert step["logprob_abs_diff_max"] == pytest.approx(0.25, abs=1e-5)
+    # old logprobs are this model's, so the first ratio is 1 whatever the rollout sent
+    assert metrics[0]["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics[3]["ratio"] != pytest.approx(1.0, abs=1e-6)
+    assert metrics[0]["tokens"] == tiny_models.batch()["loss_mask"][:4].sum()
+
+
+@pytest.mark.parametrize(("world_size", "settings"), [(1, {}), (4, {"tp": 2, "pp": 2})])
+def test_scores_are_those_of_hugging_face_at_the_sampling_temperature(
+    ranks, llama, world_size, settings
+):
+    batch = tiny_models.batch(rows=5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        log_p = (model(batch["all_tokens"]).logits / 0.6).log_softmax(-1)[:, :-1]
+    expected = log_p.gather(2, batch["all_tokens"][:, 1:, None])[..., 0]
+    expected = expected * batch["loss_mask"][:, 1:]
+    for found in ranks[world_size].run(score, llama, temperature=0.6, **settings):
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_last_step_takes_what_is_left(ranks, llama):
+    (metrics,) = ranks[1].run(train, llama, rows=7, train_micro_batch_size=2)
+    assert len(metrics) == 2
+    assert metrics[1]["tokens"] == tiny_models.batch(7)["loss_mask"][4:].sum()
+
+
+def test_unequal_shards_are_refused(ranks, llama):
+    for message in ranks[2].run(error_of_unequal_shards, llama):
+        assert "equally many" in message
+
+
+def test_local_parameters_and_weight_layout_have_the_same_names(ranks, llama):
+    for names, layouts in ranks[4].run(parameters_and_layouts, llama, tp=2, pp=2):
+        assert list(names) == list(layouts)
+        assert names == layouts
+    stages = ranks[4].run(parameters_and_layouts, llama, tp=2, pp=2)
+    assert "decoder.layers.0.mlp.linear_fc1.weight" in stages[0][0]
+    assert "decoder.layers.2.mlp.linear_fc1.weight" in stages[3][0]
+
+
+def test_offloading_follows_the_yaml(ranks, llama):
+    (nothing,) = ranks[1].run(bytes_left_after_offload, llama)
+    (weights,) = ranks[1].run(bytes_left_after_offload, llama, offload_weights=True)
+    assert nothing > 0
+    assert weights == 0
+
+
+def test_resume_through_the_module(ranks, llama, tmp_path):
+    settings = {"save": str(tmp_path / "checkpoints")}
+    (expected,) = ranks[1].run(train_twice, llama, **settings)
+    (found,) = ranks[1].run(train_after_resume, llama, **settings)
+    for step in (0, 1):
+        assert found[step] == pytest.approx(expected[step], rel=1e-5, abs=1e-7)
+
+
+def test_exported_weights_are_the_live_ones(ranks, llama):
+    assert ranks[2].run(exported_equal_live, llama, tp=2) == [(True, "RuntimeError")] * 2
+
+
+def job(path, world_size, trainable=True, **settings) -> JobConfig:
+    runtime = {
+        key: settings.pop(key)
+        for key in ("train_micro_batch_size", "num_training_epoch")
+        if key in settings
+    }
+    memory = {
+        key: settings.pop(key) for key in ("offload_weights", "free_memory") if key in settings
+    }
+    sizes = {
+        "tensor_model_parallel_size": settings.pop("tp", 1),
+        "pipeline_model_parallel_size": settings.pop("pp", 1),
+    }
+    model = ModelConfig(
+        name="trainer",
+        num_gpu=world_size,
+        trainable=trainable,
+        generation_batch_size=3,
+        model_args=ModelArgs(
+            load=str(path), dtype="float32", **{"lr": 1e-3, "weight_decay": 0.1, **settings}
+        ),
+        **sizes,
+        **memory,
+    )
+    runtime = RuntimeConfig(sample_per_episode=8, train_global_batch_size=4, **runtime)
+    return JobConfig(path="test.yaml", models={"trainer": model}, runtime=runtime)
+
+
+@contextmanager
+def built(path, kind=Trainer, **settings):
+    """A module on the calling ranks; its parallel groups end with the block."""
+    module = kind("trainer", job(path, int(os.environ["WORLD_SIZE"]), **settings))
+    module.init()
+    try:
+        module.model_setup()
+        yield module
+    finally:
+        module.shutdown()
+
+
+def rollout(module, rows=8, rollout_error=0.0):
+    """This rank's rows: of every group of 4 rows, which one step takes, each rank's share."""
+    batch = tiny_models.batch(rows)
+    batch["advantages"] = torch.linspace(-1.0, 1.5, rows)
+    size = module.data_parallel_size
+    per_step = 4 // size
+    mine = [row for row in range(rows) if row % 4 // per_step == module.data_parallel_rank]
+    batch = {key: value[mine] for key, value in batch.items()}
+    batch["logprobs"] = module.compute_logprobs(batch) + rollout_error
+    return batch
+
+
+def train(path, rows=8, rollout_error=0.0, **settings):
+    with built(path, **settings) as module:
+        return module.train(rollout(module, rows, rollout_error), iteration=0)
+
+
+def train_twice(path, **settings):
+    """Metrics of a second call, before which a checkpoint was saved."""
+    with built(path, **settings) as module:
+        module.train(rollout(module))
+        module.save_checkpoint(1)
+        return module.train(rollout(module))
+
+
+def train_after_resume(path, **settings):
+    with built(path, **settings) as module:
+        assert module.load_checkpoint() == 1
+        return module.train(rollout(module))
+
+
+def score(path, **settings):
+    with built(path, Scorer, trainable=False, **settings) as module:
+        return module.forward_step(tiny_models.batch(rows=5))["ref_logprobs"]
+
+
+def error_of_unequal_shards(path):
+    with built(path) as module:
+        rows = 4 + 2 * module.data_parallel_rank
+        try:
+            module.train(tiny_models.batch(rows))
+        except ValueError as error:
+            return str(error)
+
+
+def parameters_and_layouts(path, **settings):
+    with built(path, **settings) as module:
+        shapes = {name: tuple(p.shape) for name, p in module.local_parameters().items()}
+        return shapes, {layout.name: layout.shape for layout in module.weight_layout()}
+
+
+def exported_equal_live(path, **settings):
+    with built(path, offload_weights=True, **settings) as module:
+        module.train(rollout(module))
+        opened = open_export(module.export_weights())
+        live = module.local_parameters()
+        is_equal = opened.keys() == live.keys() and all(
+            torch.equal(opened[name], live[name]) for name in live
+        )
+        module.offload()
+        try:
+            module.export_weights()
+        except RuntimeError as error:
+            return is_equal, type(error).__name__
+
+
+def bytes_left_after_offload(path, **settings):
+    with built(path, **settings) as module:
+        module.offload()
+        left = sum(p.untyped_storage().nbytes() for p in module.local_parameters().values())
+        module.onload()
+        return left

@@ -1,0 +1,107 @@
+"""Tiny checkpoints of each supported family, and runs of the engine on them; used on the ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from chatlearn_vllm.config import ModelArgs
+from chatlearn_vllm.engines.megatron import optimizer
+from chatlearn_vllm.engines.megatron.engine import MegatronEngine
+from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
+
+VOCAB_SIZE = 99  # odd: padded for tensor parallel 2
+SEQ_LENGTH = 24
+
+_FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+}
+
+
+def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path:
+    """Write a four-layer checkpoint with norms and biases that are not trivial."""
+    config_class, own = _FAMILIES[family]
+    sizes = dict(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=56, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        rms_norm_eps=1e-5, initializer_range=0.2, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config = config_class(**{**sizes, **own, **overrides})
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def engine(
+    directory: Path, *, trainable: bool = True, bucket_size: int | None = None, **settings: Any
+) -> Iterator[MegatronEngine]:
+    """A built engine on the calling ranks; its parallel groups end with the block.
+
+    `bucket_size` elements instead of megatron-core's 40 million give a tiny model several
+    gradient buckets.
+    """
+    short = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+    }
+    settings = {short.get(key, key): value for key, value in settings.items()}
+    defaults = dict(lr=1e-2, weight_decay=0.1, clip_grad=0.5, dtype="float32")
+    made = MegatronEngine(
+        ModelArgs(load=str(directory), **{**defaults, **settings}), trainable=trainable
+    )
+    ddp_config = optimizer.DistributedDataParallelConfig
+    try:
+        optimizer.DistributedDataParallelConfig = partial(ddp_config, bucket_size=bucket_size)
+        made.build()
+        yield made
+    finally:
+        optimizer.DistributedDataParallelConfig = ddp_config
+        made.shutdown()
+
+
+def batch(rows: int = 8, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Samples of different lengths in the form of data/batch.py, without texts."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, VOCAB_SIZE, (rows, SEQ_LENGTH), generator=generator)
+    mask = torch.zeros(rows, SEQ_LENGTH)
+    for row in range(rows):
+        length = int(torch.randint(8, SEQ_LENGTH - 2, (), generator=generator))
+        tokens[row, length:] = 2
+        mask[row, 4:length] = 1.0
+    return {"all_tokens": tokens, "loss_mask": mask}
+
+
+def negative_logprobs(micro_batch, logprobs, entropy):
+    """Supervised loss: mean over the tokens of the 8 rows of `batch()`."""
+    mask = micro_batch["loss_mask"][:, 1:]
+    return -(logprobs * mask).sum() / 100.0, {"entropy": (entropy * mask).sum()}
+
+
+def train(engine: MegatronEngine, steps: int, micro_batch_size: int = 2) -> list[list[float]]:
+    """[loss, grad_norm] of some steps on this data parallel rank's share of `batch()`."""
+    rows = {
+        key: value[engine.data_parallel_rank :: engine.data_parallel_size]
+        for key, value in batch().items()
+    }
+    micro_batches = cut_micro_batches(
+        rows, micro_batch_size, multiple_of=engine.micro_batch_multiple
+    )
+    curve = []
+    for _ in range(steps):
+        metrics, _ = engine.train_step(micro_batches, negative_logprobs)
+        curve.append([metrics["loss"], metrics["grad_norm"]])
+    return curve
