@@ -1,0 +1,370 @@
+"""How does a placement plan become running ranks, and how do all of them end again?"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from chatlearn_vllm.config import JobConfig
+from chatlearn_vllm.job.placement import RankPlacement, place
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.runtime.errors import RankId
+from chatlearn_vllm.runtime.worker import Rendezvous, Worker, process_environment
+from chatlearn_vllm.runtime.worker_group import PendingCall, RankHandle, WorkerGroup, gather
+
+logger = get_logger(__name__)
+
+LOCAL_RAY_SETTINGS = {
+    # Ranks start with an environment of their own, so idle workers made ahead are never used.
+    "enable_worker_prestart": False,
+    "prestart_worker_first_driver": False,
+    # Processes that a rank has started end with it, also when the rank is killed.
+    "process_group_cleanup_enabled": True,
+}
+"""Ray's internal settings for a cluster that this job starts for itself."""
+
+PLACEMENT_TIMEOUT_S = 60.0
+PROCESS_EXIT_TIMEOUT_S = 10.0
+
+
+class Cluster:
+    """The processes of one job.
+
+    Joins the Ray cluster of `RAY_ADDRESS`, or that of `ray start` on this host, else starts one
+    on this host and stops it again.
+
+    Example:
+        cluster = Cluster(job, modules)
+        try:
+            groups = cluster.start()
+        finally:
+            cluster.stop()
+    """
+
+    def __init__(self, job: JobConfig, modules: Sequence[BaseModule]) -> None:
+        """Plan who runs where; starts nothing.
+
+        Args:
+            job: with the devices of each model and who shares them.
+            modules: the models to start; models of the yaml that are not among them get nothing.
+        """
+        self._job = job
+        self._modules = {module.name: module for module in modules}
+        self._plan = place(job, only=list(self._modules))
+        self._job_id = uuid.uuid4().hex[:12]
+        self._ranks: list[RankHandle] = []
+        self._placement_group: PlacementGroup | None = None
+        self._node_id: str | None = None
+        """Ray's id of this host."""
+        self._connected_here = False
+        self._started_ray = False
+        self._previous_handler: Any = None
+        """Of SIGTERM, if `start` set its own."""
+
+    def start(self) -> dict[str, WorkerGroup]:
+        """Start one process per rank and make its module; returns the groups by model name.
+
+        Raises:
+            RuntimeError: the cluster has not enough free devices.
+            RankError: a rank failed to start.
+        """
+        self._connect()
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler ends the process on the spot, without stop().
+            self._previous_handler = signal.signal(signal.SIGTERM, _exit)
+        self._node_id = ray.get_runtime_context().get_node_id()
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        self._check_resources(has_gpu)
+        bundle_order = self._reserve_devices(has_gpu)
+        for placement in self._plan.ranks:
+            self._ranks.append(self._start_rank(placement, bundle_order, has_gpu))
+        self._locate_ranks()
+        self._build_modules()
+        return {
+            name: WorkerGroup(name, [rank for rank in self._ranks if rank.id.module == name])
+            for name in self._modules
+        }
+
+    def stop(self, keep_logs_in: Path | None = None) -> None:
+        """End every process that `start` made, with its children; safe to call at any time.
+
+        Args:
+            keep_logs_in: directory that Ray's log files are moved to; None drops them. Applies to
+                a Ray that this job started.
+        """
+        with _uninterrupted():
+            if ray.is_initialized() and not self._started_ray:
+                self._remove_ranks()
+            if self._connected_here:
+                ray.shutdown()  # ends a Ray that was started here, with all its processes
+                self._connected_here = False
+            self._wait_for_exit()
+            self._ranks, self._placement_group = [], None
+            if self._started_ray:
+                _remove_sessions(keep_logs_in)
+                self._started_ray = False
+            # What a killed rank could not remove itself; such names contain the job's id.
+            for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
+                leftover.unlink(missing_ok=True)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
+
+    # ---- start ------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        environment = self._job.runtime_env
+        options = {
+            "runtime_env": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key in ("pip", "py_modules", "working_dir", "excludes")
+                if (value := getattr(environment, key))
+            },
+            "logging_level": logging.ERROR,
+            "log_to_driver": True,
+        }
+        self._connected_here = True
+        if _existing_cluster():
+            ray.init(**options)
+            logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
+        else:
+            self._started_ray = True
+            _start_local_ray(max(os.cpu_count() or 1, self._num_cpus_needed()), options)
+
+    def _num_cpus_needed(self) -> int:
+        """Logical CPUs: one per process that has a device, and what CPU models ask for."""
+        return sum(max(1, rank.num_cpu) for rank in self._plan.ranks)
+
+    def _check_resources(self, has_gpu: bool) -> None:
+        on_devices = [rank for rank in self._plan.ranks if rank.bundle is not None]
+        cpus = sum(rank.num_cpu for rank in self._plan.ranks)
+        if has_gpu:
+            needed = {"GPU": self._plan.num_bundles, "CPU": cpus + len(on_devices)}
+        else:
+            needed = {"CPU": cpus + self._plan.num_bundles}
+        total, free = ray.cluster_resources(), ray.available_resources()
+        problems = [
+            f"{amount:g} {kind}s needed, {free.get(kind, 0):g} of {total.get(kind, 0):g} are free"
+            for kind, amount in needed.items()
+            if amount > free.get(kind, 0)
+        ]
+        if problems:
+            raise RuntimeError(
+                f"the Ray cluster is too small for {self._job.path}: {'; '.join(problems)}. "
+                "Lower num_gpu / num_cpu of the models, let models share devices "
+                "(runtime.colocation), or add hosts"
+            )
+
+    def _reserve_devices(self, has_gpu: bool) -> list[int]:
+        """Reserve one bundle per device; returns the bundles' indices, those of a host adjacent."""
+        if self._plan.num_bundles == 0:
+            return []
+        bundles = [
+            {"GPU": 1, "CPU": len(self._plan.on_bundle(bundle))} if has_gpu else {"CPU": 1}
+            for bundle in range(self._plan.num_bundles)
+        ]
+        self._placement_group = placement_group(bundles, strategy="PACK")
+        if not self._placement_group.wait(PLACEMENT_TIMEOUT_S):
+            raise RuntimeError(
+                f"Ray did not reserve {len(bundles)} devices within {PLACEMENT_TIMEOUT_S:g} s; "
+                "another job may have taken them"
+            )
+        hosts = placement_group_table(self._placement_group)["bundles_to_node_id"]
+        return sorted(hosts, key=lambda bundle: (hosts[bundle], bundle))
+
+    def _start_rank(
+        self, placement: RankPlacement, bundle_order: Sequence[int], has_gpu: bool
+    ) -> RankHandle:
+        on_gpu = has_gpu and placement.bundle is not None
+        environment = process_environment(on_gpu, _python_path(), self._job_id)
+        options = {"runtime_env": {"env_vars": environment}}
+        if placement.bundle is None:
+            options["num_cpus"] = placement.num_cpu
+        else:
+            # Ray counts in ten-thousandths; rounded up, three thirds would exceed a device.
+            share = math.floor(placement.share * 10_000) / 10_000
+            options |= {"num_gpus": share, "num_cpus": 1} if on_gpu else {"num_cpus": share}
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._placement_group, placement_group_bundle_index=bundle_order[placement.bundle]
+            )
+        rank = RankId(placement.model, placement.replica, placement.rank, placement.world_size)
+        working_dir = "" if self._job.runtime_env.working_dir else os.getcwd()
+        actor = ray.remote(Worker).options(**options).remote(rank, working_dir)
+        return RankHandle(rank, actor)
+
+    def _locate_ranks(self) -> None:
+        locations = gather(
+            [PendingCall(rank, "locate", rank.actor.locate.remote()) for rank in self._ranks]
+        )
+        self._ranks = [
+            dataclasses.replace(rank, location=location)
+            for rank, location in zip(self._ranks, locations, strict=True)
+        ]
+
+    def _build_modules(self) -> None:
+        pickled = {
+            name: cloudpickle.dumps((type(module), self._job))
+            for name, module in self._modules.items()
+        }
+        first_rank = {
+            (rank.id.module, rank.id.replica): rank for rank in self._ranks if rank.id.rank == 0
+        }
+        pending = []
+        for rank in self._ranks:
+            master = first_rank[rank.id.module, rank.id.replica].location
+            rendezvous = Rendezvous(master.host, master.free_port, self._local_rank(rank))
+            build = rank.actor.build.remote(rendezvous, pickled[rank.id.module])
+            pending.append(PendingCall(rank, "build", build))
+        gather(pending)
+
+    def _local_rank(self, rank: RankHandle) -> int:
+        """The GPU's index on its host; on CPU the rank's place in its replica on its host."""
+        if rank.location.device is not None:
+            return rank.location.device
+        return sum(
+            other.id.module == rank.id.module
+            and other.id.replica == rank.id.replica
+            and other.id.rank < rank.id.rank
+            and other.location.node_id == rank.location.node_id
+            for other in self._ranks
+        )
+
+    # ---- stop -------------------------------------------------------------------------------
+
+    def _remove_ranks(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank.actor)
+        if self._placement_group is not None:
+            remove_placement_group(self._placement_group)
+
+    def _wait_for_exit(self) -> None:
+        """Wait until the ranks of this host have ended; end those that do not."""
+        pids = [
+            rank.location.pid
+            for rank in self._ranks
+            if rank.location is not None and rank.location.node_id == self._node_id
+        ]
+        deadline = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
+        while pids and time.monotonic() < deadline:
+            time.sleep(0.05)
+            pids = [pid for pid in pids if _is_running(pid)]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _existing_cluster() -> bool:
+    """Whether `ray.init()` would find a cluster that still answers.
+
+    Ray notes the address of the last `ray start` in a file, and leaves the file behind when the
+    cluster is killed. Private clusters of other jobs on this host are not in it.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    noted = _ray_dir() / "ray_current_cluster"
+    if not noted.exists():
+        return False
+    host, _, port = noted.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except (OSError, ValueError):
+        logger.warning("%s names a Ray cluster that does not answer; starting one", noted)
+        return False
+    return True
+
+
+def _ray_dir() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+
+
+def _start_local_ray(num_cpus: int, options: dict[str, Any]) -> None:
+    """Start Ray on this host; once more if an overloaded host exceeds Ray's fixed 30 s."""
+    start = functools.partial(
+        ray.init,
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        _system_config=LOCAL_RAY_SETTINGS,
+        **options,
+    )
+    try:
+        start()
+    except Exception as error:  # Ray raises this very class
+        if "timed out during startup" not in str(error):
+            raise
+        logger.warning("Ray did not start within its time limit; trying once more")
+        ray.shutdown()
+        start()
+
+
+def _python_path() -> str:
+    """The driver's import path, so that ranks find the user's classes as the script does."""
+    return os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+
+
+def _exit(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _remove_sessions(keep_logs_in: Path | None) -> None:
+    """Remove the directories that Ray made for this process; their names end with its id."""
+    for session in _ray_dir().glob(f"session_*_{os.getpid()}"):
+        logs = session / "logs"
+        if keep_logs_in is not None and logs.is_dir():
+            shutil.rmtree(keep_logs_in, ignore_errors=True)
+            keep_logs_in.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(str(logs), str(keep_logs_in))
+            logger.info("Ray's logs are in %s", keep_logs_in)
+        shutil.rmtree(session, ignore_errors=True)
+    latest = _ray_dir() / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # the state stands behind "(command)"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold off Ctrl-C and SIGTERM: a second one must not leave half of the ranks running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

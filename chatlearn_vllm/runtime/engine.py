@@ -1,0 +1,238 @@
+"""What do all kinds of training have in common: set-up, the loop over episodes, tear-down?"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.data.prompts import PromptSampler, load_prompts
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.observability.metrics import MetricWriter
+from chatlearn_vllm.observability.progress import EpisodeProgress
+from chatlearn_vllm.observability.timers import PhaseTimers
+from chatlearn_vllm.runtime.checkpoint import DriverState, load_state, save_state
+from chatlearn_vllm.runtime.cluster import Cluster
+from chatlearn_vllm.runtime.evaluator import Evaluator
+from chatlearn_vllm.runtime.worker_group import WorkerGroup
+
+logger = get_logger(__name__)
+
+
+class Engine(ABC):
+    """Runs a job: places the modules' ranks, loops over episodes, leaves nothing behind.
+
+    Episodes are numbered from 1; "episode 0" is what is measured before training.
+
+    Example:
+        engine.set_dataset(prompts)
+        history = engine.learn()
+    """
+
+    def __init__(self, *modules: BaseModule) -> None:
+        """Keep the modules.
+
+        Args:
+            modules: all roles of the job, in the order in which they are set up; what is in
+                device memory while a later one is built should come first and be offloaded.
+        """
+        self.modules = modules
+        self.job = modules[0].job
+        self.args = self.job.runtime
+        self.timers = PhaseTimers()
+        self.evaluator: Evaluator | None = None
+        self.groups: dict[str, WorkerGroup] = {}
+        """Running ranks by model name; empty before `setup`."""
+        self.resumed_from: DriverState | None = None
+        """Where an earlier run of this job stopped; None starts at the beginning."""
+        self._records: Sequence[Any] | None = None
+        self._cluster: Cluster | None = None
+
+    # ---- what users call --------------------------------------------------------------------
+
+    def set_dataset(self, prompts: Sequence[Any]) -> None:
+        """Say what to train on; without it, `runtime.data_path` is read.
+
+        Args:
+            prompts: strings, or dicts as read from a jsonl file by `load_prompts`.
+        """
+        self._records = prompts
+
+    def set_evaluator(self, evaluator: Evaluator) -> None:
+        """Evaluate as `runtime.eval_episode_interval` and `enable_eval_before_training` say.
+
+        Raises:
+            ValueError: the evaluator uses a module that is not part of this engine.
+        """
+        for module in (evaluator.policy, evaluator.reward):
+            if module not in self.modules:
+                raise ValueError(
+                    f"the evaluator's module {module.name!r} is not one of this engine's: "
+                    + ", ".join(own.name for own in self.modules)
+                )
+        self.evaluator = evaluator
+
+    def learn(self) -> list[dict[str, float]]:
+        """Run the whole job.
+
+        Returns:
+            The metrics of each episode of this run, with "episode", as in metrics.jsonl.
+
+        Raises:
+            RankError: a rank failed; every process of the job has ended when it arrives.
+        """
+        try:
+            self.setup()
+            history = self._run_episodes()
+            for group in self.groups.values():
+                group.call("shutdown")
+        except BaseException:
+            self.teardown(failed=True)
+            raise
+        self.teardown()
+        return history
+
+    # ---- what kinds of training define ------------------------------------------------------
+
+    @abstractmethod
+    def run_episode(self, episode: int) -> dict[str, float]:
+        """Do the work of one episode and return its metrics."""
+
+    def before_episodes(self) -> dict[str, float]:
+        """Do what comes before the first episode; metrics, if any, are those of episode 0."""
+        return {}
+
+    def model_is_built(self, module: BaseModule) -> None:
+        """Called after the ranks of `module` are set up and before those of the next one."""
+
+    def count_prompts(self, records: Sequence[Any]) -> int:
+        """Hand the training records to who needs them; return how many there are to draw."""
+        return len(records)
+
+    @property
+    def weight_version(self) -> int:
+        """Version that a checkpoint notes down."""
+        return 0
+
+    # ---- set-up and tear-down ---------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Start the ranks, build the models, and go to where an earlier run stopped."""
+        records = self._training_records()
+        if self.args.enable_resume_training:
+            self.resumed_from = load_state(
+                self._state_dir, self.args.load_data_checkpoint_iteration
+            )
+        self._cluster = Cluster(self.job, self.modules)
+        self.groups = self._cluster.start()
+        for module in self.modules:
+            self._build_model(module)
+        self.sampler = PromptSampler(
+            self.count_prompts(records), self.args.seed, self.args.data_shuffle
+        )
+        if self.evaluator is not None:
+            self.evaluator.setup(self.groups)
+        if self.resumed_from is not None:
+            self.sampler.load_state_dict(self.resumed_from.sampler)
+            logger.info("resumed after episode %d", self.finished_episodes)
+
+    def teardown(self, failed: bool = False) -> None:
+        """End every process of the job; safe at any point of `setup` or `learn`, and twice.
+
+        Args:
+            failed: keep Ray's logs in `run_dir/ray_logs`.
+        """
+        cluster, self._cluster, self.groups = self._cluster, None, {}
+        if cluster is not None:
+            cluster.stop(keep_logs_in=self.run_dir / "ray_logs" if failed else None)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this job writes."""
+        return self.args.run_dir
+
+    @property
+    def finished_episodes(self) -> int:
+        """Episodes that an earlier run of this job finished."""
+        return self.resumed_from.episode if self.resumed_from else 0
+
+    @property
+    def _state_dir(self) -> Path:
+        if self.args.data_checkpoint_path is not None:
+            return Path(self.args.data_checkpoint_path)
+        return self.run_dir / "checkpoints" / "driver"
+
+    def _training_records(self) -> Sequence[Any]:
+        records = self._records
+        if records is None:
+            if self.args.data_path is None:
+                raise ValueError("no training data: call set_dataset() or set runtime.data_path")
+            records = load_prompts(self.args.data_path, self.args.training_data_num_limit)
+        if not records:
+            raise ValueError("no training data: the dataset is empty")
+        return records
+
+    def _build_model(self, module: BaseModule) -> None:
+        start = time.perf_counter()
+        group = self.groups[module.name]
+        group.call("init")
+        group.call("model_setup")
+        group.call("validate")
+        if self.resumed_from is not None and module.module_args.trainable:
+            group.call("load_checkpoint", self.resumed_from.episode)
+        self.model_is_built(module)
+        logger.info(
+            "%s: %d ranks ready in %.1f s",
+            module.name,
+            len(group.ranks),
+            time.perf_counter() - start,
+        )
+
+    # ---- episodes ---------------------------------------------------------------------------
+
+    def _run_episodes(self) -> list[dict[str, float]]:
+        done, total = self.finished_episodes, self.args.num_episode
+        history = []
+        with (
+            MetricWriter(self.run_dir, first_episode=done + 1) as writer,
+            EpisodeProgress(total, done) as progress,
+        ):
+            before = self.before_episodes()
+            self.timers.take()
+            if before and done == 0:
+                writer.write(0, before)
+                progress.update(0, before)
+                history.append({"episode": 0, **before})
+            for episode in range(done + 1, total + 1):
+                metrics = self._run_timed_episode(episode)
+                writer.write(episode, metrics)
+                history.append({"episode": episode, **metrics})
+                if episode % self.args.log_interval == 0 or episode == total:
+                    progress.update(episode, metrics)
+        return history
+
+    def _run_timed_episode(self, episode: int) -> dict[str, float]:
+        with self.timers.phase("episode"):
+            for group in self.groups.values():
+                group.call("before_episode")
+            metrics = self.run_episode(episode)
+            for group in self.groups.values():
+                group.call("after_episode")
+        seconds = {f"time/{phase}_s": spent for phase, spent in self.timers.take().items()}
+        return metrics | seconds
+
+    def save_if_due(self, trainer: WorkerGroup, episode: int) -> None:
+        """Save trainer and driver every `save_episode_interval` episodes, and after the last one.
+
+        Call it while the trainer is in device memory.
+        """
+        interval = self.args.save_episode_interval
+        if interval is None or (episode % interval and episode != self.args.num_episode):
+            return
+        with self.timers.phase("save"):
+            trainer.call("save_checkpoint", episode)
+            state = DriverState(episode, self.weight_version, self.sampler.state_dict())
+            save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)

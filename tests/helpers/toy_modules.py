@@ -1,0 +1,272 @@
+"""A whole job in miniature: the policy is a table of token scores, reward counts one token.
+
+The modules follow the runtime's contract with real torch.distributed and real weight-sync plans,
+and start in a second. Every call is noted in `run_dir/calls.txt`, so tests can read the order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import torch
+import torch.distributed as dist
+
+from chatlearn_vllm.layouts.blocks import Block, ParamLayout
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.weight_sync.planner import plan_rank
+
+VOCABULARY = 8
+GOOD_TOKEN = 3
+JOB_YAML = """
+models:
+  policy:
+    num_gpu: 2
+    tensor_model_parallel_size: {policy_tp}
+    free_memory: True
+    model_args: {{seq_length: 8, max_new_tokens: 6, num_inference_per_prompt: 4, seed: 1}}
+  policy_trainer:
+    num_gpu: 2
+    trainable: True
+    free_memory: True
+    model_args: {{lr: 2.0, init_kl_coef: {kl}}}
+  reference:
+    num_gpu: 2
+    free_memory: True
+  reward:
+    num_cpu: 1
+runtime:
+  colocation: ["policy,policy_trainer,reference"]
+  num_episode: {num_episode}
+  sample_per_episode: 32
+  train_micro_batch_size: 4
+  train_global_batch_size: 16
+  eval_episode_interval: 2
+  enable_eval_before_training: True
+  output_dir: {output_dir}
+  exp_name: toy
+"""
+PROMPTS = [{"prompt": f"question {number}", "answer": number} for number in range(16)]
+
+
+def write_job(directory, num_episode=2, policy_tp=1, kl=0.0, extra_runtime=""):
+    """Write the toy job's yaml and return its path."""
+    path = directory / "job.yaml"
+    text = JOB_YAML.format(
+        output_dir=directory, num_episode=num_episode, policy_tp=policy_tp, kl=kl
+    )
+    path.write_text(text + extra_runtime)
+    return path
+
+
+class ToyModule(BaseModule):
+    """Joins its replica's process group, and notes calls."""
+
+    def note(self, call):
+        self.runtime_args.run_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.runtime_args.run_dir / "calls.txt", "a") as file:
+            file.write(f"{self.name} {self.replica_id} {self.rank} {call}\n")
+
+    def init(self):
+        dist.init_process_group("gloo")
+
+    def model_setup(self):
+        self.note("model_setup")
+
+    def onload(self, **parts):
+        self.note(" ".join(["onload", *(part for part, chosen in parts.items() if chosen)]))
+
+    def offload(self, **parts):
+        self.note(" ".join(["offload", *(part for part, chosen in parts.items() if chosen)]))
+
+    def shutdown(self):
+        self.note("shutdown")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class ToyPolicy(ToyModule):
+    """Samples tokens from softmax(scores); each rank holds a slice of the scores."""
+
+    def model_setup(self):
+        super().model_setup()
+        self.width = VOCABULARY // self.world_size
+        self.scores = torch.full((self.width,), float("nan"))
+        self.version = None
+        self.records = {}
+
+    def build_prompts(self, prompts, is_eval=False):
+        self.records[is_eval] = prompts
+        return len(prompts)
+
+    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False):
+        self.note(f"generate {'eval' if is_eval else 'train'} {first_sample}")
+        slices = [torch.empty(self.width) for _ in range(self.world_size)]
+        dist.all_gather(slices, self.scores)
+        if self.rank != 0:
+            return None
+        copies = 1 if is_eval else self.model_args.responses_per_prompt
+        rows = [index for index in prompt_indices for _ in range(copies)]
+        seq_length, num_prompt = self.model_args.seq_length, 2
+        generator = torch.Generator().manual_seed(self.model_args.seed + first_sample)
+        distribution = torch.cat(slices).log_softmax(0)
+        tokens = torch.zeros(len(rows), seq_length, dtype=torch.int64)
+        tokens[:, num_prompt:] = torch.multinomial(
+            distribution.exp().expand(len(rows), -1),
+            seq_length - num_prompt,
+            replacement=True,
+            generator=generator,
+        )
+        mask = torch.zeros(len(rows), seq_length)
+        mask[:, num_prompt:] = 1.0
+        return {
+            "all_tokens": tokens,
+            "logprobs": distribution[tokens][:, 1:] * mask[:, 1:],
+            "loss_mask": mask,
+            "no_padded_query_ids": [tokens[row, :num_prompt] for row in range(len(rows))],
+            "str_prompts": [self.records[is_eval][index]["prompt"] for index in rows],
+            "str_outputs": [str(row) for row in tokens[:, num_prompt:].tolist()],
+            "answer": [self.records[is_eval][index]["answer"] for index in rows],
+            "prompt_index": torch.tensor(rows),
+            "weight_version": torch.full((len(rows),), self.version),
+        }
+
+    def sleep(self):
+        self.note("sleep")
+        self.scores.fill_(float("nan"))
+
+    def wake_weights(self):
+        self.note("wake_weights")
+
+    def wake_kv_cache(self):
+        self.note("wake_kv_cache")
+
+    def weight_layout(self):
+        held = ((self.rank * self.width, (self.rank + 1) * self.width),)
+        block = Block("scores", held, ((0, self.width),))
+        return [ParamLayout("scores", (self.width,), (block,), ())]
+
+    def plan_weight_sync(self, sources, prefer):
+        self.plan = plan_rank(self.weight_layout(), sources, prefer)
+        return self.plan.source_ranks
+
+    def import_weights(self, version, *exports):
+        self.note(f"import_weights {version}")
+        exported = dict(zip(self.plan.source_ranks, exports, strict=True))
+        for copy in self.plan.copies:
+            (source,), (target,) = copy.source, copy.target
+            piece = torch.tensor(exported[copy.source_rank][slice(*source)])
+            self.scores[slice(*target)] = piece
+        self.version = version
+        return self.scores.numel() * self.scores.element_size()
+
+
+class ToyTrainer(ToyModule):
+    """Policy gradient on the scores, data parallel."""
+
+    def model_setup(self):
+        super().model_setup()
+        self.scores = torch.zeros(VOCABULARY)
+
+    @property
+    def data_parallel_rank(self):
+        return self.rank
+
+    @property
+    def data_parallel_size(self):
+        return self.world_size
+
+    def train(self, data, iteration=0):
+        self.note(f"train {len(data['all_tokens'])}")
+        rows = self.runtime_args.train_global_batch_size // self.data_parallel_size
+        return [
+            self._step({key: value[start : start + rows] for key, value in data.items()})
+            for start in range(0, len(data["all_tokens"]), rows)
+        ]
+
+    def _step(self, batch):
+        scores = self.scores.clone().requires_grad_()
+        mask = batch["loss_mask"][:, 1:]
+        logprobs = scores.log_softmax(0)[batch["all_tokens"]][:, 1:] * mask
+        loss = -(batch["advantages"][:, None] * logprobs).sum() / mask.sum()
+        loss.backward()
+        dist.all_reduce(scores.grad)
+        self.scores -= self.model_args.lr * scores.grad / self.data_parallel_size
+        difference = (logprobs.detach() - batch["logprobs"]).abs().sum() / mask.sum()
+        return {"loss": loss.item(), "logprob_abs_diff_mean": difference.item()}
+
+    def train_records(self, records, iteration=0):
+        self.note("train_records " + ",".join(record["prompt"] for record in records))
+        return [{"loss": 1.0 / iteration}]
+
+    def weight_layout(self):
+        whole = ((0, VOCABULARY),)
+        return [ParamLayout("scores", (VOCABULARY,), (Block("scores", whole, whole),), ())]
+
+    def export_weights(self):
+        self.note("export_weights")
+        return self.scores.numpy()
+
+    def save_checkpoint(self, iteration):
+        self.note(f"save_checkpoint {iteration}")
+        if self.rank == 0:
+            torch.save(self.scores, self.runtime_args.run_dir / f"scores_{iteration}.pt")
+
+    def load_checkpoint(self, iteration=None):
+        self.note(f"load_checkpoint {iteration}")
+        self.scores = torch.load(self.runtime_args.run_dir / f"scores_{iteration}.pt")
+        return iteration
+
+
+class ToyReference(ToyModule):
+    """A uniform distribution."""
+
+    def forward_step(self, data, iteration=0):
+        self.note("forward_step")
+        return {"ref_logprobs": torch.full_like(data["logprobs"], -2.0)}
+
+
+class ToyReward(ToyModule):
+    """Share of good tokens; a sample is right if at least half of its tokens are good."""
+
+    def forward_step(self, data, iteration=0):
+        self.note(f"forward_step {len(data['answer'])}")
+        good = ((data["all_tokens"] == GOOD_TOKEN) * data["loss_mask"]).sum(1)
+        rewards = good / data["loss_mask"].sum(1)
+        return {"rewards": rewards, "accuracy": (rewards >= 0.5).float()}
+
+
+class RaisingTrainer(ToyTrainer):
+    """Rank 1 raises in the second episode while rank 0 waits for it in a collective."""
+
+    def train(self, data, iteration=0):
+        if iteration == 2 and self.rank == 1:
+            raise ValueError("a bad batch")
+        return super().train(data, iteration)
+
+
+class DyingTrainer(ToyTrainer):
+    """Rank 1 is killed in the second episode, as the kernel does when memory runs out."""
+
+    def train(self, data, iteration=0):
+        if iteration == 2 and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train(data, iteration)
+
+
+class SlowReward(ToyReward):
+    """Takes forever, with a child process running."""
+
+    def forward_step(self, data, iteration=0):
+        child = subprocess.Popen(["sleep", "600"])
+        self.note(f"child {child.pid}")
+        time.sleep(600)
+
+
+class BrokenReward(ToyReward):
+    """Cannot be set up."""
+
+    def model_setup(self):
+        raise RuntimeError("no such file: rules.txt")

@@ -1,0 +1,174 @@
+"""Does a whole job, with toy models on real Ray, do the right things in the right order?"""
+
+import json
+import socket
+
+import pytest
+import ray
+
+from chatlearn_vllm.observability.metrics import read_metrics
+from chatlearn_vllm.runtime import session
+from chatlearn_vllm.runtime.evaluator import Evaluator
+from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
+from chatlearn_vllm.runtime.sft_engine import SFTEngine
+from tests.helpers.toy_modules import (
+    PROMPTS,
+    ToyPolicy,
+    ToyReference,
+    ToyReward,
+    ToyTrainer,
+    write_job,
+)
+from tests.runtime.conftest import rank_processes
+
+
+def make_engine(path, *overrides, trainer=ToyTrainer, reward=ToyReward):
+    """The toy job's engine, with data and evaluator."""
+    session.init(str(path), overrides)
+    policy, score = ToyPolicy("policy"), reward("reward")
+    engine = GRPOEngine(policy, ToyReference("reference"), score, trainer("policy_trainer"))
+    engine.set_dataset(PROMPTS)
+    engine.set_evaluator(Evaluator(policy, score, PROMPTS))
+    return engine
+
+
+def test_an_episode_does_its_steps_in_order_and_models_take_turns_in_memory(
+    existing_cluster, tmp_path
+):
+    engine = make_engine(write_job(tmp_path, num_episode=2, kl=0.1))
+
+    history = engine.learn()
+
+    noted = [
+        line
+        for line in (engine.run_dir / "calls.txt").read_text().splitlines()
+        if line.split()[1:3] == ["0", "0"]
+    ]
+    turns = [" ".join((line.split()[0], *line.split()[3:])) for line in noted]
+    set_up = turns.index("policy_trainer onload weights")
+    assert turns[:set_up] == [
+        "policy_trainer model_setup",
+        "policy_trainer offload weights grads optimizer",
+        "reference model_setup",
+        "reference offload",
+        "reward model_setup",
+        "policy model_setup",
+        "policy sleep",
+    ]
+    first_sync = [
+        "policy_trainer onload weights",
+        "policy_trainer offload grads optimizer",
+        "policy wake_weights",
+        "policy_trainer export_weights",
+        "policy import_weights 1",
+        "policy_trainer offload weights",
+        "policy wake_kv_cache",
+    ]
+    evaluation = ["policy generate eval 0", "reward forward_step 8"]
+    assert turns[set_up:][:9] == first_sync + evaluation
+    episode = [
+        "policy generate train {first}",
+        "policy sleep",
+        "reward forward_step 16",
+        "reference onload",
+        "reference forward_step",
+        "reference offload",
+        "policy_trainer onload weights grads optimizer",
+        "policy_trainer train 16",
+        "policy_trainer offload grads optimizer",
+        "policy wake_weights",
+        "policy_trainer export_weights",
+        "policy import_weights {version}",
+        "policy_trainer offload weights",
+        "policy wake_kv_cache",
+    ]
+    expected = [step.format(first=0, version=2) for step in episode]
+    expected += [step.format(first=32, version=3) for step in episode]
+    assert turns[set_up + 9 :] == [
+        *expected,
+        *evaluation,
+        *(f"{name} shutdown" for name in ("policy_trainer", "reference", "reward", "policy")),
+    ]
+    assert read_metrics(engine.run_dir / "metrics.jsonl") == history
+
+
+def test_the_policy_gets_better_and_the_metrics_say_so(existing_cluster, tmp_path):
+    engine = make_engine(write_job(tmp_path, num_episode=6, policy_tp=2))
+
+    before, *episodes = engine.learn()
+
+    assert before["episode"] == 0
+    assert [line["episode"] for line in episodes] == [1, 2, 3, 4, 5, 6]
+    assert episodes[-1]["eval/accuracy"] > before["eval/accuracy"] + 0.5
+    last = episodes[-1]
+    assert last["rollout/weight_version"] == 6 and last["sync/weight_version"] == 7
+    assert last["rollout/response_tokens_mean"] == 6.0
+    assert last["sync/bytes"] == 8 * 4  # one replica of eight float32 scores
+    assert episodes[0]["train/logprob_abs_diff_mean"] < 0.2
+    for name in ("rollout", "reward", "train", "sync", "eval", "episode"):
+        assert last[f"time/{name}_s"] > 0
+    assert "time/reference_s" not in last  # init_kl_coef is 0: no reference runs
+    samples = [
+        json.loads(line)
+        for line in (engine.run_dir / "eval" / "episode_000006.jsonl").read_text().splitlines()
+    ]
+    assert [sample["answer"] for sample in samples] == list(range(16))
+    assert {"str_prompts", "str_outputs", "rewards", "accuracy"} <= samples[0].keys()
+
+
+def test_an_interrupted_job_goes_on_as_if_it_had_not_been(existing_cluster, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    save = "runtime.save_episode_interval=1"
+    whole = make_engine(write_job(tmp_path / "whole", num_episode=3), save).learn()
+
+    path = write_job(tmp_path / "parts", num_episode=3)
+    make_engine(path, save, "runtime.num_episode=2").learn()
+    resumed = make_engine(path, save)
+    tail = resumed.learn()
+
+    assert [line["episode"] for line in tail] == [3]
+    for name in ("rollout/reward_mean", "rollout/weight_version", "train/loss"):
+        assert tail[0][name] == whole[3][name]
+    lines = read_metrics(resumed.run_dir / "metrics.jsonl")
+    assert [line["episode"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_a_joined_cluster_keeps_running_and_the_job_leaves_no_rank_in_it(
+    existing_cluster, tmp_path
+):
+    make_engine(write_job(tmp_path, num_episode=1)).learn()
+
+    assert not ray.is_initialized()
+    assert rank_processes(existing_cluster) == {}
+    host, port = existing_cluster.split(":")
+    socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def test_fine_tuning_spreads_records_over_the_data_parallel_ranks(existing_cluster, tmp_path):
+    path = write_job(tmp_path, num_episode=1)
+    session.init(str(path), ["runtime.data_shuffle=False", "runtime.save_episode_interval=5"])
+    engine = SFTEngine(ToyTrainer("policy_trainer"))
+    engine.set_dataset([{"prompt": str(row), "response": "r"} for row in range(32)])
+
+    history = engine.learn()
+
+    assert history[0]["train/loss"] == 1.0
+    noted = (engine.run_dir / "calls.txt").read_text().splitlines()
+    records = {line.split()[2]: line.split()[4] for line in noted if "train_records" in line}
+    rows_of_rank_0 = [*range(0, 8), *range(16, 24)]
+    assert records["0"] == ",".join(map(str, rows_of_rank_0))
+    assert set(records["1"].split(",")) == set(map(str, range(32))) - set(records["0"].split(","))
+    assert "save_checkpoint 1" in noted[-3]  # the last episode is saved whatever the interval
+
+
+def test_a_kl_penalty_without_a_reference_is_refused(tmp_path):
+    session.init(str(write_job(tmp_path, kl=0.1)))
+
+    with pytest.raises(ValueError, match="init_kl_coef=0.1 needs a reference"):
+        GRPOEngine(ToyPolicy("policy"), None, ToyReward("reward"), ToyTrainer("policy_trainer"))
+
+
+def test_episodes_without_a_sync_need_a_sleep_that_keeps_the_weights(tmp_path):
+    with pytest.raises(ValueError, match="set sleep_level: 1"):
+        make_engine(write_job(tmp_path), "models.policy.sync_frequency=2")
