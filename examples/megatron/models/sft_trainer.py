@@ -1,0 +1,56 @@
+"""A policy that learns given responses, with megatron-core."""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from chatlearn_vllm import MegatronModule
+
+
+class SFTTrainer(MegatronModule):
+    """Next-token loss on the responses of (prompt, response) records; saves Hugging Face form."""
+
+    def setup(self) -> None:
+        """Load the tokenizer."""
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_args.tokenizer)
+
+    def model_provider(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the model that config.json in `load` describes."""
+        return super().model_provider(*args, **kwargs)
+
+    def train_records(self, records: list[dict[str, Any]], iteration: int) -> list[dict]:
+        """Tokenize records and learn them; one dict of metrics per optimizer step."""
+        return self.train(self.encode(records), iteration)
+
+    def encode(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch of prompt + response + EOS; the mask is on response and EOS.
+
+        Raises:
+            ValueError: a record is longer than `seq_length`.
+        """
+        seq_length, eos = self.model_args.seq_length, self.tokenizer.eos_token_id
+        all_tokens = torch.full((len(records), seq_length), eos)
+        loss_mask = torch.zeros(len(records), seq_length)
+        for row, record in enumerate(records):
+            prompt = self.tokenizer.encode(record["prompt"])
+            response = self.tokenizer.encode(record["response"], add_special_tokens=False) + [eos]
+            start, stop = len(prompt), len(prompt) + len(response)
+            if stop > seq_length:
+                raise ValueError(
+                    f"record {record['prompt']!r} has {stop} tokens, seq_length is {seq_length}"
+                )
+            all_tokens[row, :stop] = torch.tensor(prompt + response)
+            loss_mask[row, start:stop] = 1.0
+        return {"all_tokens": all_tokens, "loss_mask": loss_mask}
+
+    def loss(
+        self, batch: dict[str, Any], logprobs: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Negative log-probability of each token."""
+        return -logprobs, {}
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Write a checkpoint for resuming, and in `save`/hf the policy that other jobs load."""
+        super().save_checkpoint(iteration)
+        self.save_hf(self.checkpoint_dir / "hf")
