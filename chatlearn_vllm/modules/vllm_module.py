@@ -378,11 +378,12 @@ class VLLMModule(BaseModule, ABC):
         Returns:
             Bytes written on this rank.
         """
-        from chatlearn_vllm.weight_sync.transport import run_plan
+        from chatlearn_vllm.weight_sync.transport import open_export, run_plan
 
         targets = self.engine.begin_weight_update()
-        exports_by_rank = dict(zip(self._plan.source_ranks, exports, strict=True))
-        num_bytes = run_plan(self._plan, exports_by_rank, targets)
+        opened = [open_export(export) for export in exports]
+        sources = dict(zip(self._plan.source_ranks, opened, strict=True))
+        num_bytes = run_plan(self._plan, sources, targets)
         self.engine.finish_weight_update(version)
         return num_bytes
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 
 NOISY_LOGGERS = {
-    "vllm": logging.WARNING,
+    "vllm": logging.ERROR,  # its warnings restate settings that were chosen here
     "megatron": logging.ERROR,  # missing Transformer Engine and apex are fine here
     "transformers": logging.ERROR,
     "ray": logging.WARNING,
@@ -17,7 +17,7 @@ NOISY_LOGGERS = {
 """Lowest level that is shown of each upstream package."""
 
 UPSTREAM_ENV = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -58,6 +58,9 @@ def quiet_upstream() -> None:
         logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*[Tt]ransformer ?[Ee]ngine.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|vllm)\..*")
+    # megatron-core asks views of its gradient buffers for a gradient of their own.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a l.*")
     warnings.filterwarnings("ignore", message=r".*[Aa]pex.*")
 
 

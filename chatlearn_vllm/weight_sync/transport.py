@@ -72,7 +72,10 @@ def export_tensors(tensors: Mapping[str, torch.Tensor]) -> Export:
 
 
 def open_export(export: Export) -> dict[str, torch.Tensor]:
-    """The exported tensors as views of the sender's memory; read only, drop them when done."""
+    """The exported tensors as views of the sender's memory; read only, drop them when done.
+
+    A CUDA export is for other processes: CUDA does not open a handle where it was made.
+    """
     opened = []
     for storage in export.storages:
         if isinstance(storage, np.ndarray):
@@ -98,19 +101,20 @@ def _cuda_handle(flat: torch.Tensor) -> tuple[Any, tuple]:
 
 @torch.no_grad()
 def run_plan(
-    plan: RankPlan, exports: Mapping[int, Export], targets: Mapping[str, torch.Tensor]
+    plan: RankPlan,
+    sources: Mapping[int, Mapping[str, torch.Tensor]],
+    targets: Mapping[str, torch.Tensor],
 ) -> int:
     """Do a plan's copies into live parameters.
 
     Args:
         plan: this rank's plan.
-        exports: what the training ranks of `plan.source_ranks` handed out, by rank.
+        sources: opened tensors of the training ranks of `plan.source_ranks`, by rank.
         targets: this rank's parameters, written in place.
 
     Returns:
         Bytes written, on return complete on the device.
     """
-    sources = {rank: open_export(exports[rank]) for rank in plan.source_ranks}
     num_bytes = 0
     for copy in plan.copies:
         source = sources[copy.source_rank][copy.source_param][_slices(copy.source)]

@@ -12,7 +12,7 @@ from chatlearn_vllm.config import JobConfig, load_config
 from chatlearn_vllm.layouts import Block, ParamLayout
 from chatlearn_vllm.layouts.blocks import whole
 from chatlearn_vllm.modules.vllm_module import VLLMModule
-from chatlearn_vllm.weight_sync.transport import export_tensors
+from chatlearn_vllm.weight_sync.transport import export_tensors, run_plan
 
 SEQ_LENGTH = 96
 
@@ -55,4 +55,10 @@ def put_weights(module: VLLMModule, model: torch.nn.Module, version: int) -> int
         for n, t in tensors.items()
     ]
     module.plan_weight_sync({0: sources}, [])
-    return module.import_weights(version, export_tensors(tensors))
+    if not next(model.parameters()).is_cuda:
+        return module.import_weights(version, export_tensors(tensors))
+    # CUDA opens no handle in the process that made it, so leave the handles out.
+    targets = module.engine.begin_weight_update()
+    num_bytes = run_plan(module._plan, {0: tensors}, targets)
+    module.engine.finish_weight_update(version)
+    return num_bytes

@@ -22,20 +22,24 @@ def model_dir(tmp_path_factory) -> Path:
     return directory
 
 
-def write_job(directory: Path, model_dir: Path, *, policy, trainer, reference=None, **runtime):
+def write_job(
+    directory: Path, model_dir: Path, *, policy, trainer, reference=None, num_gpu=2, **runtime
+):
     common = {"load": str(model_dir), "seq_length": 32, "max_new_tokens": 12, "seed": 3}
     sampling = {"n": 4, "temperature": 0.8, "max_num_seqs": 16, "eval_temperature": 0.0}
     learning = {"lr": 1e-3, "temperature": 0.8, "clip_grad": 1.0}
     models = {
-        "policy": {"num_gpu": 2, "free_memory": True, "model_args": common | sampling | policy},
+        "policy": {
+            "num_gpu": num_gpu, "free_memory": True, "model_args": common | sampling | policy,
+        },
         "reward": {"num_cpu": 1},
         "policy_trainer": {
-            "num_gpu": 2, "trainable": True, "free_memory": True,
+            "num_gpu": num_gpu, "trainable": True, "free_memory": True,
             "model_args": common | learning | trainer,
         },
     }  # fmt: skip
     if reference is not None:
-        models["reference"] = {"num_gpu": 2, "model_args": common | {"temperature": 0.8}}
+        models["reference"] = {"num_gpu": num_gpu, "model_args": common | {"temperature": 0.8}}
     job = {
         "models": models,
         "runtime": {

@@ -12,7 +12,7 @@ from chatlearn_vllm.weight_sync.planner import (
     plan_rank,
     subtract,
 )
-from chatlearn_vllm.weight_sync.transport import export_tensors, run_plan
+from chatlearn_vllm.weight_sync.transport import export_tensors, open_export, run_plan
 from tests.helpers.reference_shards import (
     logical_tensors,
     megatron_shards,
@@ -86,11 +86,11 @@ def test_every_element_arrives_for_any_pair_of_layouts(train, roll, tied) -> Non
     sources, source_layouts = trainer(shape, logical, *train)
     wanted, target_layouts = rollout(shape, logical, *roll)
     check_all_sources_used(target_layouts, source_layouts)
-    exports = {rank: export_tensors(tensors) for rank, tensors in sources.items()}
+    opened = {rank: open_export(export_tensors(tensors)) for rank, tensors in sources.items()}
     for want, layouts in zip(wanted, target_layouts, strict=True):
         live = {name: torch.full_like(t, float("nan")) for name, t in want.items()}
         plan = plan_rank(layouts, source_layouts)
-        num_bytes = run_plan(plan, exports, live)
+        num_bytes = run_plan(plan, opened, live)
         for name in want:
             assert torch.equal(live[name], want[name]), name
         assert num_bytes == 4 * plan.num_elements
