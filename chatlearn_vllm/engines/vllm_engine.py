@@ -75,7 +75,6 @@ class VLLMEngine:
         if not dist.is_initialized():
             raise RuntimeError("initialise torch.distributed before building the engine")
         pipeline = engine_arguments.get("pipeline_parallel_size", 1)
-        vllm_compat.installed_version()
         vllm_compat.set_environment(pipeline_parallel_size=pipeline)
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext

@@ -46,8 +46,15 @@ class VLLMModule(BaseModule, ABC):
     """
 
     def __init__(self, name: str, job: Any = None, replica_id: int = 0) -> None:
-        """See `BaseModule`."""
+        """See `BaseModule`.
+
+        Raises:
+            RuntimeError: vLLM is missing or of an unsupported version.
+        """
+        from chatlearn_vllm.engines.vllm_compat import installed_version
+
         super().__init__(name, job, replica_id)
+        installed_version()
         self.model: nn.Module | None = None
         """This rank's live vLLM model, once `setup` ran."""
         self._engine: VLLMEngine | None = None

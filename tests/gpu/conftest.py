@@ -4,10 +4,10 @@ import pytest
 import torch
 
 LLAMA_100M = dict(
-    hidden_size=768, intermediate_size=2048, num_hidden_layers=17, num_attention_heads=12,
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=12,
     num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, initializer_range=0.02,
 )  # fmt: skip
-"""A Llama of 107 million parameters beside its embeddings."""
+"""A Llama of 113 million parameters beside its embeddings."""
 
 
 @pytest.fixture

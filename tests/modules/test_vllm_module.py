@@ -9,6 +9,7 @@ from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.data.batch import check_batch
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
+from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.vllm_engine import EngineStateError
 from chatlearn_vllm.modules.vllm_module import sample_seed
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
@@ -331,3 +332,14 @@ def test_a_prompt_without_room_for_a_response_is_refused(ready) -> None:
 def test_execute_step_outside_of_forward_step_is_refused(ready) -> None:
     with pytest.raises(RuntimeError, match="only valid inside forward_step"):
         ready.execute_step({})
+
+
+def test_a_vllm_outside_the_supported_range_is_refused_with_the_remedy(
+    tmp_path, monkeypatch
+) -> None:
+    metadata = tmp_path / "vllm-0.19.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.19.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"vllm 0\.19\.0 is not supported.*pip install"):
+        vllm_compat.installed_version()

@@ -4,6 +4,7 @@ Real megatron-core ranks take an optimizer step and write a Hugging Face checkpo
 ranks pull the weights, and are compared with what vLLM's own loader makes of that checkpoint.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -86,6 +87,24 @@ def greedy() -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in _policy.engine.run()]
 
 
+def sample() -> list[list[int]]:
+    """On a rollout rank: sampled answers, its process's random generator unlike the others'."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    for row, ids in enumerate(PROMPTS):
+        sampling = {"temperature": 1.0, "max_tokens": 8, "seed": row, "n": 2, "ignore_eos": True}
+        _policy.engine.add_request(str(row), None, ids, sampling)
+    outputs = _policy.engine.run()
+    return [list(completion.token_ids) for output in outputs for completion in output.outputs]
+
+
+def drop_engine() -> bool:
+    """On a rollout rank: whether torch.distributed outlives the engine."""
+    global _policy
+    _policy = None
+    gc.collect()
+    return torch.distributed.is_initialized()
+
+
 def load_with_vllm(checkpoint: Path) -> dict[str, torch.Tensor]:
     """On a rollout rank: the parameters that vLLM's own loader makes of a checkpoint."""
     with torch.no_grad():
@@ -152,6 +171,10 @@ def check_all(root: Path, done: dict, rollout: str) -> None:
                     assert got[name].isfinite().all(), f"{train}: {name}"
                 assert num_bytes > 0
                 assert tokens == answers, train
+        sampled = ranks.run(sample)
+        assert all(tokens == sampled[0] for tokens in sampled)
+        # vLLM 0.32 would end it for everybody in the process.
+        assert all(ranks.run(drop_engine))
     finally:
         ranks.close()
 
