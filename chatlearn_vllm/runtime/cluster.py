@@ -15,10 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import cloudpickle
 from ray.util.placement_group import (
@@ -48,6 +49,7 @@ LOCAL_RAY_SETTINGS = {
 }
 """Ray's internal settings for a cluster that this job starts for itself."""
 
+RELEASE_TIMEOUT_S = 10.0
 PLACEMENT_TIMEOUT_S = 60.0
 PROCESS_EXIT_TIMEOUT_S = 10.0
 
@@ -100,6 +102,7 @@ class Cluster:
         self._node_id = ray.get_runtime_context().get_node_id()
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         self._check_resources(has_gpu)
+        logger.info("placement on %s:\n%s", "GPUs" if has_gpu else "CPUs", self._plan.describe())
         bundle_order = self._reserve_devices(has_gpu)
         for placement in self._plan.ranks:
             self._ranks.append(self._start_rank(placement, bundle_order, has_gpu))
@@ -151,7 +154,7 @@ class Cluster:
             "log_to_driver": True,
         }
         self._connected_here = True
-        if _existing_cluster():
+        if existing_cluster():
             ray.init(**options)
             logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
         else:
@@ -169,18 +172,12 @@ class Cluster:
             needed = {"GPU": self._plan.num_bundles, "CPU": cpus + len(on_devices)}
         else:
             needed = {"CPU": cpus + self._plan.num_bundles}
-        total, free = ray.cluster_resources(), ray.available_resources()
-        problems = [
-            f"{amount:g} {kind}s needed, {free.get(kind, 0):g} of {total.get(kind, 0):g} are free"
-            for kind, amount in needed.items()
-            if amount > free.get(kind, 0)
-        ]
-        if problems:
-            raise RuntimeError(
-                f"the Ray cluster is too small for {self._job.path}: {'; '.join(problems)}. "
-                "Lower num_gpu / num_cpu of the models, let models share devices "
-                "(runtime.colocation), or add hosts"
-            )
+        _require(needed, ray.cluster_resources(), "the cluster has", self._job.path)
+        deadline = time.monotonic() + RELEASE_TIMEOUT_S
+        # What a job that has just ended gives back is seen a moment later.
+        while _missing(needed, ray.available_resources()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        _require(needed, ray.available_resources(), "free are", self._job.path)
 
     def _reserve_devices(self, has_gpu: bool) -> list[int]:
         """Reserve one bundle per device; returns the bundles' indices, those of a host adjacent."""
@@ -266,27 +263,26 @@ class Cluster:
 
     def _wait_for_exit(self) -> None:
         """Wait until the ranks of this host have ended; end those that do not."""
-        pids = [
-            rank.location.pid
-            for rank in self._ranks
-            if rank.location is not None and rank.location.node_id == self._node_id
-        ]
         deadline = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
-        while pids and time.monotonic() < deadline:
-            time.sleep(0.05)
-            pids = [pid for pid in pids if _is_running(pid)]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        for rank in self._ranks:
+            if rank.location is None or rank.location.node_id != self._node_id:
+                continue
+            while _is_running(rank.location.pid):
+                if time.monotonic() > deadline:
+                    os.kill(rank.location.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.05)
 
 
-def _existing_cluster() -> bool:
+def existing_cluster() -> bool:
     """Whether `ray.init()` would find a cluster that still answers.
 
     Ray notes the address of the last `ray start` in a file, and leaves the file behind when the
     cluster is killed. Private clusters of other jobs on this host are not in it.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        return True
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return address != "local"
     noted = _ray_dir() / "ray_current_cluster"
     if not noted.exists():
         return False
@@ -314,13 +310,48 @@ def _start_local_ray(num_cpus: int, options: dict[str, Any]) -> None:
         **options,
     )
     try:
-        start()
+        with _no_children_left_by_failure():
+            start()
     except Exception as error:  # Ray raises this very class
         if "timed out during startup" not in str(error):
             raise
         logger.warning("Ray did not start within its time limit; trying once more")
         ray.shutdown()
-        start()
+        with _no_children_left_by_failure():
+            start()
+
+
+@contextmanager
+def _no_children_left_by_failure() -> Iterator[None]:
+    """End what the body started if it fails or is interrupted; Ray's own start does not."""
+    before = psutil.Process().children(recursive=True)
+    try:
+        yield
+    except BaseException:
+        started = set(psutil.Process().children(recursive=True)).difference(before)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, PROCESS_EXIT_TIMEOUT_S)
+        raise
+
+
+def _missing(needed: dict[str, float], there: dict[str, float]) -> list[str]:
+    """Kinds of resources of which there is too little."""
+    return [kind for kind, amount in needed.items() if amount > there.get(kind, 0)]
+
+
+def _require(needed: dict[str, float], there: dict[str, float], verb: str, job_path: str) -> None:
+    shortages = [
+        f"{needed[kind]:g} {kind}s needed, {verb} {there.get(kind, 0):g}"
+        for kind in _missing(needed, there)
+    ]
+    if shortages:
+        raise RuntimeError(
+            f"the Ray cluster is too small for {job_path}: {'; '.join(shortages)}. "
+            "Lower num_gpu / num_cpu of the models, let models share devices "
+            "(runtime.colocation), or add hosts"
+        )
 
 
 def _python_path() -> str:
@@ -349,10 +380,9 @@ def _remove_sessions(keep_logs_in: Path | None) -> None:
 
 def _is_running(pid: int) -> bool:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"  # the state stands behind "(command)"
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Engine(ABC):
         self.job = modules[0].job
         self.args = self.job.runtime
         self.timers = PhaseTimers()
+        self.samples_per_prompt = 1
+        """Training samples that are made of one drawn prompt."""
         self.evaluator: Evaluator | None = None
         self.groups: dict[str, WorkerGroup] = {}
         """Running ranks by model name; empty before `setup`."""
@@ -133,6 +135,7 @@ class Engine(ABC):
         self.sampler = PromptSampler(
             self.count_prompts(records), self.args.seed, self.args.data_shuffle
         )
+        self.sampler.next(self.args.consumed_samples // self.samples_per_prompt)
         if self.evaluator is not None:
             self.evaluator.setup(self.groups)
         if self.resumed_from is not None:

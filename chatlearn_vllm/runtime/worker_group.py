@@ -52,6 +52,7 @@ class WorkerGroup:
 
     def start(self, method: str, *args: Any, **kwargs: Any) -> list[PendingCall]:
         """Start a method of the module on all ranks; `gather` waits for the results."""
+        args = _stored_once(args)
         return [_start(rank, method, args, kwargs) for rank in self.ranks]
 
     def start_on(self, index: int, method: str, *args: Any) -> PendingCall:
@@ -81,10 +82,10 @@ class WorkerGroup:
         Returns:
             One result per replica: that of its first rank which returned something.
         """
-        pending = [
-            [_start(rank, method, args, {}) for rank in replica]
-            for replica, args in zip(self.replicas, args_of_replica, strict=False)
-        ]
+        pending = []
+        for replica, args in zip(self.replicas, args_of_replica, strict=False):
+            args = _stored_once(args)
+            pending.append([_start(rank, method, args, {}) for rank in replica])
         results = iter(gather([call for replica in pending for call in replica]))
         return [_first_result([next(results) for _ in replica]) for replica in pending]
 
@@ -146,6 +147,11 @@ def gather(pending: Sequence[PendingCall], inputs: Sequence[PendingCall] = ()) -
             raise _root_cause(outcome, waiting | {call.result: call for call in inputs})
         results[call.result] = outcome
     return [results[call.result] for call in pending]
+
+
+def _stored_once(args: Sequence[Any]) -> list[Any]:
+    """Batches and lists of records as references, so that ranks share one copy per host."""
+    return [ray.put(arg) if isinstance(arg, dict | list) else arg for arg in args]
 
 
 def _start(

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+# Ray uses tokens in clusters that it starts itself and, from then on, in the whole process; the
+# cluster below has none. Decided here, before any test of this run starts Ray.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 
 @pytest.fixture(scope="session")
 def ray_address():
@@ -25,7 +29,7 @@ def ray_address():
         [ray, "start", "--head", "--block", "--num-cpus=8", "--include-dashboard=false"]
         + [f"--port={port}", f"--temp-dir={directory}", "--disable-usage-stats"],
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "TEST_RAY_PORT": str(port), "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "TEST_RAY_PORT": str(port)},
     )
     address_file = Path(directory) / "ray_current_cluster"
     deadline = time.monotonic() + 120

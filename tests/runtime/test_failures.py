@@ -18,14 +18,15 @@ from tests.helpers.toy_modules import (
 from tests.runtime.conftest import processes_with, rank_processes
 from tests.runtime.test_learn import make_engine
 
-SECONDS = 30
-"""Bound for "at once" on a busy machine; a hang in a collective would last ten minutes."""
+SECONDS = 90
+"""Bound for a job that fails, on a busy machine; a hang in a collective would last ten minutes."""
 
 SCRIPT = """
 from tests.helpers.toy_modules import SlowReward
 from tests.runtime.test_learn import make_engine
 import sys
-make_engine(sys.argv[1], reward=SlowReward).learn()
+few = ("models.policy.num_gpu=1", "models.policy_trainer.num_gpu=1")
+make_engine(sys.argv[1], *few, reward=SlowReward).learn()
 """
 
 
@@ -75,7 +76,7 @@ def test_a_cluster_that_is_too_small_is_an_error_and_no_hang(existing_cluster, t
     engine = make_engine(write_job(tmp_path), "models.reward.num_cpu=100")
     start = time.monotonic()
 
-    with pytest.raises(RuntimeError, match="102 CPUs needed, 8 of 8 are free"):
+    with pytest.raises(RuntimeError, match="102 CPUs needed, the cluster has 8"):
         engine.learn()
 
     assert time.monotonic() - start < SECONDS
