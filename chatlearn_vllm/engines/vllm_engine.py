@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,11 +82,12 @@ class VLLMEngine:
         from vllm.v1.executor.abstract import Executor
 
         self._owner = owner
+        self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
         with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
             config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-            executor = bind_executor(Executor.get_class(config), self, _shared_id())
+            executor = bind_executor(Executor.get_class(config), self, self._distributed_id)
             self._engine = LLMEngine(
                 config,
                 executor_class=executor,
@@ -276,6 +278,11 @@ class VLLMEngine:
             if value is not None:
                 values[metric.name] = values.get(metric.name, 0.0) + value
         return values
+
+    def close(self) -> None:
+        """Remove the shared memory that vLLM's CPU communicator leaves behind."""
+        for leftover in Path("/dev/shm").glob(f"*{self._distributed_id}*"):
+            leftover.unlink(missing_ok=True)
 
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:

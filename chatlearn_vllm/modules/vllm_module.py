@@ -358,6 +358,11 @@ class VLLMModule(BaseModule, ABC):
         """Which part of the model this rank's live parameters hold."""
         return self.engine.weight_layout()
 
+    def shutdown(self) -> None:
+        """Release what would outlive the process."""
+        if self._engine is not None:
+            self._engine.close()
+
     def plan_weight_sync(
         self, sources: dict[int, list[ParamLayout]], prefer: list[int]
     ) -> tuple[int, ...]:

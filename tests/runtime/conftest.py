@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 
-# Ray uses tokens in clusters that it starts itself and, from then on, in the whole process; the
-# cluster below has none. Decided here, before any test of this run starts Ray.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
 
 @pytest.fixture(scope="session")
 def ray_address():

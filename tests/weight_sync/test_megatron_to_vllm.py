@@ -100,6 +100,7 @@ def sample() -> list[list[int]]:
 def drop_engine() -> bool:
     """On a rollout rank: whether torch.distributed outlives the engine."""
     global _policy
+    _policy.shutdown()
     _policy = None
     gc.collect()
     return torch.distributed.is_initialized()

@@ -1,0 +1,10 @@
+"""Environment that every test needs; set before torch, vLLM or Ray are imported."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with two, vLLM's CPU engine is ten times slower
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Ray uses tokens in clusters that it starts itself and, from then on, in the whole process; the
+# cluster of tests/runtime has none.
+os.environ["RAY_AUTH_MODE"] = "disabled"
