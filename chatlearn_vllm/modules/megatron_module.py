@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
     from chatlearn_vllm.engines.megatron.engine import MegatronEngine
     from chatlearn_vllm.layouts import ParamLayout
-    from chatlearn_vllm.weight_sync.transport import Export
 
 
 class MegatronModule(BaseModule, ABC):

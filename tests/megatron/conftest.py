@@ -1,27 +1,37 @@
 """Fixtures: ranks that are shared by all tests of this folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
 from tests.megatron.ranks import Ranks
 
+MAX_RANKS = 4
+
 
 class RanksBySize:
-    """Starts ranks on first use, and again after a failure ended them."""
+    """`ranks[n].run(...)` on n of four processes, which start anew after a failure."""
 
     def __init__(self) -> None:
-        self._started: dict[int, Ranks] = {}
+        self._processes: Ranks | None = None
 
-    def __getitem__(self, world_size: int) -> Ranks:
-        ranks = self._started.get(world_size)
-        if ranks is None or not ranks.is_alive:
-            ranks = self._started[world_size] = Ranks(world_size)
-        return ranks
+    def __getitem__(self, world_size: int) -> "FirstRanks":
+        if self._processes is None or not self._processes.is_alive:
+            self._processes = Ranks(MAX_RANKS)
+        return FirstRanks(partial(self._processes.run_on, world_size))
 
     def close(self) -> None:
-        for ranks in self._started.values():
-            ranks.close()
+        if self._processes is not None:
+            self._processes.close()
+
+
+class FirstRanks:
+    """Some of the processes, with the `run` of `Ranks`."""
+
+    def __init__(self, run: Callable[..., list[Any]]) -> None:
+        self.run = run
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Real ranks for tests: processes that stay alive and run functions together over gloo."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -11,10 +12,10 @@ from typing import Any
 
 
 class Ranks:
-    """A fixed number of processes; each call runs one function on all of them.
+    """Processes that run a function together, as the ranks of one process group.
 
     Importing torch and megatron-core takes seconds, so tests share the processes. A function
-    leaves them as it found them: it dissolves the parallel groups that it made.
+    leaves them as it found them: it ends the process group that it joined, and joins only one.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -23,12 +24,7 @@ class Ranks:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-            }
+            environment = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
             # not a daemon: saving a checkpoint starts processes of its own
             process = context.Process(target=_serve, args=(theirs, environment))
             process.start()
@@ -43,13 +39,20 @@ class Ranks:
             AssertionError: it raised on a rank; holds that rank's traceback. The ranks are gone
                 then, since the others may wait for it in a collective.
         """
+        return self.run_on(len(self._connections), function, *args, **kwargs)
+
+    def run_on(
+        self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        """The same on the first `world_size` processes only."""
         # A new port each time: the last call's store may not have left its own yet.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for connection in self._connections:
-            connection.send((function, args, kwargs, port))
-        waiting = dict(enumerate(self._connections))
+        environment = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+        waiting = dict(enumerate(self._connections[:world_size]))
+        for connection in waiting.values():
+            connection.send((function, args, kwargs, environment))
         results: dict[int, Any] = {}
         while waiting:
             ready = multiprocessing.connection.wait(waiting.values(), timeout=240)
@@ -88,11 +91,12 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, kwargs, port = connection.recv()
-            os.environ["MASTER_PORT"] = str(port)
+            function, args, kwargs, environment = connection.recv()
         except EOFError:
             return
+        os.environ.update(environment)
         try:
             connection.send((True, function(*args, **kwargs)))
         except Exception:
             connection.send((False, traceback.format_exc()))
+        gc.freeze()  # the imported modules: collections, one per engine, then take no time

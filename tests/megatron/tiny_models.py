@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.engines.megatron import optimizer
@@ -17,23 +16,25 @@ from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
 VOCAB_SIZE = 99  # odd: padded for tensor parallel 2
 SEQ_LENGTH = 24
 
-_FAMILIES = {
-    "llama": (transformers.LlamaConfig, {}),
-    "qwen2": (transformers.Qwen2Config, {}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
 }
 
 
 def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path:
     """Write a four-layer checkpoint with norms and biases that are not trivial."""
-    config_class, own = _FAMILIES[family]
+    import transformers  # not at the top: the ranks do without
+
+    class_name, own = _FAMILIES[family]
     sizes = dict(
         vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=56, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         rms_norm_eps=1e-5, initializer_range=0.2, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    config = config_class(**{**sizes, **own, **overrides})
+    config = getattr(transformers, class_name)(**{**sizes, **own, **overrides})
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -439,10 +441,22 @@ class MegatronEngine:
             raise RuntimeError("the model is offloaded: call onload() before using it")
 
     def shutdown(self) -> None:
-        """Dissolve the parallel groups and the process group with all its threads."""
+        """Let go of the model, and dissolve the parallel groups and the process group.
+
+        A gloo group has threads that poll until the last reference to it is gone, and the model
+        refers to most groups: all of these are dropped here.
+        """
+        for module in self._modules:
+            if isinstance(module, DistributedDataParallel):
+                module.grad_accs.clear()  # part of a cycle that python cannot see
+        self.chunks, self._modules = [], []
+        self.optimizer = self.scheduler = None
+        self._weights = self._grads = self._optimizer_states = None
+        self.config.no_sync_func = self.config.grad_scale_func = None
+        offload.clear_rotary_cache()
         parallel_state.destroy_model_parallel()
-        # megatron-core only forgets its groups; left alive, each keeps gloo threads polling.
         dist.destroy_process_group()
+        gc.collect()
 
     # ---------------------------------------------------------------- settings
 

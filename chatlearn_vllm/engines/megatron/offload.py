@@ -21,7 +21,8 @@ class StorageOffloader:
     def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]], *, keeps_content: bool):
         """Args:
         tensors: lists the tensors; called at each `offload`, since an optimizer makes its
-            state late. Storages met twice or empty are left alone.
+            state late. Storages that cannot be resized stay: CPU memory that was once shown
+            as a NumPy array, as the weight sync does.
         keeps_content: False drops the content; it is zero after `onload`.
         """
         self._tensors = tensors
@@ -76,11 +77,11 @@ class StorageOffloader:
 
 
 def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
-    """The storages under some tensors, each once, in order, without empty ones."""
+    """The storages under some tensors, each once, in order, that are not empty and resizable."""
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.nbytes():
+        if storage.nbytes() and storage.resizable():
             found.setdefault(storage.data_ptr(), storage)
     return list(found.values())
 

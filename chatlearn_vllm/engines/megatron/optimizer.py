@@ -61,6 +61,7 @@ def build_optimizer(
             overlap_param_gather=args.overlap_param_gather,
         ),
         chunks,
+        use_gloo_process_groups=False,  # parallel.py makes none
     )
     for part in optimizer.chained_optimizers:
         if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.Adam):

@@ -55,6 +55,8 @@ def initialize_model_parallel(
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        # They serve checkpoint formats that are not written here, and cost a thread each.
+        create_gloo_process_groups=False,
     )
 
 
