@@ -7,18 +7,23 @@ import torch
 import torch.distributed as dist
 
 
-def init_process_group(timeout_minutes: float = 30) -> None:
-    """Join the replica's group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+def join_process_group(timeout_minutes: float = 30.0) -> None:
+    """Join the replica's default process group, described by RANK, WORLD_SIZE, MASTER_ADDR, ...
 
-    gloo on CPU; on GPU NCCL for CUDA tensors beside gloo for the others. Does nothing where the
-    group exists.
+    Without RANK in the environment this process is a replica of its own. On GPUs the group moves
+    CPU tensors (checkpoints, metrics) over gloo and GPU tensors over NCCL. Does nothing where the
+    process has a default group already.
     """
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if dist.is_initialized():
         return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=timeout)
-        return
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )

@@ -215,9 +215,9 @@ class VLLMModule(BaseModule, ABC):
 
     def init(self) -> None:
         """Join the process group of the replica's tensor and pipeline parallel ranks."""
-        from chatlearn_vllm.engines.process_group import init_process_group
+        from chatlearn_vllm.engines.process_group import join_process_group
 
-        init_process_group()
+        join_process_group(self.model_args.distributed_timeout_minutes)
 
     def model_setup(self) -> None:
         """Run the user's `setup`, and build the engine if that did not."""

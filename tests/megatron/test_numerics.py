@@ -70,6 +70,28 @@ def test_logprobs_and_entropy_equal_a_plain_softmax(ranks, world_size):
         assert max(differences) < 3e-6
 
 
+def test_packed_sequences_attend_as_separate_ones():
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer import TransformerConfig
+
+    from chatlearn_vllm.engines.megatron.attention import SDPACoreAttention
+
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4,
+                               num_query_groups=2, attention_dropout=0.0)  # fmt: skip
+    attention = SDPACoreAttention(config, 1, None, "self")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(12, heads, 16) for heads in (4, 2, 2))  # [t, h, d]
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = PackedSeqParams("thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    found = attention(query, key, value, packed_seq_params=packed)
+    expected = [
+        attention(*(x[start:stop].unsqueeze(1) for x in (query, key, value))).squeeze(1)
+        for start, stop in ((0, 5), (5, 12))
+    ]
+    assert found.shape == (12, 64)
+    assert torch.equal(found, torch.cat(expected))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

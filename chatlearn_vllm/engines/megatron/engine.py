@@ -32,6 +32,7 @@ from chatlearn_vllm.engines.megatron.model import (
     in_training_dtype,
     named_parameters,
 )
+from chatlearn_vllm.engines.process_group import join_process_group
 from chatlearn_vllm.layouts import ModelShape, ParamLayout, megatron_param_layout
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class MegatronEngine:
         self.hf_directory = self._find_hf_directory()
         self.hf_config = read_json(self.hf_directory / "config.json")
         self.shape = ModelShape.from_hf_config(self.hf_config)
-        parallel.join_process_group(args.distributed_timeout_minutes)
+        join_process_group(args.distributed_timeout_minutes)
         parallel.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,

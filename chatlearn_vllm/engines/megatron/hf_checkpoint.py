@@ -50,7 +50,7 @@ class HFWeights:
         Raises:
             ValueError: the directory has no safetensors, or its index names a missing file.
         """
-        self._directory = directory
+        self.directory = directory
         index = directory / _INDEX
         if index.is_file():
             self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -88,7 +88,7 @@ class HFWeights:
     def _slice(self, name: str) -> Any:
         file_name = self._file_of[name]
         if file_name not in self._open:
-            self._open[file_name] = safe_open(self._directory / file_name, framework="pt")
+            self._open[file_name] = safe_open(self.directory / file_name, framework="pt")
         return self._open[file_name].get_slice(name)
 
 
@@ -109,7 +109,7 @@ def check_complete(parameters: Iterable[LaidOut], source: HFWeights, model: Mode
     problems = [source.problem_with(name, model.tensor_shape(name)) for name in sorted(needed)]
     problems = [problem for problem in problems if problem]
     if problems:
-        raise ValueError(f"{source._directory} does not fit:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{source.directory} does not fit:\n  " + "\n  ".join(problems))
 
 
 @torch.no_grad()
