@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from chatlearn_vllm.algorithms.grpo import aggregate
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.weight_sync.transport import Export, export_tensors
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
     from chatlearn_vllm.engines.megatron.engine import MegatronEngine
     from chatlearn_vllm.layouts import ParamLayout
+
+
+logger = get_logger(__name__)
 
 
 class MegatronModule(BaseModule, ABC):
@@ -261,6 +265,12 @@ class MegatronModule(BaseModule, ABC):
         }
         if self.model_args.lr_decay_iters is None:
             known["lr_decay_iters"] = self._num_steps_of_job()
+        dtype = self.model_args.dtype
+        if not torch.cuda.is_available() and dtype not in ("auto", "float32"):
+            # As the rollout engine does, so that both sides compute with the same numbers.
+            known["dtype"] = "float32"
+            if self.rank == 0 and self.replica_id == 0:
+                logger.info("%s: dtype: %s becomes float32 (CPU)", self.name, dtype)
         return self.model_args.model_copy(update=known)
 
     def _num_steps_of_job(self) -> int:

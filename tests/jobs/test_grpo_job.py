@@ -26,6 +26,7 @@ def write_job(
     directory: Path, model_dir: Path, *, policy, trainer, reference=None, num_gpu=2, **runtime
 ):
     common = {"load": str(model_dir), "seq_length": 32, "max_new_tokens": 12, "seed": 3}
+    common["bf16"] = True  # on CPU both sides take float32 instead
     sampling = {"n": 4, "temperature": 0.8, "max_num_seqs": 16, "eval_temperature": 0.0}
     learning = {"lr": 1e-3, "temperature": 0.8, "clip_grad": 1.0}
     models = {
