@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -46,10 +47,7 @@ class Ranks:
     ) -> list[Any]:
         """The same on the first `world_size` processes only."""
         # A new port each time: the last call's store may not have left its own yet.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+        environment = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
         waiting = dict(enumerate(self._connections[:world_size]))
         for connection in waiting.values():
             connection.send((function, args, kwargs, environment))
@@ -82,6 +80,21 @@ class Ranks:
             process.terminate()
             process.join()
         self._connections = []
+
+
+def free_port() -> int:
+    """A free port below those that the system gives to outgoing connections.
+
+    One of the latter may be taken again before the rank listens on it: gloo opens many.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port found")
 
 
 def _serve(connection: Connection, environment: dict[str, str]) -> None:

@@ -134,9 +134,9 @@ def logits(path: Path, **settings) -> torch.Tensor | None:
 
 def logprob_differences() -> list[float]:
     """Largest differences of values and gradient from torch's softmax, with padded columns."""
-    from chatlearn_vllm.engines.megatron import parallel
+    from chatlearn_vllm.engines.process_group import join_process_group
 
-    parallel.join_process_group()
+    join_process_group()
     rank, size = dist.get_rank(), dist.get_world_size()
     rows, vocab, padded, temperature = 37, 125, 128, 0.7
     generator = torch.Generator().manual_seed(1)
