@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.ranks import Ranks
+from tests.helpers.ranks import Ranks
 
 MAX_RANKS = 4
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from chatlearn_vllm.config import ModelArgs
 from tests.helpers.engines import policy_job
+from tests.helpers.ranks import Ranks
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.megatron.ranks import Ranks
 
 LAYOUTS = {"tp1 pp1": (1, 1), "tp2 pp1": (2, 1), "tp1 pp2": (1, 2), "tp2 pp2": (2, 2)}
 PROMPTS = [[5, 6, 7, 8], [20, 21], [30, 31, 32, 33, 34, 35, 36]]
