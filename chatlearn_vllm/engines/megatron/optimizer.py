@@ -134,7 +134,13 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
 
         Measured: after two more updates `step` was 30 instead of 4, and so was Adam's bias
         correction.
+
+        A resumed job takes its learning rates from its yaml. megatron-core 0.19 knows a group of
+        parameters by them, so the saved groups get those of this job (all groups have the same).
         """
+        own = self.optimizer.param_groups[0]
+        for saved in state_dict["optimizer"]["param_groups"]:
+            saved.update({key: own[key] for key in ("max_lr", "min_lr") if key in own})
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
