@@ -55,6 +55,17 @@ def rank_processes(address):
     return processes_with(f"TEST_RAY_PORT={port}", "CHATLEARN_VLLM_JOB_ID=")
 
 
+def left_after(seconds, find, *arguments):
+    """What `find` still finds when all is gone or `seconds` are over.
+
+    A killed process stays visible until the busy machine has cleaned up after it.
+    """
+    deadline = time.monotonic() + seconds
+    while (found := find(*arguments)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
 def processes_with(*texts):
     """Ids and commands of the running processes whose environment contains all of `texts`."""
     found = {}

@@ -15,7 +15,7 @@ from tests.helpers.toy_modules import (
     RaisingTrainer,
     write_job,
 )
-from tests.runtime.conftest import processes_with, rank_processes
+from tests.runtime.conftest import left_after, processes_with, rank_processes
 from tests.runtime.test_learn import make_engine
 
 SECONDS = 90
@@ -43,7 +43,7 @@ def test_an_exception_on_one_rank_ends_the_job_while_its_peer_waits(existing_clu
     assert message.startswith("[policy_trainer, replica 0, rank 1] train() raised:")
     assert 'raise ValueError("a bad batch")' in message
     assert "toy_modules.py" in message
-    assert rank_processes(existing_cluster) == {}
+    assert left_after(30, rank_processes, existing_cluster) == {}
 
 
 def test_the_death_of_a_process_is_reported_and_not_its_peers_broken_connection(
@@ -60,7 +60,7 @@ def test_the_death_of_a_process_is_reported_and_not_its_peers_broken_connection(
     assert message.startswith("[policy_trainer, replica 0, rank 1] process ")
     assert "died during train()" in message
     assert "Worker exit type: SYSTEM_ERROR" in message
-    assert rank_processes(existing_cluster) == {}
+    assert left_after(30, rank_processes, existing_cluster) == {}
 
 
 def test_a_failure_during_set_up_names_the_rank(existing_cluster, tmp_path):
@@ -69,7 +69,7 @@ def test_a_failure_during_set_up_names_the_rank(existing_cluster, tmp_path):
     with pytest.raises(RankError, match="(?s)reward, replica 0, rank 0.*model_setup.*rules.txt"):
         engine.learn()
 
-    assert rank_processes(existing_cluster) == {}
+    assert left_after(30, rank_processes, existing_cluster) == {}
 
 
 def test_a_cluster_that_is_too_small_is_an_error_and_no_hang(existing_cluster, tmp_path):
@@ -104,4 +104,4 @@ def test_an_interrupted_job_leaves_no_process_and_no_ray_behind(tmp_path, number
     job.wait(timeout=SECONDS)
 
     assert job.returncode != 0
-    assert processes_with(mark) == {}
+    assert left_after(30, processes_with, mark) == {}

@@ -19,7 +19,7 @@ from tests.helpers.toy_modules import (
     ToyTrainer,
     write_job,
 )
-from tests.runtime.conftest import rank_processes
+from tests.runtime.conftest import left_after, rank_processes
 
 
 def make_engine(path, *overrides, trainer=ToyTrainer, reward=ToyReward):
@@ -92,7 +92,7 @@ def test_an_episode_does_its_steps_in_order_and_models_take_turns_in_memory(
     assert read_metrics(engine.run_dir / "metrics.jsonl") == history
     # The cluster was there before; it goes on without any rank of this job.
     assert not ray.is_initialized()
-    assert rank_processes(existing_cluster) == {}
+    assert left_after(30, rank_processes, existing_cluster) == {}
     host, port = existing_cluster.split(":")
     socket.create_connection((host, int(port)), timeout=5).close()
 
