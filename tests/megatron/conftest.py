@@ -34,7 +34,7 @@ class FirstRanks:
         self.run = run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks() -> Iterator[RanksBySize]:
     """`ranks[n].run(function, ...)` runs a module-level function on n ranks."""
     by_size = RanksBySize()

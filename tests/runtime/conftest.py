@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_address():
     """Start Ray on this host, apart from every other Ray there, and return its address."""
     with socket.socket() as probe:
