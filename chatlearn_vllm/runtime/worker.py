@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import traceback
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ class RankLocation:
     """Index of the rank's GPU among those its process sees; None without a GPU."""
     free_port: int
     """A TCP port that was free on the host when it was asked for."""
+
+
+RENDEZVOUS_PORTS = range(20000, 32000)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,8 @@ class Worker:
     def locate(self) -> RankLocation:
         """Say where this process runs, with a port for a rendezvous here."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            free_port = probe.getsockname()[1]
         node_id = ray.get_runtime_context().get_node_id()
-        return RankLocation(host, node_id, os.getpid(), _device_index(), free_port)
+        return RankLocation(host, node_id, os.getpid(), _device_index(), _free_port())
 
     def build(self, rendezvous: Rendezvous, pickled_class_and_job: bytes) -> None:
         """Complete the environment, then import and make the module.
@@ -143,3 +144,21 @@ def _device_index() -> int | None:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",").index(str(gpu_ids[0])) if visible else int(gpu_ids[0])
+
+
+def _free_port() -> int:
+    """A free TCP port that the system gives to no outgoing connection before it is listened on.
+
+    Below the usual range of such ports (32768 and up) and above Ray's own.
+
+    Raises:
+        RuntimeError: a hundred tries found none.
+    """
+    for port in random.SystemRandom().sample(RENDEZVOUS_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"no free TCP port found in {RENDEZVOUS_PORTS}")
