@@ -196,7 +196,7 @@ class VLLMEngine:
         """
         try:
             self._owner.on_step(step)
-        except Exception as error:
+        except Exception as error:  # the user's hook may raise anything; raised again by run()
             if not step.executed:
                 raise
             self._error_in_step = error

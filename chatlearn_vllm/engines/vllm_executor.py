@@ -37,8 +37,8 @@ class Step:
         """
         if self.executed:
             raise RuntimeError("execute_step() may be called only once per forward_step()")
-        self.executed = True
         self.handle = self._execute()
+        self.executed = True  # not if vLLM raised: there is no handle to pass on then
         return self.handle
 
     def check_done(self, returned: Any, owner: str) -> None:

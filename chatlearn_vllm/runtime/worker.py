@@ -85,7 +85,7 @@ class Worker:
         try:
             module_class, job = cloudpickle.loads(pickled_class_and_job)
             self._module = module_class(self._rank.module, job=job, replica_id=self._rank.replica)
-        except Exception:
+        except Exception:  # of the user's class: passed on with this rank's name
             raise self._error("building the module raised") from None
 
     def data_parallel_position(self) -> tuple[int, int]:
@@ -100,7 +100,7 @@ class Worker:
         """
         try:
             return getattr(self._module, method)(*args, **kwargs)
-        except Exception:
+        except Exception:  # of the user's method: passed on with this rank's name
             raise self._error(f"{method}() raised") from None
 
     def _error(self, failure: str) -> RankError:

@@ -11,6 +11,7 @@ from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.vllm_engine import EngineStateError
+from chatlearn_vllm.engines.vllm_executor import Step
 from chatlearn_vllm.modules.vllm_module import sample_seed
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
 from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
@@ -343,3 +344,13 @@ def test_a_vllm_outside_the_supported_range_is_refused_with_the_remedy(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RuntimeError, match=r"vllm 0\.19\.0 is not supported.*pip install"):
         vllm_compat.installed_version()
+
+
+def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> None:
+    def out_of_memory():
+        raise MemoryError("no blocks left")
+
+    step = Step(scheduler_output=None, execute=out_of_memory)
+    with pytest.raises(MemoryError, match="no blocks left"):
+        step.execute()
+    assert not step.executed  # so VLLMEngine.on_step raises it instead of passing on a handle
