@@ -48,7 +48,39 @@ def _parser() -> argparse.ArgumentParser:
             help="as in runtime.num_episode=3 or models.policy.model_args.temperature=0.7",
         )
         command.set_defaults(run=run)
+    _add_sync_plan(commands)
     return parser
+
+
+def _add_sync_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    help_text = "show what a weight sync moves for given parallel sizes; needs no GPU"
+    command = commands.add_parser("sync-plan", help=help_text, description=help_text)
+    command.set_defaults(run=_sync_plan)
+    command.add_argument("--model", required=True, metavar="DIR", help="holds config.json")
+    command.add_argument(
+        "--train",
+        required=True,
+        metavar="tp=4,pp=2",
+        help="sizes of megatron-core's groups; further keys: vpp, ep, etp, dp, and the layers of "
+        "the first and last pipeline stage: first, last",
+    )
+    command.add_argument(
+        "--rollout",
+        required=True,
+        metavar="tp=8",
+        help="sizes of vLLM's engines; further keys: pp, replicas, and ep=1 for expert parallel",
+    )
+    command.add_argument(
+        "--gpus", type=int, help="that both sides share; default: as many as the sizes ask for"
+    )
+    command.add_argument("--gpus-per-host", type=int, default=8, help="default: 8")
+    command.add_argument(
+        "--network-gbs",
+        type=float,
+        default=50.0,
+        help="GB/s of one GPU to another host; default: 50, assumed",
+    )
+    command.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -74,6 +106,26 @@ def _plan(arguments: argparse.Namespace) -> int:
     print(place(job).describe())
     for notice in job.notices:
         print(f"note: {notice}")
+    return 0
+
+
+def _sync_plan(arguments: argparse.Namespace) -> int:
+    from chatlearn_vllm.weight_sync.report import OptionError, SyncOptions, report
+
+    try:
+        options = SyncOptions.parse(
+            arguments.model,
+            arguments.train,
+            arguments.rollout,
+            num_gpus=arguments.gpus,
+            gpus_per_host=arguments.gpus_per_host,
+            network_bytes_per_s=arguments.network_gbs * 1e9,
+        )
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    result = report(options)
+    print(result.to_json() if arguments.json else result.describe())
     return 0
 
 

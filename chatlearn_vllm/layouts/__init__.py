@@ -6,14 +6,39 @@ logical tensors. One description of each side serves checkpoint loading and savi
 sync, so the two cannot disagree.
 
     blocks.py   Block, ParamLayout and their arithmetic
+    families.py one line per parameter of a model family: its name on each side, how it is cut
     model.py    ModelShape: the sizes of a model, from its Hugging Face config.json
-    megatron.py how megatron-core stores a parameter on one rank
-    vllm.py     how vLLM stores a parameter on one rank
+    parallel.py coordinates of ranks, layers of pipeline stages, on either side
+    shards.py   ShardedModel: the parameters of each rank, the holders of each tensor
+    megatron.py how megatron-core stores a model
+    vllm.py     how vLLM stores a model
 """
 
 from chatlearn_vllm.layouts.blocks import Block, ParamLayout
-from chatlearn_vllm.layouts.megatron import megatron_param_layout
+from chatlearn_vllm.layouts.megatron import MegatronShards
 from chatlearn_vllm.layouts.model import ModelShape
-from chatlearn_vllm.layouts.vllm import vllm_param_layout
+from chatlearn_vllm.layouts.parallel import RolloutParallel, TrainParallel
+from chatlearn_vllm.layouts.shards import (
+    Holder,
+    ListedShards,
+    LowRank,
+    ShardedModel,
+    check_live_parameters,
+)
+from chatlearn_vllm.layouts.vllm import CheckpointShards, VLLMShards
 
-__all__ = ["Block", "ModelShape", "ParamLayout", "megatron_param_layout", "vllm_param_layout"]
+__all__ = [
+    "Block",
+    "CheckpointShards",
+    "Holder",
+    "ListedShards",
+    "LowRank",
+    "MegatronShards",
+    "ModelShape",
+    "ParamLayout",
+    "RolloutParallel",
+    "ShardedModel",
+    "TrainParallel",
+    "VLLMShards",
+    "check_live_parameters",
+]

@@ -1,8 +1,9 @@
 """What is a parameter made of: rectangles of logical tensors, and how are they cut?"""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from typing import NamedTuple
 
 Range = tuple[int, int]
 """Half-open [start, stop) along one dimension."""
@@ -10,8 +11,7 @@ Rect = tuple[Range, ...]
 """One range per dimension."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A rectangle of a logical tensor and where it lies in a local parameter; same sizes."""
 
     tensor: str
@@ -19,7 +19,7 @@ class Block:
     logical: Rect
     """Rectangle inside the logical tensor."""
     local: Rect
-    """Rectangle inside the local parameter."""
+    """Rectangle inside the local parameter; it may have further leading ranges of one element."""
 
     @property
     def num_elements(self) -> int:
@@ -46,6 +46,8 @@ class ParamLayout:
             ValueError: a rectangle leaves the parameter, two overlap, or an element is in none.
         """
         rects = [block.local for block in self.blocks] + list(self.padding)
+        if rects == [whole(self.shape)]:
+            return
         for rect in rects:
             inside = len(rect) == len(self.shape) and all(
                 0 <= start < stop <= size
@@ -53,12 +55,31 @@ class ParamLayout:
             )
             if not inside:
                 raise ValueError(f"{self.name} {self.shape}: rectangle {rect} is not inside it")
-        for a, b in combinations(rects, 2):
-            if intersect(a, b):
-                raise ValueError(f"{self.name} {self.shape}: rectangles {a} and {b} overlap")
+        overlap = find_overlap(rects)
+        if overlap:
+            raise ValueError(
+                f"{self.name} {self.shape}: rectangles {overlap[0]} and {overlap[1]} overlap"
+            )
         covered, total = sum(map(num_elements, rects)), math.prod(self.shape)
         if covered != total:
             raise ValueError(f"{self.name} {self.shape}: {total - covered} elements in no block")
+
+
+def find_overlap(rects: list[Rect]) -> tuple[Rect, Rect] | None:
+    """Two rectangles that share an element, or None.
+
+    Sweeps along the first dimension, so a parameter that stacks many blocks is checked in the time
+    of a sort.
+    """
+    open_rects: list[Rect] = []
+    for rect in sorted(rects):
+        start = rect[0][0]
+        open_rects = [other for other in open_rects if other[0][1] > start]
+        for other in open_rects:
+            if intersect(other, rect):
+                return other, rect
+        open_rects.append(rect)
+    return None
 
 
 def num_elements(rect: Rect) -> int:
@@ -68,21 +89,33 @@ def num_elements(rect: Rect) -> int:
 
 def intersect(a: Rect, b: Rect) -> Rect | None:
     """The common rectangle of `a` and `b`, or None where they share no element."""
-    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
+    common = []
+    for (a0, a1), (b0, b1) in zip(a, b, strict=True):
+        start, stop = max(a0, b0), min(a1, b1)
+        if start >= stop:
+            return None
+        common.append((start, stop))
+    return tuple(common)
 
 
 def shift(rect: Rect, origin: Rect, target: Rect) -> Rect:
-    """Move `rect`, given inside `origin`, to the same place inside `target`."""
-    return tuple(
+    """Move `rect`, given inside `origin`, to the same place inside `target`.
+
+    `target` may have further leading dimensions of one element (an expert's slot); they stay.
+    """
+    if rect == origin:
+        return target
+    extra = len(target) - len(rect)
+    moved = [
         (start - o[0] + t[0], stop - o[0] + t[0])
-        for (start, stop), o, t in zip(rect, origin, target, strict=True)
-    )
+        for (start, stop), o, t in zip(rect, origin, target[extra:], strict=True)
+    ]
+    return (*target[:extra], *moved)
 
 
 def whole(shape: tuple[int, ...]) -> Rect:
     """The rectangle that covers a tensor of this shape."""
-    return tuple((0, size) for size in shape)
+    return tuple([(0, size) for size in shape])
 
 
 def shard_range(size: int, rank: int, num_shards: int) -> Range:
@@ -97,31 +130,25 @@ def shard_range(size: int, rank: int, num_shards: int) -> Range:
     return rank * part, (rank + 1) * part
 
 
-def stack_rows(
-    name: str, columns: Range | None, pieces: list[tuple[str, int, int]], rows: Range
-) -> tuple[Block, ...]:
-    """Blocks of a parameter whose full form stacks row ranges of logical tensors.
+def stack(pieces: Iterable[tuple[str, Rect]], window: Range | None = None) -> tuple[Block, ...]:
+    """Blocks of a parameter that stacks rectangles of logical tensors along its first dimension.
 
     Args:
-        name: parameter name, for messages.
-        columns: column range held locally; None for one-dimensional parameters (biases).
-        pieces: (tensor, first row, stop row), in the order in which the full form stacks them.
-        rows: the rows of the full form that this rank holds.
+        pieces: (tensor, rectangle of it), in stacking order; equal sizes in all other dimensions.
+        window: the rows of the stack that are held; None for all.
     """
     blocks, at = [], 0
-    for tensor, start, stop in pieces:
-        kept = intersect(((at, at + stop - start),), (rows,))
-        if kept:
-            lo, hi = kept[0]
-            logical: Rect = ((start + lo - at, start + hi - at),)
-            local: Rect = ((lo - rows[0], hi - rows[0]),)
-            if columns is not None:
-                logical += (columns,)
-                local += ((0, columns[1] - columns[0]),)
-            blocks.append(Block(tensor, logical, local))
-        at += stop - start
-    if at < rows[1]:
-        raise ValueError(f"{name}: rows {rows} asked for, the full parameter has {at}")
+    for tensor, rect in pieces:
+        (start, stop), rest = rect[0], rect[1:]
+        size = stop - start
+        lo, hi = (0, size) if window is None else (window[0] - at, window[1] - at)
+        lo, hi = max(lo, 0), min(hi, size)
+        if lo < hi:
+            first = at + lo - (0 if window is None else window[0])
+            columns = tuple((0, b - a) for a, b in rest)
+            local = ((first, first + hi - lo), *columns)
+            blocks.append(Block(tensor, ((start + lo, start + hi), *rest), local))
+        at += size
     return tuple(blocks)
 
 

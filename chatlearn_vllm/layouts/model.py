@@ -1,20 +1,34 @@
 """How large is a model: the numbers that its layouts need, from its Hugging Face config.json."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-"""Hugging Face `model_type`s whose weights these layouts describe."""
+from chatlearn_vllm.layouts.families import (
+    DENSE_MLP,
+    EMBEDDING,
+    FAMILIES,
+    FINAL_NORM,
+    OUTPUT,
+    Experts,
+    Family,
+    LayerParam,
+)
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense Llama-like decoder."""
+    """Sizes of a Llama-like decoder, dense or with experts."""
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of dense layers."""
     num_attention_heads: int
     num_query_groups: int
     """Number of key/value heads."""
@@ -22,6 +36,14 @@ class ModelShape:
     vocab_size: int
     """Rows of the Hugging Face embedding, without any engine's padding."""
     tie_word_embeddings: bool
+    model_type: str = "llama"
+    """Key of `families.FAMILIES`."""
+    num_experts: int = 0
+    """Per mixture-of-experts layer; 0 for a dense model."""
+    moe_ffn_hidden_size: int = 0
+    """Of one expert."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers without experts, in a model that has experts elsewhere."""
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -31,21 +53,32 @@ class ModelShape:
             ValueError: the model type has no layout, or a needed key is missing.
         """
         model_type = config.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if model_type not in FAMILIES:
             raise ValueError(
                 f"config.json: model_type={model_type!r} has no weight layout; "
-                f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"supported: {', '.join(FAMILIES)}"
             )
-        needed = (
+        needed = [
             "num_hidden_layers", "hidden_size", "intermediate_size",
             "num_attention_heads", "vocab_size",
-        )  # fmt: skip
+        ]  # fmt: skip
+        has_experts = FAMILIES[model_type].experts is not None
+        if has_experts and not (config.get("num_local_experts") or config.get("num_experts")):
+            needed.append("num_local_experts" if model_type == "mixtral" else "num_experts")
         missing = [key for key in needed if config.get(key) is None]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)} (model_type {model_type})")
         heads = config["num_attention_heads"]
+        num_layers = config["num_hidden_layers"]
+        dense: frozenset[int] = frozenset()
+        if has_experts:
+            step = config.get("decoder_sparse_step") or 1
+            only_dense = config.get("mlp_only_layers") or ()
+            dense = frozenset(
+                i for i in range(num_layers) if i in only_dense or (i + 1) % step != 0
+            )
         return cls(
-            num_layers=config["num_hidden_layers"],
+            num_layers=num_layers,
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
@@ -53,12 +86,49 @@ class ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            model_type=model_type,
+            num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
+            moe_ffn_hidden_size=(
+                (config.get("moe_intermediate_size") or config["intermediate_size"])
+                if has_experts
+                else 0
+            ),
+            dense_layers=dense,
         )
+
+    @property
+    def family(self) -> Family:
+        """Names of the parameters."""
+        return FAMILIES[self.model_type]
 
     @property
     def output_tensor(self) -> str:
         """Logical name of the output projection: the embedding itself where they are tied."""
-        return EMBEDDING if self.tie_word_embeddings else "lm_head.weight"
+        return EMBEDDING if self.tie_word_embeddings else OUTPUT
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Names of a layer's expert weights; None where it has a dense MLP."""
+        return None if layer in self.dense_layers else self.family.experts
+
+    def layer_params(self, layer: int) -> tuple[LayerParam, ...]:
+        """All parameters of a layer but the expert weights."""
+        experts = self.experts_of(layer)
+        mlp = DENSE_MLP if experts is None else (experts.router,)
+        return (*self.family.attention, *mlp)
+
+    def tensor_names(self) -> Iterator[str]:
+        """Names of all logical tensors, in the order of the layers."""
+        yield EMBEDDING
+        for layer in range(self.num_layers):
+            for param in self.layer_params(layer):
+                yield from (layer_tensor(layer, name) for name in param.tensors)
+            experts = self.experts_of(layer)
+            for expert in range(self.num_experts if experts else 0):
+                for name in (experts.gate, experts.up, experts.down):
+                    yield layer_tensor(layer, name.format(expert=expert))
+        yield FINAL_NORM
+        if not self.tie_word_embeddings:
+            yield OUTPUT
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a logical tensor.
@@ -66,34 +136,57 @@ class ModelShape:
         Raises:
             KeyError: the model has no such tensor.
         """
-        if name in (EMBEDDING, "lm_head.weight"):
-            return (self.vocab_size, self.hidden_size)
-        q_rows, kv_rows = (
-            self.num_attention_heads * self.head_dim,
-            self.num_query_groups * self.head_dim,
-        )
-        rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
         module, _, kind = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        if last in rows:
-            return (rows[last], self.hidden_size) if kind == "weight" else (rows[last],)
-        shapes = {
-            "o_proj": (self.hidden_size, q_rows),
-            "gate_proj": (self.ffn_hidden_size, self.hidden_size),
-            "up_proj": (self.ffn_hidden_size, self.hidden_size),
-            "down_proj": (self.hidden_size, self.ffn_hidden_size),
-            "input_layernorm": (self.hidden_size,),
-            "post_attention_layernorm": (self.hidden_size,),
-            "norm": (self.hidden_size,),
-            "q_norm": (self.head_dim,),
-            "k_norm": (self.head_dim,),
+        parent, _, last = module.rpartition(".")
+        if ".experts." in name:
+            rows, columns = self._expert_shapes[last]
+        elif last == "gate":
+            rows, columns = self.num_experts, self.hidden_size
+        else:
+            rows, columns = self._shapes[last]
+        return (rows,) if kind == "bias" or columns is None else (rows, columns)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int | None]]:
+        """(rows, columns) by the module's last name."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        q_rows = self.num_attention_heads * self.head_dim
+        kv_rows = self.num_query_groups * self.head_dim
+        return {
+            "embed_tokens": (self.vocab_size, hidden),
+            "lm_head": (self.vocab_size, hidden),
+            "q_proj": (q_rows, hidden),
+            "k_proj": (kv_rows, hidden),
+            "v_proj": (kv_rows, hidden),
+            "o_proj": (hidden, q_rows),
+            "gate_proj": (ffn, hidden),
+            "up_proj": (ffn, hidden),
+            "down_proj": (hidden, ffn),
+            "input_layernorm": (hidden, None),
+            "post_attention_layernorm": (hidden, None),
+            "norm": (hidden, None),
+            "q_norm": (self.head_dim, None),
+            "k_norm": (self.head_dim, None),
         }
-        return shapes[last]
 
-
-EMBEDDING = "model.embed_tokens.weight"
+    @cached_property
+    def _expert_shapes(self) -> dict[str, tuple[int, int]]:
+        hidden, ffn = self.hidden_size, self.moe_ffn_hidden_size
+        up, down = (ffn, hidden), (hidden, ffn)
+        return {
+            "gate_proj": up, "up_proj": up, "down_proj": down, "w1": up, "w3": up, "w2": down,
+        }  # fmt: skip
 
 
 def layer_tensor(layer: int, name: str) -> str:
     """Logical name of a tensor of one decoder layer."""
     return f"model.layers.{layer}.{name}"
+
+
+def layer_and_expert(tensor: str) -> tuple[int | None, int | None]:
+    """Which layer a logical tensor belongs to and which expert in it; None where in none."""
+    match = _LAYER.fullmatch(tensor)
+    if not match:
+        return None, None
+    expert = _EXPERT.search(tensor)
+    return int(match[1]), int(expert[1]) if expert else None

@@ -1,6 +1,7 @@
-"""How does vLLM store a parameter of a Llama-like model on one tensor parallel rank?"""
+"""How does vLLM store a Llama-like model on each rank of its replicas?"""
 
-import re
+import math
+from collections.abc import Iterator
 
 from chatlearn_vllm.layouts.blocks import (
     Block,
@@ -9,84 +10,271 @@ from chatlearn_vllm.layouts.blocks import (
     Rect,
     replicated,
     shard_range,
+    stack,
     vocab_shard,
     whole,
 )
-from chatlearn_vllm.layouts.model import EMBEDDING, ModelShape
+from chatlearn_vllm.layouts.families import EMBEDDING, FINAL_NORM, OUTPUT, Cut, LayerParam
+from chatlearn_vllm.layouts.model import ModelShape, layer_tensor
+from chatlearn_vllm.layouts.parallel import RolloutParallel
+from chatlearn_vllm.layouts.shards import Holder, LayeredShards, group_holders, join_holders
 
-_QKV = re.compile(r"(model\.layers\.\d+\.self_attn)\.qkv_proj\.(weight|bias)")
-_GATE_UP = re.compile(r"(model\.layers\.\d+\.mlp)\.gate_up_proj\.weight")
-_ROW_PARALLEL = re.compile(r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.weight")
-_REPLICATED = re.compile(
-    r"model\.norm\.weight"
-    r"|model\.layers\.\d+\.(input_layernorm|post_attention_layernorm"
-    r"|self_attn\.q_norm|self_attn\.k_norm)\.weight"
-)
+VOCAB_MULTIPLE = 64
+"""vLLM pads the vocabulary to a multiple of it."""
 
 
-def vllm_param_layout(
-    model: ModelShape, name: str, local_shape: tuple[int, ...], tp_rank: int, tp_size: int
-) -> ParamLayout:
-    """Describe one live parameter of a vLLM worker's model.
+class VLLMShards(LayeredShards):
+    """A model on the ranks of vLLM replicas, under the names of `model.named_parameters()`."""
 
-    Args:
-        model: sizes of the whole model.
-        name: name in `model.named_parameters()`; vLLM counts layers over the whole model, so a
-            pipeline stage needs no further input.
-        local_shape: shape of the parameter on this rank.
-        tp_rank: tensor parallel rank.
-        tp_size: tensor parallel size.
+    def __init__(self, model: ModelShape, parallel: RolloutParallel) -> None:
+        """Describe the ranks.
 
-    Raises:
-        ValueError: the name is unknown or the shape contradicts the model.
-    """
-    if name in (EMBEDDING, "lm_head.weight"):
-        tensor = EMBEDDING if name == EMBEDDING else model.output_tensor
-        return vocab_shard(name, tensor, model.vocab_size, local_shape, tp_rank)
-    if _REPLICATED.fullmatch(name):
-        return replicated(name, name, local_shape)
-    if _ROW_PARALLEL.fullmatch(name):
-        rows, columns = model.tensor_shape(name)
-        logical: Rect = ((0, rows), shard_range(columns, tp_rank, tp_size))
-        return ParamLayout(name, local_shape, (Block(name, logical, whole(local_shape)),))
-    if match := _GATE_UP.fullmatch(name):
-        shard = shard_range(model.ffn_hidden_size, tp_rank, tp_size)
-        pieces = [(f"{match[1]}.{half}_proj.weight", shard) for half in ("gate", "up")]
-        return _stacked(name, local_shape, pieces)
-    if match := _QKV.fullmatch(name):
-        head = model.head_dim
-        first, last = shard_range(model.num_attention_heads, tp_rank, tp_size)
-        kv_first, kv_last = _kv_heads(model, tp_rank, tp_size)
-        pieces = [
-            (f"{match[1]}.q_proj.{match[2]}", (first * head, last * head)),
-            (f"{match[1]}.k_proj.{match[2]}", (kv_first * head, kv_last * head)),
-            (f"{match[1]}.v_proj.{match[2]}", (kv_first * head, kv_last * head)),
-        ]
-        return _stacked(name, local_shape, pieces)
-    raise ValueError(f"vLLM parameter {name!r} has no layout")
+        Raises:
+            ValueError: vLLM could not cut the model so.
+        """
+        super().__init__(model)
+        self.parallel = parallel
+        _check_divisible(model, parallel)
+        self._stages = parallel.stages(model.num_layers)
+        self._stage_of = {
+            layer: stage for stage, layers in enumerate(self._stages) for layer in layers
+        }
 
+    @property
+    def num_ranks(self) -> int:
+        """See ShardedModel."""
+        return self.parallel.world_size
 
-def _kv_heads(model: ModelShape, tp_rank: int, tp_size: int) -> Range:
-    """Key/value heads of one rank; with more ranks than heads, neighbours hold the same head."""
-    if tp_size <= model.num_query_groups:
-        return shard_range(model.num_query_groups, tp_rank, tp_size)
-    if tp_size % model.num_query_groups:
-        raise ValueError(
-            f"{model.num_query_groups} key/value heads cannot be replicated evenly over "
-            f"tensor parallel size {tp_size}"
+    def rank_layouts(self, rank: int) -> list[ParamLayout]:
+        """See ShardedModel."""
+        at = self.parallel.coordinates(rank)
+        layouts = list(self._ends(at.pipeline, at.tensor))
+        for layer in self._stages[at.pipeline]:
+            layouts += self._layer(layer, at.tensor)
+            if self.model.experts_of(layer):
+                layouts += self._experts(layer, at.tensor)
+        return layouts
+
+    def _outer_holders(self) -> dict[str, list[Holder]]:
+        return group_holders(
+            (self.parallel.ranks(stage, tp_rank), layout)
+            for stage in range(self.parallel.pipeline)
+            for tp_rank in range(self.parallel.tensor)
+            for layout in self._ends(stage, tp_rank)
         )
-    head = tp_rank // (tp_size // model.num_query_groups)
-    return head, head + 1
+
+    def _layer_holders(self, layer: int) -> dict[str, list[Holder]]:
+        stage = self._stage_of[layer]
+        return group_holders(
+            (self.parallel.ranks(stage, tp_rank), layout)
+            for tp_rank in range(self.parallel.tensor)
+            for layout in self._layer(layer, tp_rank)
+        )
+
+    def _expert_holders(self, layer: int, expert: int) -> dict[str, list[Holder]]:
+        stage, names = self._stage_of[layer], self.model.experts_of(layer)
+        parts = []
+        for tp_rank in range(self.parallel.tensor):
+            local_experts, _ = self._expert_share(tp_rank)
+            if not local_experts[0] <= expert < local_experts[1]:
+                continue
+            ranks = self.parallel.ranks(stage, tp_rank)
+            w13, w2 = self._expert_blocks(layer, expert, tp_rank)
+            parts += [(ranks, layer_tensor(layer, names.vllm_w13), block) for block in w13]
+            parts.append((ranks, layer_tensor(layer, names.vllm_w2), w2))
+        return join_holders(parts)
+
+    # ---- parameters ---------------------------------------------------------------------------
+
+    def _vocab(self, name: str, tensor: str, tp_rank: int) -> ParamLayout:
+        padded = -(-self.model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        shape = (padded // self.parallel.tensor, self.model.hidden_size)
+        return vocab_shard(name, tensor, self.model.vocab_size, shape, tp_rank)
+
+    def _ends(self, stage: int, tp_rank: int) -> Iterator[ParamLayout]:
+        """Embedding, final norm and output layer, as far as a stage holds them."""
+        everywhere = self.model.family.vllm_ends_on_every_stage
+        is_last = everywhere or stage == self.parallel.pipeline - 1
+        tied = self.model.tie_word_embeddings
+        if everywhere or stage == 0 or (is_last and tied):
+            yield self._vocab(EMBEDDING, EMBEDDING, tp_rank)
+        if is_last:
+            yield replicated(FINAL_NORM, FINAL_NORM, (self.model.hidden_size,))
+            if not tied:
+                yield self._vocab(OUTPUT, OUTPUT, tp_rank)
+
+    def _layer(self, layer: int, tp_rank: int) -> Iterator[ParamLayout]:
+        for param in self.model.layer_params(layer):
+            yield self._layer_param(layer, param, tp_rank)
+
+    def _layer_param(self, layer: int, param: LayerParam, tp_rank: int) -> ParamLayout:
+        name = layer_tensor(layer, param.vllm)
+        tensors = [layer_tensor(layer, tensor) for tensor in param.tensors]
+        shapes = [self.model.tensor_shape(tensor) for tensor in tensors]
+        tp_size = self.parallel.tensor
+        if param.cut is Cut.NONE:
+            return replicated(name, tensors[0], shapes[0])
+        if param.cut is Cut.COLUMNS:
+            rows, columns = shapes[0]
+            logical: Rect = ((0, rows), shard_range(columns, tp_rank, tp_size))
+            local = (rows, columns // tp_size)
+            return ParamLayout(name, local, (Block(tensors[0], logical, whole(local)),))
+        if param.cut is Cut.GATE_UP:
+            windows = [shard_range(shape[0], tp_rank, tp_size) for shape in shapes]
+        else:
+            windows = self._qkv_rows(tp_rank)
+        columns = tuple((0, size) for size in shapes[0][1:])
+        blocks = stack(
+            (tensor, (rows, *columns)) for tensor, rows in zip(tensors, windows, strict=True)
+        )
+        rows = sum(stop - start for start, stop in windows)
+        return ParamLayout(name, (rows, *shapes[0][1:]), blocks)
+
+    def _qkv_rows(self, tp_rank: int) -> list[Range]:
+        """Query, key and value rows; with more ranks than key/value heads, neighbours share one."""
+        head, groups, tp_size = (
+            self.model.head_dim,
+            self.model.num_query_groups,
+            self.parallel.tensor,
+        )
+        first, last = shard_range(self.model.num_attention_heads, tp_rank, tp_size)
+        if tp_size <= groups:
+            kv_first, kv_last = shard_range(groups, tp_rank, tp_size)
+        else:
+            kv_first = tp_rank // (tp_size // groups)
+            kv_last = kv_first + 1
+        kv_rows = (kv_first * head, kv_last * head)
+        return [(first * head, last * head), kv_rows, kv_rows]
+
+    def _expert_share(self, tp_rank: int) -> tuple[Range, Range]:
+        """Experts of a rank and the ffn range that it holds of each."""
+        experts, ffn = self.model.num_experts, self.model.moe_ffn_hidden_size
+        if not self.parallel.expert:
+            return (0, experts), shard_range(ffn, tp_rank, self.parallel.tensor)
+        each, more = divmod(experts, self.parallel.tensor)
+        first = tp_rank * each + min(tp_rank, more)
+        return (first, first + each + (tp_rank < more)), (0, ffn)
+
+    def _expert_blocks(
+        self, layer: int, expert: int, tp_rank: int
+    ) -> tuple[tuple[Block, Block], Block]:
+        """Blocks of one expert in w13 (gate, up) and in w2."""
+        names = self.model.experts_of(layer)
+        experts, ffn = self._expert_share(tp_rank)
+        local, size, hidden = expert - experts[0], ffn[1] - ffn[0], self.model.hidden_size
+        gate, up, down = (
+            layer_tensor(layer, name.format(expert=expert))
+            for name in (names.gate, names.up, names.down)
+        )
+        slot, columns = (local, local + 1), (0, hidden)
+        return (
+            (
+                Block(gate, (ffn, columns), (slot, (0, size), columns)),
+                Block(up, (ffn, columns), (slot, (size, 2 * size), columns)),
+            ),
+            Block(down, (columns, ffn), (slot, columns, (0, size))),
+        )
+
+    def _experts(self, layer: int, tp_rank: int) -> list[ParamLayout]:
+        names = self.model.experts_of(layer)
+        experts, ffn = self._expert_share(tp_rank)
+        number, size, hidden = experts[1] - experts[0], ffn[1] - ffn[0], self.model.hidden_size
+        blocks = [self._expert_blocks(layer, expert, tp_rank) for expert in range(*experts)]
+        w13 = tuple(block for both, _ in blocks for block in both)
+        w2 = tuple(block for _, block in blocks)
+        return [
+            ParamLayout(layer_tensor(layer, names.vllm_w13), (number, 2 * size, hidden), w13),
+            ParamLayout(layer_tensor(layer, names.vllm_w2), (number, hidden, size), w2),
+        ]
 
 
-def _stacked(
-    name: str, local_shape: tuple[int, ...], pieces: list[tuple[str, Range]]
-) -> ParamLayout:
-    """A parameter that stacks one row range of each piece."""
-    blocks, at = [], 0
-    columns = tuple((0, size) for size in local_shape[1:])
-    for tensor, rows in pieces:
-        size = rows[1] - rows[0]
-        blocks.append(Block(tensor, (rows, *columns), ((at, at + size), *columns)))
-        at += size
-    return ParamLayout(name, local_shape, tuple(blocks))
+class CheckpointShards(LayeredShards):
+    """Every rank takes every tensor of the checkpoint whole, as vLLM's own loader wants them."""
+
+    def __init__(self, model: ModelShape, num_ranks: int, batch_elements: int) -> None:
+        """Describe the ranks.
+
+        Args:
+            model: sizes of the model.
+            num_ranks: of all replicas.
+            batch_elements: a batch of tensors is closed before it exceeds this.
+        """
+        super().__init__(model)
+        self._num_ranks = num_ranks
+        self._batch_of: dict[str, int] = {}
+        batch = filled = 0
+        for name in model.tensor_names():
+            size = math.prod(model.tensor_shape(name))
+            if filled and filled + size > batch_elements:
+                batch, filled = batch + 1, 0
+            self._batch_of[name] = batch
+            filled += size
+
+    @property
+    def num_ranks(self) -> int:
+        """See ShardedModel."""
+        return self._num_ranks
+
+    def rank_layouts(self, rank: int) -> list[ParamLayout]:
+        """See ShardedModel; in the order of the layers."""
+        return [
+            replicated(name, name, self.model.tensor_shape(name))
+            for name in self.model.tensor_names()
+        ]
+
+    @property
+    def num_batches(self) -> int:
+        """See ShardedModel."""
+        return max(self._batch_of.values()) + 1
+
+    def batch_of(self, param: str) -> int:
+        """See ShardedModel."""
+        return self._batch_of[param]
+
+    def _outer_holders(self) -> dict[str, list[Holder]]:
+        output = () if self.model.tie_word_embeddings else (OUTPUT,)
+        return self._all(EMBEDDING, FINAL_NORM, *output)
+
+    def _layer_holders(self, layer: int) -> dict[str, list[Holder]]:
+        params = self.model.layer_params(layer)
+        return self._all(*(layer_tensor(layer, name) for param in params for name in param.tensors))
+
+    def _expert_holders(self, layer: int, expert: int) -> dict[str, list[Holder]]:
+        names = self.model.experts_of(layer)
+        own = (names.gate, names.up, names.down)
+        return self._all(*(layer_tensor(layer, name.format(expert=expert)) for name in own))
+
+    def _all(self, *tensors: str) -> dict[str, list[Holder]]:
+        ranks = tuple(range(self._num_ranks))
+        return group_holders(
+            (ranks, replicated(name, name, self.model.tensor_shape(name))) for name in tensors
+        )
+
+
+def _check_divisible(model: ModelShape, parallel: RolloutParallel) -> None:
+    """Raise ValueError where vLLM could not cut the model."""
+    tp = parallel.tensor
+    rules = [
+        ("attention heads", model.num_attention_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ]
+    if model.num_experts and not parallel.expert:
+        rules.append(("moe_ffn_hidden_size", model.moe_ffn_hidden_size))
+    rules.append(("the padded vocabulary", -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE))
+    for what, size in rules:
+        if size % tp:
+            raise ValueError(
+                f"rollout: {what} {size} cannot be cut by tensor parallel size {tp}; "
+                "vLLM refuses it too"
+            )
+    if model.num_query_groups % tp and tp % model.num_query_groups:
+        raise ValueError(
+            f"rollout: {model.num_query_groups} key/value heads cannot be spread over tensor "
+            f"parallel size {tp}; vLLM refuses it too"
+        )
+    if parallel.expert and not model.num_experts:
+        raise ValueError("rollout: enable_expert_parallel: the model has no experts")
+    if parallel.pipeline > model.num_layers:
+        raise ValueError(
+            f"rollout: {model.num_layers} layers cannot be spread over {parallel.pipeline} stages"
+        )

@@ -1,30 +1,44 @@
 """Which rectangle of which training rank goes to which rectangle of an engine parameter?
 
-Pure Python: the plan of one engine rank is computed from its parameters' layouts and those of all
-training ranks. Nothing is gathered: each copy is the largest rectangle that one source and one
-destination share.
+Pure Python: everything follows from the parallel sizes of the two sides and from where the ranks
+run. Nothing is gathered: each copy is the largest rectangle that one source and one destination
+share. A reader plans what it reads, a sender what is read from it; both walk through the same
+choice, so the two lists are equal, and `fingerprint` lets them prove it.
 """
 
+import functools
+import gc
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
-from chatlearn_vllm.layouts.blocks import Block, ParamLayout, Rect, intersect, num_elements, shift
+from chatlearn_vllm.layouts import Block, Holder, ParamLayout, ShardedModel
+from chatlearn_vllm.layouts.blocks import Rect, intersect, num_elements, shift
+from chatlearn_vllm.weight_sync.links import Links
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
 
 
 class IncompletePlanError(ValueError):
     """Some weights have no source or no destination; the message lists them."""
 
 
-@dataclass(frozen=True)
-class Copy:
-    """One rectangle on its way."""
+class Copy(NamedTuple):
+    """One rectangle on its way; both rectangles have the same sizes, but for leading ones."""
 
     source_rank: int
     source_param: str
     source: Rect
     target_param: str
     target: Rect
+
+    @property
+    def num_elements(self) -> int:
+        """Number of weights."""
+        return num_elements(self.target)
 
 
 @dataclass(frozen=True)
@@ -44,96 +58,176 @@ class RankPlan:
     @property
     def num_elements(self) -> int:
         """Number of weights copied."""
-        return sum(num_elements(copy.target) for copy in self.copies)
+        return sum(copy.num_elements for copy in self.copies)
+
+    def by_source(self) -> dict[int, list[Copy]]:
+        """The copies from each training rank, in plan order."""
+        groups = _group(self.copies, lambda copy: copy.source_rank)
+        return {rank: list(groups[rank]) for rank in sorted(groups)}
 
 
-def plan_rank(
-    targets: Sequence[ParamLayout],
-    sources: Mapping[int, Sequence[ParamLayout]],
-    prefer: Sequence[int] = (),
+def _without_collector(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pause the garbage collector: it would walk a large plan's tuples again and again."""
+
+    @functools.wraps(function)
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    return paused
+
+
+@_without_collector
+def plan_reader(
+    reader: int, targets: Iterable[ParamLayout], sources: ShardedModel, links: Links
 ) -> RankPlan:
     """Plan the copies of one engine rank.
 
     Args:
-        targets: layouts of the engine rank's parameters.
-        sources: layouts of the training ranks' parameters by rank.
-        prefer: training ranks to read from first where several hold the same weights, for example
-            those on the same GPU; the others follow in ascending order.
+        reader: the engine rank, counted over all replicas.
+        targets: layouts of its parameters; each tiles its parameter.
+        sources: the training ranks.
+        links: where the ranks run; decides who sends what several ranks hold.
 
     Raises:
         IncompletePlanError: an element of a parameter has no source; lists each.
     """
-    order = [rank for rank in prefer if rank in sources]
-    order += [rank for rank in sorted(sources) if rank not in order]
-    holders: dict[str, list[tuple[int, str, Block]]] = defaultdict(list)
-    for rank in order:
-        for layout in sources[rank]:
-            for block in layout.blocks:
-                holders[block.tensor].append((rank, layout.name, block))
-
     copies: list[Copy] = []
+    padding: list[tuple[str, Rect]] = []
     missing: list[str] = []
     for layout in targets:
+        padding += [(layout.name, rect) for rect in layout.padding]
         for block in layout.blocks:
-            wanted = [block.logical]
-            for rank, name, held in holders[block.tensor]:
-                if not wanted:
-                    break
-                rest: list[Rect] = []
-                for rect in wanted:
-                    common = intersect(rect, held.logical)
-                    if common is None:
-                        rest.append(rect)
-                        continue
-                    source = shift(common, held.logical, held.local)
-                    target = shift(common, block.logical, block.local)
-                    copies.append(Copy(rank, name, source, layout.name, target))
-                    rest += subtract(rect, common)
-                wanted = rest
-            missing += [f"{layout.name}: {block.tensor}{_text(rect)}" for rect in wanted]
+            holders = sources.holders(block.tensor)
+            rest = [block.logical]
+            for holder, rank, rect in _choose(reader, rest, holders, links):
+                copies.append(_copy(rank, holder, layout.name, block, rect))
+            missing += [f"{layout.name}: {block.tensor}{range_text(rect)}" for rect in rest]
     if missing:
         raise IncompletePlanError(
             f"{len(missing)} rectangles have no source on any training rank:\n  "
             + "\n  ".join(missing)
         )
-    padding = tuple((layout.name, rect) for layout in targets for rect in layout.padding)
-    return RankPlan(tuple(copies), padding)
+    return RankPlan(tuple(copies), tuple(padding))
 
 
-def check_all_sources_used(
-    targets: Sequence[Sequence[ParamLayout]], sources: Mapping[int, Sequence[ParamLayout]]
-) -> None:
-    """Check that one replica takes all that the trainer trains.
+@_without_collector
+def plan_sender(
+    sender: int, sources: ShardedModel, targets: ShardedModel, links: Links
+) -> dict[int, tuple[Copy, ...]]:
+    """Plan what every engine rank reads from one training rank.
 
     Args:
-        targets: layouts of all ranks of one engine replica.
-        sources: layouts of the training ranks.
+        sender: the training rank.
+        sources: the training ranks.
+        targets: the engine ranks of all replicas.
+        links: the same as for `plan_reader`.
+
+    Returns:
+        The copies by engine rank, the same ones (in another order) as that rank plans.
 
     Raises:
-        IncompletePlanError: a trained rectangle is in no engine parameter; lists each.
+        IncompletePlanError: a weight of this rank is in no engine parameter; lists each.
     """
-    held: dict[str, list[Rect]] = defaultdict(list)
-    for rank_layouts in targets:
-        for layout in rank_layouts:
-            for block in layout.blocks:
-                held[block.tensor].append(block.logical)
-    trained = {
-        (block.tensor, block.logical)
-        for layouts in sources.values()
-        for layout in layouts
-        for block in layout.blocks
-    }
-    unused = []
-    for tensor, logical in sorted(trained):
-        rest = [logical]
-        for rect in held[tensor]:
-            rest = [piece for wanted in rest for piece in _without(wanted, rect)]
-        unused += [f"{tensor}{_text(rect)}" for rect in rest]
+    copies: dict[int, list[Copy]] = defaultdict(list)
+    unused: list[str] = []
+    for tensor, held in _blocks_by_tensor(sources.rank_layouts(sender)).items():
+        wanted, holders = targets.holders(tensor), sources.holders(tensor)
+        for block in held:
+            unused += [
+                f"{tensor}{range_text(rect)}"
+                for rect in _subtract_all(block.logical, (w.block.logical for w in wanted))
+            ]
+        for want in wanted:
+            if not any(intersect(want.block.logical, block.logical) for block in held):
+                continue
+            for reader in want.ranks:
+                rest = [want.block.logical]
+                for holder, rank, rect in _choose(reader, rest, holders, links):
+                    if rank == sender:
+                        copies[reader].append(_copy(rank, holder, want.param, want.block, rect))
     if unused:
         raise IncompletePlanError(
             f"{len(unused)} trained rectangles are in no engine parameter:\n  "
             + "\n  ".join(unused)
         )
+    return {reader: tuple(copies[reader]) for reader in sorted(copies)}
+
+
+def in_order(copies: Iterable[Copy]) -> list[Copy]:
+    """The copies between two ranks in the order in which both number them."""
+    return sorted(copies, key=lambda copy: (copy.target_param, copy.target))
+
+
+def fingerprint(copies: Iterable[Copy]) -> str:
+    """Short text that is equal for the same copies in any order."""
+    lines = sorted(f"{copy.target_param}{copy.target}{copy[:3]}" for copy in copies)
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def check_agreement(
+    readers: Mapping[int, Mapping[int, str]], senders: Mapping[int, Mapping[int, str]]
+) -> None:
+    """Compare the fingerprints of both sides.
+
+    Args:
+        readers: by engine rank, by training rank.
+        senders: by training rank, by engine rank.
+
+    Raises:
+        IncompletePlanError: a pair of ranks has planned differently; lists each.
+    """
+    read = {(s, r): text for r, own in readers.items() for s, text in own.items()}
+    sent = {(s, r): text for s, own in senders.items() for r, text in own.items()}
+    differing = sorted(
+        pair for pair in read.keys() | sent.keys() if read.get(pair) != sent.get(pair)
+    )
+    if differing:
+        pairs = ", ".join(f"{sender} -> {reader}" for sender, reader in differing)
+        raise IncompletePlanError(f"training and rollout ranks planned differently: {pairs}")
+
+
+def _choose(
+    reader: int, rest: list[Rect], holders: Sequence[Holder], links: Links
+) -> Iterator[tuple[Holder, int, Rect]]:
+    """Who sends which part of one block; what nobody holds is left in `rest`."""
+    candidates = [(holder, links.nearest(reader, holder.ranks)) for holder in holders]
+    if len(candidates) > 1:
+        candidates.sort(key=lambda candidate: links.kind(reader, candidate[1]))
+    for holder, rank in candidates:
+        if not rest:
+            return
+        left: list[Rect] = []
+        for rect in rest:
+            common = intersect(rect, holder.block.logical)
+            if common is None:
+                left.append(rect)
+                continue
+            yield holder, rank, common
+            left += subtract(rect, common)
+        rest[:] = left
+
+
+def _copy(rank: int, holder: Holder, param: str, target: Block, rect: Rect) -> Copy:
+    source = shift(rect, holder.block.logical, holder.block.local)
+    return Copy(rank, holder.param, source, param, shift(rect, target.logical, target.local))
+
+
+def _blocks_by_tensor(layouts: Iterable[ParamLayout]) -> dict[str, tuple[Block, ...]]:
+    blocks = (block for layout in layouts for block in layout.blocks)
+    return _group(blocks, lambda block: block.tensor)
+
+
+def _group(items: Iterable[_T], key: Callable[[_T], _K]) -> dict[_K, tuple[_T, ...]]:
+    groups: dict[_K, list[_T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return {name: tuple(group) for name, group in groups.items()}
 
 
 def subtract(rect: Rect, hole: Rect) -> list[Rect]:
@@ -148,10 +242,19 @@ def subtract(rect: Rect, hole: Rect) -> list[Rect]:
     return pieces
 
 
-def _without(rect: Rect, other: Rect) -> list[Rect]:
-    common = intersect(rect, other)
-    return [rect] if common is None else subtract(rect, common)
+def _subtract_all(rect: Rect, holes: Iterable[Rect]) -> list[Rect]:
+    rest = [rect]
+    for hole in holes:
+        left: list[Rect] = []
+        for piece in rest:
+            common = intersect(piece, hole)
+            left += [piece] if common is None else subtract(piece, common)
+        rest = left
+        if not rest:
+            break
+    return rest
 
 
-def _text(rect: Rect) -> str:
+def range_text(rect: Rect) -> str:
+    """[start:stop, ...], as users write slices."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in rect) + "]"

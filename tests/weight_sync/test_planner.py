@@ -1,146 +1,365 @@
 """Does a plan move exactly the right weights, for any pair of layouts? Run on plain tensors."""
 
 import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from chatlearn_vllm.layouts import ParamLayout, megatron_param_layout, vllm_param_layout
+from chatlearn_vllm.layouts import (
+    ListedShards,
+    MegatronShards,
+    ParamLayout,
+    RolloutParallel,
+    ShardedModel,
+    TrainParallel,
+    VLLMShards,
+)
+from chatlearn_vllm.weight_sync.links import LinkKind, Links, Place, colocated
 from chatlearn_vllm.weight_sync.planner import (
+    Copy,
     IncompletePlanError,
-    check_all_sources_used,
-    plan_rank,
+    RankPlan,
+    check_agreement,
+    fingerprint,
+    plan_reader,
+    plan_sender,
     subtract,
 )
-from chatlearn_vllm.weight_sync.transport import export_tensors, open_export, run_plan
 from tests.helpers.reference_shards import (
     logical_tensors,
-    megatron_shards,
+    megatron_tensors,
     tiny_shape,
-    vllm_shards,
+    vllm_tensors,
 )
 
-PARALLEL = list(itertools.product([1, 2, 4], [1, 2]))
+LAYERS = 4
+AXES = {
+    "tied": [False, True],
+    "tp": [1, 2, 4],
+    "pp": [1, 2, 4],
+    "vpp": [1, 2],
+    "first": [None, 1],
+    "dp": [1, 2],
+    "rollout_tp": [1, 2, 4],
+    "rollout_pp": [1, 2, 3],
+    "replicas": [1, 3],
+    "hosts": [1, 2],
+}
+DENSE_AXES = {"family": ["llama", "qwen2", "qwen3"]} | AXES
+EXPERT_AXES = {
+    "family": ["mixtral", "qwen3_moe"], **AXES, "ep": [1, 2, 3], "etp": [1, 2, 4],
+    "rollout_ep": [False, True],
+}  # fmt: skip
 
 
-def stage_params(params, layers, first, last, embed, head):
-    """The parameters of one pipeline stage out of those of a whole tensor parallel rank."""
-    kept = {}
-    for name, value in params.items():
-        layer = next((int(p) for p in name.split(".") if p.isdigit()), None)
-        if layer is not None:
-            keep = layer in layers
-        else:
-            keep = (first and name in embed) or (last and name in head)
-        if keep:
-            kept[name] = value
-    return kept
+class Case(NamedTuple):
+    family: str
+    tied: bool
+    tp: int
+    pp: int
+    vpp: int
+    first: int | None
+    dp: int
+    rollout_tp: int
+    rollout_pp: int
+    replicas: int
+    hosts: int
+    ep: int = 1
+    etp: int | None = None
+    rollout_ep: bool = False
 
-
-def trainer(shape, logical, tp, pp, dp=1):
-    """Tensors and layouts of all training ranks; ranks ordered tp fastest, then dp, then pp."""
-    tensors, layouts = {}, {}
-    per_stage = shape.num_layers // pp
-    for stage, replica, tp_rank in itertools.product(range(pp), range(dp), range(tp)):
-        rank = (stage * dp + replica) * tp + tp_rank
-        layers = range(stage * per_stage, (stage + 1) * per_stage)
-        tensors[rank] = stage_params(
-            megatron_shards(shape, logical, tp_rank, tp),
-            layers, stage == 0, stage == pp - 1,
-            {"embedding.word_embeddings.weight"},
-            {"output_layer.weight", "decoder.final_layernorm.weight"},
+    def train(self) -> TrainParallel:
+        """With the fewest ranks that make `dp` copies of all weights."""
+        experts = 1 if self.etp is None else self.ep * self.etp
+        return TrainParallel(
+            math.lcm(self.tp, experts) * self.pp * self.dp, tensor=self.tp, pipeline=self.pp,
+            virtual_pipeline=self.vpp, expert=self.ep, expert_tensor=self.etp,
+            first_stage_layers=self.first,
         )  # fmt: skip
-        layouts[rank] = [
-            megatron_param_layout(shape, name, tuple(t.shape), tp_rank, tp)
-            for name, t in tensors[rank].items()
-        ]
-    return tensors, layouts
+
+    def rollout(self) -> RolloutParallel:
+        return RolloutParallel(self.rollout_tp, self.rollout_pp, self.rollout_ep, self.replicas)
+
+    def is_possible(self) -> bool:
+        try:
+            self.train().chunks(LAYERS)
+        except ValueError:
+            return False
+        return True
 
 
-def rollout(shape, logical, tp, pp):
-    """Expected tensors and layouts of one replica's ranks."""
-    tensors, layouts = [], []
-    per_stage = shape.num_layers // pp
-    head = {"lm_head.weight", "model.norm.weight"}
-    if shape.tie_word_embeddings:
-        head.add("model.embed_tokens.weight")
-    for stage, tp_rank in itertools.product(range(pp), range(tp)):
-        layers = range(stage * per_stage, (stage + 1) * per_stage)
-        params = stage_params(
-            vllm_shards(shape, logical, tp_rank, tp),
-            layers, stage == 0, stage == pp - 1, {"model.embed_tokens.weight"}, head,
-        )  # fmt: skip
-        tensors.append(params)
-        layouts.append(
-            [vllm_param_layout(shape, n, tuple(t.shape), tp_rank, tp) for n, t in params.items()]
-        )
-    return tensors, layouts
+def pairwise(axes: dict[str, list[Any]]) -> Iterator[Case]:
+    """Cases in which each possible pair of values of any two axes occurs."""
+    cases = [Case(**dict(zip(axes, values, strict=True))) for values in _sample(axes)]
+    pairs = {case: frozenset(itertools.combinations(zip(axes, case, strict=False), 2))
+             for case in cases if case.is_possible()}  # fmt: skip
+    missing = frozenset().union(*pairs.values())
+    while missing:
+        best = max(pairs, key=lambda case: len(pairs[case] & missing))
+        missing -= pairs[best]
+        yield best
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("train", PARALLEL)
-@pytest.mark.parametrize("roll", PARALLEL)
-def test_every_element_arrives_for_any_pair_of_layouts(train, roll, tied) -> None:
-    shape = tiny_shape(heads=4, groups=2, vocab=100, tied=tied)
-    logical = logical_tensors(shape)
-    sources, source_layouts = trainer(shape, logical, *train)
-    wanted, target_layouts = rollout(shape, logical, *roll)
-    check_all_sources_used(target_layouts, source_layouts)
-    opened = {rank: open_export(export_tensors(tensors)) for rank, tensors in sources.items()}
-    for want, layouts in zip(wanted, target_layouts, strict=True):
-        live = {name: torch.full_like(t, float("nan")) for name, t in want.items()}
-        plan = plan_rank(layouts, source_layouts)
-        num_bytes = run_plan(plan, opened, live)
-        for name in want:
-            assert torch.equal(live[name], want[name]), name
-        assert num_bytes == 4 * plan.num_elements
-        counts = {name: torch.zeros(t.shape) for name, t in want.items()}
-        for copy in plan.copies:
-            counts[copy.target_param][tuple(slice(*r) for r in copy.target)] += 1
-        for name, rect in plan.padding:
-            counts[name][tuple(slice(*r) for r in rect)] += 1
-        assert all((count == 1).all() for count in counts.values())
+def _sample(axes: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
+    """Some of all combinations, the same ones every time."""
+    rng = random.Random(0)
+    return [tuple(rng.choice(values) for values in axes.values()) for _ in range(1500)]
 
 
-def test_preferred_ranks_are_read_where_they_hold_the_weights() -> None:
-    shape = tiny_shape(heads=4, groups=2)
-    logical = logical_tensors(shape)
-    _, source_layouts = trainer(shape, logical, tp=2, pp=1, dp=2)
-    _, target_layouts = rollout(shape, logical, tp=2, pp=1)
-    for prefer in ([0, 1], [2, 3]):
-        for layouts in target_layouts:
-            assert set(plan_rank(layouts, source_layouts, prefer).source_ranks) <= set(prefer)
+def spread(num_senders: int, num_readers: int, ranks_per_replica: int, hosts: int = 1) -> Links:
+    """Rank i of either side shares GPU i with the other; the first ranks are on the first host."""
+    num_gpus = max(num_senders, num_readers)
+    places = [Place(f"host{gpu * hosts // num_gpus}", f"gpu{gpu}") for gpu in range(num_gpus)]
+    return Links(places[:num_senders], places[:num_readers], ranks_per_replica)
+
+
+def slices(rect: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in rect)
+
+
+def check_arrival(
+    plan: RankPlan, sources: dict[int, dict[str, torch.Tensor]], want: dict[str, torch.Tensor]
+) -> None:
+    """Run a plan; compare each element's value and how often it was written."""
+    live = {name: torch.full_like(t, -1) for name, t in want.items()}
+    counts = {name: torch.zeros_like(t) for name, t in want.items()}
+    for copy in plan.copies:
+        target = live[copy.target_param][slices(copy.target)]
+        source = sources[copy.source_rank][copy.source_param][slices(copy.source)]
+        target.copy_(source.view(target.shape))
+        counts[copy.target_param][slices(copy.target)] += 1
+    for name, rect in plan.padding:
+        live[name][slices(rect)] = 0
+        counts[name][slices(rect)] += 1
+    for name, value in want.items():
+        assert torch.equal(live[name], value), name
+        assert (counts[name] == 1).all(), name
+    assert plan.num_elements == sum(int((t != 0).sum()) for t in want.values())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*pairwise(DENSE_AXES), *pairwise(EXPERT_AXES)],
+    ids=lambda case: "-".join(map(str, case)),
+)
+def test_every_element_arrives_once_and_both_sides_plan_the_same(case: Case) -> None:
+    model = tiny_shape(case.family, tied=case.tied, layers=LAYERS)
+    logical = logical_tensors(model)
+    senders = MegatronShards(model, case.train())
+    readers = VLLMShards(model, case.rollout())
+    links = spread(
+        senders.num_ranks, readers.num_ranks, case.rollout().ranks_per_replica, case.hosts
+    )
+    sources = {
+        rank: megatron_tensors(model, logical, case.train(), rank)
+        for rank in range(senders.num_ranks)
+    }
+    read: dict[int, dict[int, str]] = {}
+    for rank in range(readers.num_ranks):
+        plan = plan_reader(rank, readers.rank_layouts(rank), senders, links)
+        check_arrival(plan, sources, vllm_tensors(model, logical, case.rollout(), rank))
+        check_nearness(rank, plan.copies, senders, links)
+        read[rank] = {s: fingerprint(copies) for s, copies in plan.by_source().items()}
+    sent = {
+        rank: {
+            reader: fingerprint(copies)
+            for reader, copies in plan_sender(rank, senders, readers, links).items()
+        }
+        for rank in range(senders.num_ranks)
+    }
+    check_agreement(read, sent)
+    assert {pair for r, own in read.items() for pair in ((s, r) for s in own)} == {
+        pair for s, own in sent.items() for pair in ((s, r) for r in own)
+    }
+
+
+def check_nearness(
+    reader: int, copies: Sequence[Copy], senders: ShardedModel, links: Links
+) -> None:
+    """Each copy comes from one of the nearest ranks that hold the same parameter."""
+    held_by = ranks_by_shard(senders)
+    for source_rank, param in {(copy.source_rank, copy.source_param) for copy in copies}:
+        alike = held_by[_shard(senders, source_rank, param)]
+        nearest = min(links.kind(reader, rank) for rank in alike)
+        assert links.kind(reader, source_rank) == nearest, (param, alike)
+
+
+def ranks_by_shard(senders: ShardedModel) -> dict[ParamLayout, list[int]]:
+    shards: dict[ParamLayout, list[int]] = {}
+    for rank in range(senders.num_ranks):
+        for layout in senders.rank_layouts(rank):
+            shards.setdefault(layout, []).append(rank)
+    return shards
+
+
+def _shard(senders: ShardedModel, rank: int, param: str) -> ParamLayout:
+    return next(layout for layout in senders.rank_layouts(rank) if layout.name == param)
+
+
+def test_ranks_read_from_their_own_host() -> None:
+    model = tiny_shape("mixtral")
+    senders = MegatronShards(model, TrainParallel(8, tensor=2, expert=2, expert_tensor=1))
+    readers = VLLMShards(model, RolloutParallel(tensor=4, replicas=2))
+    links = spread(8, 8, ranks_per_replica=4, hosts=2)
+    for rank in range(8):
+        plan = plan_reader(rank, readers.rank_layouts(rank), senders, links)
+        assert {sender // 4 for sender in plan.source_ranks} == {rank // 4}
+
+
+def test_a_rank_reads_what_its_own_gpu_holds_from_there() -> None:
+    model = tiny_shape(groups=4)
+    senders = MegatronShards(model, TrainParallel(4, tensor=2))
+    readers = VLLMShards(model, RolloutParallel(tensor=2, replicas=2))
+    links = spread(4, 4, ranks_per_replica=2)
+    for rank in range(4):
+        plan = plan_reader(rank, readers.rank_layouts(rank), senders, links)
+        sliced = [copy for copy in plan.copies if "linear" in copy.source_param]
+        assert {copy.source_rank for copy in sliced} == {rank}
+
+
+def test_without_peer_access_a_gpu_of_the_same_host_is_behind_the_network() -> None:
+    own, other = Place("h", "g0", frozenset({"g0"})), Place("h", "g1", frozenset({"g1"}))
+    links = Links([own, other, other._replace(host="far")], [own], ranks_per_replica=1)
+    kinds = [links.kind(0, sender) for sender in range(3)]
+    assert kinds == [LinkKind.DEVICE, LinkKind.NETWORK, LinkKind.NETWORK]
+    assert Links([other], [own._replace(peers=None)], 1).kind(0, 0) == LinkKind.HOST
+
+
+@pytest.mark.parametrize(
+    "train, rollout",
+    [
+        (TrainParallel(8, tensor=2), RolloutParallel(tensor=2, replicas=4)),
+        (TrainParallel(8, tensor=2), RolloutParallel(tensor=4, replicas=2)),
+        (TrainParallel(8, tensor=1), RolloutParallel(tensor=4, replicas=2)),
+        (
+            TrainParallel(16, tensor=2, expert=2, expert_tensor=1),
+            RolloutParallel(tensor=2, expert=True, replicas=8),
+        ),
+    ],
+)
+def test_copies_of_the_trainer_share_the_sending(
+    train: TrainParallel, rollout: RolloutParallel
+) -> None:
+    model = tiny_shape("mixtral", groups=4)
+    senders, readers = MegatronShards(model, train), VLLMShards(model, rollout)
+    far = Links(
+        [Place("train", f"t{i}") for i in range(senders.num_ranks)],
+        [Place("rollout", f"r{i}") for i in range(readers.num_ranks)],
+        rollout.ranks_per_replica,
+    )
+    for links in (far, colocated(senders.num_ranks, readers.num_ranks, rollout.ranks_per_replica)):
+        sent = Counter({rank: 0 for rank in range(senders.num_ranks)})
+        for rank in range(readers.num_ranks):
+            for copy in plan_reader(rank, readers.rank_layouts(rank), senders, links).copies:
+                sent[copy.source_rank] += copy.num_elements
+        assert max(sent.values()) <= 1.25 * min(sent.values()), sent
+
+
+@pytest.mark.parametrize(
+    "tp, kinds", [(1, list(LinkKind)), (2, list(LinkKind)), (4, [LinkKind.NETWORK])]
+)
+def test_links_of_each_kind_are_loaded_equally(tp: int, kinds: list[LinkKind]) -> None:
+    """Two hosts with one pipeline stage each: what the own host lacks comes over the network."""
+    model = tiny_shape(groups=4, vocab=128)
+    senders = MegatronShards(model, TrainParallel(16, tensor=2, pipeline=2))
+    readers = VLLMShards(model, RolloutParallel(tensor=tp, replicas=16 // tp))
+    links = spread(16, 16, ranks_per_replica=tp, hosts=2)
+    sent = {kind: Counter({rank: 0 for rank in range(16)}) for kind in LinkKind}
+    for rank in range(16):
+        for copy in plan_reader(rank, readers.rank_layouts(rank), senders, links).copies:
+            sent[links.kind(rank, copy.source_rank)][copy.source_rank] += copy.num_elements
+    for stage in (range(8), range(8, 16)):
+        for kind in kinds:
+            loads = [sent[kind][rank] for rank in stage]
+            assert max(loads) <= 1.05 * min(loads), (kind, loads)
 
 
 def test_the_same_plan_comes_out_every_time() -> None:
-    shape = tiny_shape(heads=4, groups=2)
-    logical = logical_tensors(shape)
-    _, source_layouts = trainer(shape, logical, tp=2, pp=2)
-    _, target_layouts = rollout(shape, logical, tp=1, pp=2)
-    backwards = dict(reversed(source_layouts.items()))
-    assert plan_rank(target_layouts[0], source_layouts) == plan_rank(target_layouts[0], backwards)
-
-
-def test_a_missing_trainer_rank_is_refused_with_what_it_would_have_sent() -> None:
-    shape = tiny_shape(heads=4, groups=2)
-    logical = logical_tensors(shape)
-    _, source_layouts = trainer(shape, logical, tp=2, pp=1)
-    _, target_layouts = rollout(shape, logical, tp=1, pp=1)
-    del source_layouts[1]
-    with pytest.raises(IncompletePlanError, match=r"mlp\.down_proj\.weight\[0:32, 24:48\]"):
-        plan_rank(target_layouts[0], source_layouts)
-
-
-def test_a_trained_tensor_that_no_engine_rank_takes_is_refused() -> None:
-    shape = tiny_shape(heads=4, groups=2)
-    logical = logical_tensors(shape)
-    _, source_layouts = trainer(shape, logical, tp=1, pp=1)
-    _, target_layouts = rollout(shape, logical, tp=2, pp=1)
-    pruned: list[list[ParamLayout]] = [
-        [layout for layout in layouts if "o_proj" not in layout.name] for layouts in target_layouts
+    model = tiny_shape("qwen3_moe")
+    sides = [
+        (
+            MegatronShards(model, TrainParallel(8, tensor=2, expert=2, expert_tensor=1)),
+            VLLMShards(model, RolloutParallel(tensor=2, pipeline=2, replicas=2)),
+        )
+        for _ in range(2)
     ]
-    with pytest.raises(IncompletePlanError, match=r"2 trained.*\n.*layers\.0\.self_attn\.o_proj"):
-        check_all_sources_used(pruned, source_layouts)
+    links = [colocated(8, 8, 4) for _ in range(2)]
+    # One of the two has answered other questions before.
+    for tensor in reversed(list(model.tensor_names())):
+        sides[1][0].holders(tensor)
+    first, second = (
+        plan_reader(5, readers.rank_layouts(5), senders, own_links)
+        for (senders, readers), own_links in zip(sides, links, strict=True)
+    )
+    assert first == second
+    first, second = (
+        plan_sender(3, senders, readers, own_links)
+        for (senders, readers), own_links in zip(sides, links, strict=True)
+    )
+    assert first == second
+
+
+def test_weights_that_no_trainer_rank_holds_are_refused_with_tensor_and_range() -> None:
+    model = tiny_shape()
+    senders = MegatronShards(model, TrainParallel(2, tensor=2))
+    readers = VLLMShards(model, RolloutParallel())
+    half = ListedShards({0: senders.rank_layouts(0)})
+    with pytest.raises(IncompletePlanError, match=r"mlp\.down_proj\.weight\[0:8, 12:24\]"):
+        plan_reader(0, readers.rank_layouts(0), half, colocated(2, 1, 1))
+
+
+def test_a_trained_tensor_that_no_engine_rank_takes_is_refused_with_its_range() -> None:
+    model = tiny_shape()
+    senders = MegatronShards(model, TrainParallel(1))
+    readers = VLLMShards(model, RolloutParallel(tensor=2))
+    pruned = ListedShards(
+        {
+            rank: [layout for layout in readers.rank_layouts(rank) if "o_proj" not in layout.name]
+            for rank in range(2)
+        }
+    )
+    message = r"4 trained rectangles .*\n  model\.layers\.0\.self_attn\.o_proj\.weight\[0:8, 0:16\]"
+    with pytest.raises(IncompletePlanError, match=message):
+        plan_sender(0, senders, pruned, colocated(1, 2, 2))
+
+
+def test_a_model_of_other_sizes_is_refused() -> None:
+    senders = MegatronShards(tiny_shape(), TrainParallel(1))
+    readers = VLLMShards(tiny_shape(vocab=120), RolloutParallel())
+    with pytest.raises(IncompletePlanError, match=r"embed_tokens\.weight\[100:120, 0:8\]"):
+        plan_reader(0, readers.rank_layouts(0), senders, colocated(1, 1, 1))
+    with pytest.raises(IncompletePlanError, match=r"model\.layers\.3\.input_layernorm\.weight"):
+        shallow = VLLMShards(tiny_shape(layers=3), RolloutParallel())
+        plan_sender(0, senders, shallow, colocated(1, 1, 1))
+
+
+def test_sides_that_planned_differently_are_named_by_pair() -> None:
+    read = {0: {0: "a", 1: "b"}, 1: {0: "c"}}
+    check_agreement(read, {0: {0: "a", 1: "c"}, 1: {0: "b"}})
+    with pytest.raises(IncompletePlanError, match=r"differently: 0 -> 1, 1 -> 0, 1 -> 1$"):
+        check_agreement(read, {0: {0: "a", 1: "x"}, 1: {1: "b"}})
+
+
+def test_tensor_parallel_2_to_3_arrives_where_the_model_divides() -> None:
+    model = replace(tiny_shape(heads=6, groups=6, vocab=150), hidden_size=6)
+    logical = logical_tensors(model)
+    train, rollout = TrainParallel(2, tensor=2), RolloutParallel(tensor=3)
+    senders, readers = MegatronShards(model, train), VLLMShards(model, rollout)
+    sources = {rank: megatron_tensors(model, logical, train, rank) for rank in range(2)}
+    for rank in range(3):
+        plan = plan_reader(rank, readers.rank_layouts(rank), senders, colocated(2, 3, 3))
+        check_arrival(plan, sources, vllm_tensors(model, logical, rollout, rank))
+
+
+def test_tensor_parallel_2_to_3_is_refused_with_the_reason_where_it_does_not() -> None:
+    with pytest.raises(ValueError, match="attention heads 4 cannot be cut by .* size 3"):
+        VLLMShards(tiny_shape(), RolloutParallel(tensor=3))
 
 
 def test_subtract_leaves_disjoint_pieces_that_cover_the_rest() -> None:
@@ -150,9 +369,3 @@ def test_subtract_leaves_disjoint_pieces_that_cover_the_rest() -> None:
     hole = torch.zeros(5, 7)
     hole[1:3, 2:6] = 1
     assert torch.equal(grid, 1 - hole)
-
-
-def test_tensors_that_share_a_storage_are_exported_once() -> None:
-    flat = torch.arange(12.0)
-    export = export_tensors({"a": flat[:4].view(2, 2), "b": flat[4:]})
-    assert len(export.storages) == 1
