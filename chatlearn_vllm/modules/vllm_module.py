@@ -15,11 +15,18 @@ from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.utils.vllm_utils import get_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from chatlearn_vllm.engines.vllm_engine import VLLMEngine
     from chatlearn_vllm.engines.vllm_executor import Step
-    from chatlearn_vllm.layouts import ParamLayout
+    from chatlearn_vllm.layouts import ShardedModel
+    from chatlearn_vllm.modules.policy_weights import Imported, PolicyWeights
+    from chatlearn_vllm.weight_sync.digest import Sample
+    from chatlearn_vllm.weight_sync.links import Links
+    from chatlearn_vllm.weight_sync.receiver import ReaderPlan
+    from chatlearn_vllm.weight_sync.remote import LinkAddress
+    from chatlearn_vllm.weight_sync.transport import Export
 
 logger = get_logger(__name__)
 
@@ -63,7 +70,6 @@ class VLLMModule(BaseModule, ABC):
         self._iteration = 0
         self._is_eval = False
         self._first_sample = 0
-        self._plan: Any = None
 
     # ---- what users write -------------------------------------------------------------------
 
@@ -354,50 +360,88 @@ class VLLMModule(BaseModule, ABC):
         """Take the KV cache's memory back."""
         self.engine.wake_kv_cache()
 
-    def weight_layout(self) -> list[ParamLayout]:
-        """Which part of the model this rank's live parameters hold."""
-        return self.engine.weight_layout()
-
     def shutdown(self) -> None:
         """Release what would outlive the process."""
         if self._engine is not None:
             self._engine.close()
 
+    def weight_gpu(self) -> tuple[str | None, frozenset[str]]:
+        """UUID of the GPU that holds this rank's weights, and of those that it can read."""
+        from chatlearn_vllm.weight_sync.cuda_ipc import gpu_and_peers
+
+        return gpu_and_peers(self.engine.device)
+
+    def weight_shards(self, num_replicas: int) -> ShardedModel:
+        """What a weight sync fills on the ranks of all replicas."""
+        return self._weights.shards(num_replicas)
+
+    def weight_dtypes(self) -> dict[str, torch.dtype]:
+        """Of what a weight sync fills on this rank, by name."""
+        return self._weights.dtypes()
+
     def plan_weight_sync(
-        self, sources: dict[int, list[ParamLayout]], prefer: list[int]
-    ) -> tuple[int, ...]:
-        """Plan this rank's copies; kept for `import_weights`.
+        self, rank: int, sources: ShardedModel, targets: ShardedModel, links: Links
+    ) -> ReaderPlan:
+        """Plan this rank's copies, for `import_weights`.
 
         Args:
-            sources: layouts of all training ranks, by rank.
-            prefer: training ranks to read from first.
-
-        Returns:
-            The training ranks whose exports `import_weights` needs.
+            rank: this rank's number over all replicas.
+            sources: the training ranks.
+            targets: the rollout ranks.
+            links: where all run.
         """
-        from chatlearn_vllm.weight_sync.planner import plan_rank
+        return self._weights.plan(rank, sources, targets, links)
 
-        self._plan = plan_rank(self.weight_layout(), sources, prefer)
-        return self._plan.source_ranks
+    def connect_weight_links(self, addresses: list[LinkAddress]) -> None:
+        """Take the links from training ranks whose memory this rank cannot read, in order."""
+        from chatlearn_vllm.weight_sync.remote import open_links
 
-    def import_weights(self, version: int, *exports: Any) -> int:
-        """Copy new weights into the live parameters. The weights must be awake.
+        timeout_s = 60.0 * self.model_args.distributed_timeout_minutes
+        self._weights.connect(
+            open_links(addresses, is_sender=False, device=self.engine.device, timeout_s=timeout_s)
+        )
+
+    def import_weights(
+        self,
+        source_ranks: tuple[int, ...],
+        keep_open: bool,
+        sample: Sample | None,
+        *exports: Export,
+    ) -> Imported:
+        """Copy new weights into the engine, which is STALE until `finish_weight_sync`.
+
+        Args:
+            source_ranks: training ranks that show their memory.
+            keep_open: whether that memory stays where it is until the next sync.
+            sample: which part of the weights is digested; None for no digests.
+            *exports: of these ranks, in that order.
+        """
+        return self._weights.import_from(
+            dict(zip(source_ranks, exports, strict=True)),
+            keep_open=keep_open,
+            sample=sample,
+        )
+
+    def describe_weight_copy(self, source_rank: int, number: int, batch: int) -> str:
+        """Which copy a digest of `import_weights` belongs to."""
+        return self._weights.describe(source_rank, number, batch)
+
+    def finish_weight_sync(self, version: int) -> None:
+        """Declare the weights complete, and forget what was cached for the old ones.
 
         Args:
             version: what the new weights are called from now on.
-            *exports: of the training ranks that `plan_weight_sync` returned, in that order.
-
-        Returns:
-            Bytes written on this rank.
         """
-        from chatlearn_vllm.weight_sync.transport import open_export, run_plan
-
-        targets = self.engine.begin_weight_update()
-        opened = [open_export(export) for export in exports]
-        sources = dict(zip(self._plan.source_ranks, opened, strict=True))
-        num_bytes = run_plan(self._plan, sources, targets)
         self.engine.finish_weight_update(version)
-        return num_bytes
+
+    @cached_property
+    def _weights(self) -> PolicyWeights:
+        from chatlearn_vllm.modules.policy_weights import PolicyWeights
+
+        weights = PolicyWeights(self.engine, self.model_args.weight_sync_path)
+        if self.rank == 0 and self.replica_id == 0 and not weights.is_direct:
+            logger.info("%s: new weights go through vLLM's loader: %s", self.name, weights.reason)
+        return weights
 
 
 def sample_seed(run_seed: int, ordinal: int, is_eval: bool) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatlearn_vllm.algorithms.grpo import group_advantages
+from chatlearn_vllm.config.sampling import incomparable_logprobs
+from chatlearn_vllm.config.schema import MismatchWarnConfig
 from chatlearn_vllm.data.batch import Batch, batch_size, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -56,7 +58,7 @@ class GRPOEngine(Engine):
             policy_trainer: a `MegatronModule`.
 
         Raises:
-            ValueError: the reference is missing, or numbers of the yaml do not fit together.
+            ValueError: the reference is missing, or keys of the yaml do not fit together.
         """
         kl_coef = policy_trainer.model_args.init_kl_coef
         if kl_coef > 0 and reference is None:
@@ -81,6 +83,7 @@ class GRPOEngine(Engine):
             data_parallel_size=policy_trainer.module_args.data_parallel_size,
         )
         self._check_sleep_level()
+        self._drop_levels_that_mean_nothing()
 
     # ---- set-up -----------------------------------------------------------------------------
 
@@ -90,7 +93,11 @@ class GRPOEngine(Engine):
         super().setup()
         version = self.resumed_from.weight_version if self.resumed_from else 0
         self.weight_sync = WeightSynchronizer(
-            self.groups[self.policy_trainer.name], self.groups[self.policy.name], version
+            self.groups[self.policy_trainer.name],
+            self.groups[self.policy.name],
+            version,
+            keep_open=not self._memory[self.policy_trainer.name].moves_weights,
+            stride=self.args.validate_param_sync_stride if self.args.validate_param_sync else None,
         )
         self.weight_sync.setup()
 
@@ -121,6 +128,26 @@ class GRPOEngine(Engine):
                 f"episodes without a weight sync, and sleep_level={sleep_level} drops the weights "
                 "in between; set sleep_level: 1"
             )
+
+    def _drop_levels_that_mean_nothing(self) -> None:
+        """Tell once, not in every episode, that the two sides' log-probabilities must differ."""
+        policy, runtime = self.policy, self.args
+        reasons = incomparable_logprobs(policy.model_args, self.policy_trainer.model_args)
+        if not reasons:
+            return
+        why = (
+            f"the log-probabilities of models.{policy.name} are not those of "
+            f"models.{self.policy_trainer.name} even with equal weights ({'; '.join(reasons)})"
+        )
+        if stop := runtime.mismatch_stop.set_levels():
+            raise ValueError(
+                f"runtime.mismatch_stop={stop} means nothing here: {why}; sample from the whole "
+                "softmax at the trainer's temperature, or leave mismatch_stop out"
+            )
+        logger.warning("no mismatch_warn in this job: %s", why)
+        none = MismatchWarnConfig(**dict.fromkeys(MismatchWarnConfig.model_fields))
+        self.args = runtime.model_copy(update={"mismatch_warn": none})
+        self.job = self.job.model_copy(update={"runtime": self.args})
 
     def count_prompts(self, records: Sequence[Any]) -> int:
         """Hand the prompts to the policy's ranks."""

@@ -28,6 +28,11 @@ class TrainerMemory:
             "optimizer": moves and config.offload_optimizer_states,
         }
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the weights lie in another place after each episode."""
+        return self._parts["weights"]
+
     def onload(self, *parts: str) -> None:
         """Bring parts ("weights", "grads", "optimizer"; none given = all) to the device."""
         self._move("onload", parts)

@@ -1,8 +1,9 @@
 """How do the trainer's weights get into every rollout rank, seen from the driver?
 
-Once: every training rank says which rectangles of the model it holds, every rollout rank plans
-what to read from whom. Each sync: the planned training ranks hand out descriptions of their
-memory, the rollout ranks read it. The weights never pass through the driver.
+Once: every rank of both sides plans its part from the parallel sizes of both, and the plans are
+compared. Each sync: training ranks show or send their memory, rollout ranks copy; both tell the
+digests of what they have; only when all are equal are the engines declared READY. The weights never
+pass through the driver.
 """
 
 from __future__ import annotations
@@ -12,13 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.worker_group import PendingCall, WorkerGroup, gather
-from chatlearn_vllm.weight_sync.planner import check_all_sources_used
+from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
+from chatlearn_vllm.weight_sync.links import LinkKind, Links, Place
+from chatlearn_vllm.weight_sync.planner import check_agreement
+from chatlearn_vllm.weight_sync.receiver import ReaderPlan
+from chatlearn_vllm.weight_sync.remote import LinkAddress
+from chatlearn_vllm.weight_sync.schedule import schedule
 
 logger = get_logger(__name__)
+
+_MAX_SHOWN = 10
+
+
+class WeightMismatchError(RuntimeError):
+    """What arrived is not what was sent; the message lists parameters, ranks and ranges."""
 
 
 @dataclass(frozen=True)
@@ -42,75 +55,218 @@ class WeightSynchronizer:
         sync.sync()    # version 1, before the first episode
     """
 
-    def __init__(self, trainer: WorkerGroup, policy: WorkerGroup, version: int = 0) -> None:
+    def __init__(
+        self,
+        trainer: WorkerGroup,
+        policy: WorkerGroup,
+        version: int = 0,
+        *,
+        keep_open: bool = True,
+        stride: int | None = 1,
+    ) -> None:
         """Prepare.
 
         Args:
-            trainer: one replica whose ranks have `weight_layout` and `export_weights`.
-            policy: replicas whose ranks have `weight_layout`, `plan_weight_sync` and
-                `import_weights`.
+            trainer: one replica of a `MegatronModule`.
+            policy: replicas of a `VLLMModule`.
             version: of the weights before the first sync; 0 unless the job is resumed.
+            keep_open: whether the trainer's weights stay where they are between syncs; otherwise
+                rollout ranks let go of them after each.
+            stride: digests take one of so many parts of every weight, another one in each sync;
+                the first sync takes everything. None for no digests.
         """
-        self._trainer = trainer
-        self._policy = policy
-        self._source_ranks: list[tuple[int, ...]] = []
+        self._trainer, self._policy = trainer, policy
+        self.keep_open, self.stride = keep_open, stride
+        """See the arguments; may be changed between two syncs."""
+        self._readable: list[tuple[int, ...]] = []
+        """For each rollout rank the training ranks whose memory it reads."""
+        self._sending: list[int] = []
+        """Training ranks that send over links."""
+        self._far: list[tuple[int, int]] = []
+        """(training rank, rollout rank) pairs that need a link."""
+        self._num_connects = 0
+        self._is_connected = False
+        self._is_fresh = True
+        """Whether no memory of the trainer is open from an earlier sync."""
+        self._has_synced = False
+        """Whether the last sync was good."""
         self.version = version
 
+    # ---- once -------------------------------------------------------------------------------
+
     def setup(self) -> None:
-        """Make the plan of every rollout rank. Once; the models are built by now.
+        """Make and compare the plans of all ranks. Once; the models are built by now.
 
         Raises:
-            RankError: a weight of a rollout rank has no source.
-            ValueError: a weight of the trainer has no destination.
+            RankError: a weight of a rollout rank has no source, a weight of the trainer has no
+                destination, or a model is not the one that its config.json describes.
+            IncompletePlanError: the two sides planned differently.
         """
-        sources = dict(enumerate(self._trainer.call("weight_layout")))
-        targets = self._policy.call("weight_layout")
-        ranks_per_replica = len(self._policy.replicas[0])
-        check_all_sources_used(targets[:ranks_per_replica], sources)
-        stored_sources = ray.put(sources)
-        self._source_ranks = self._policy.call_each(
-            "plan_weight_sync",
-            [(stored_sources, self._nearest_first(i)) for i in range(len(self._policy.ranks))],
+        links = Links(_places(self._trainer), _places(self._policy), len(self._policy.replicas[0]))
+        (sources,) = gather([self._trainer.start_on(0, "weight_shards")])
+        num_replicas = len(self._policy.replicas)
+        (targets,) = gather([self._policy.start_on(0, "weight_shards", num_replicas)])
+        dtypes: dict[str, Any] = {}
+        for own in gather(
+            [
+                self._policy.start_on(rank, "weight_dtypes")
+                for rank in range(len(self._policy.replicas[0]))
+            ]
+        ):
+            dtypes |= own
+        shared = [ray.put(one) for one in (sources, targets, links)]
+        readers = self._policy.call_each(
+            "plan_weight_sync", [(rank, *shared) for rank in range(len(self._policy.ranks))]
         )
+        senders = self._trainer.call("plan_weight_sync", *shared, ray.put(dtypes))
+        check_agreement(
+            {rank: plan.fingerprints for rank, plan in enumerate(readers)},
+            dict(enumerate(senders)),
+        )
+        pairs = [(s, r) for r, plan in enumerate(readers) for s in sorted(plan.fingerprints)]
+        self._far = [(s, r) for s, r in pairs if links.kind(r, s) is LinkKind.NETWORK]
+        self._sending = sorted({sender for sender, _ in self._far})
+        readable: list[list[int]] = [[] for _ in readers]
+        for sender, reader in pairs:
+            if links.kind(reader, sender) is not LinkKind.NETWORK:
+                readable[reader].append(sender)
+        self._readable = [tuple(senders) for senders in readable]
+        self._log(readers)
+
+    def _connect(self) -> None:
+        """Tell both ends of each link where to meet, and in which order to work their links."""
+        self._num_connects += 1
+        places = gather(
+            [
+                PendingCall(rank, "locate", rank.actor.locate.remote())
+                for rank in (self._trainer.ranks[sender] for sender in self._sending)
+            ]
+        )
+        at = dict(zip(self._sending, places, strict=True))
+        ends: dict[tuple[WorkerGroup, int], list[LinkAddress]] = {}
+        for sender, reader in (pair for turn in schedule(self._far) for pair in turn):
+            name = f"{self._trainer.name} {sender} -> {self._policy.name} {reader}"
+            if self._num_connects > 1:  # a broken link's name is not used again
+                name += f" ({self._num_connects})"
+            for group, own, peer in (
+                (self._trainer, sender, reader),
+                (self._policy, reader, sender),
+            ):
+                address = LinkAddress(peer, name, at[sender].host, at[sender].free_port)
+                ends.setdefault((group, own), []).append(address)
+        gather(
+            [
+                group.start_on(rank, "connect_weight_links", addresses)
+                for (group, rank), addresses in ends.items()
+            ]
+        )
+        self._is_connected = True
+
+    def _log(self, readers: Sequence[ReaderPlan]) -> None:
+        millions = [sum(plan.num_elements[kind] for plan in readers) / 1e6 for kind in LinkKind]
         logger.info(
-            "weight sync: %d rollout ranks read from %d of %d training ranks",
-            len(self._policy.ranks),
-            len(set().union(*self._source_ranks)),
+            "weight sync: %d rollout ranks read from %d of %d training ranks; millions of weights: "
+            "%.1f on the same device, %.1f on the same host, %.1f over the network",
+            len(readers),
+            len({sender for plan in readers for sender in plan.fingerprints}),
             len(self._trainer.ranks),
+            *millions,
         )
 
+    # ---- each time --------------------------------------------------------------------------
+
     def sync(self) -> SyncReport:
-        """Copy all weights; afterwards every rollout rank has version `self.version`.
+        """Copy all weights; afterwards every rollout rank is READY at `self.version`.
+
+        If it raises, all rollout ranks whose copy had begun are STALE; it may be called again.
 
         Raises:
             RankError: a rank of either side failed.
+            WeightMismatchError: something arrived that was not sent.
         """
         start = time.perf_counter()
         self.version += 1
-        exports = {
-            rank: self._trainer.start_on(rank, "export_weights")
-            for rank in sorted(set().union(*self._source_ranks))
-        }
-        imports = [
-            self._start_import(index, [exports[rank] for rank in source_ranks])
-            for index, source_ranks in enumerate(self._source_ranks)
-        ]
-        num_bytes = sum(gather(imports, inputs=list(exports.values())))
+        try:
+            num_bytes = self._copy()
+            self._policy.call("finish_weight_sync", self.version)
+        except BaseException:
+            self._is_fresh, self._is_connected, self._has_synced = True, False, False
+            raise
+        self._is_fresh, self._has_synced = not self.keep_open, True
         return SyncReport(self.version, num_bytes, time.perf_counter() - start)
 
-    def _start_import(self, index: int, exports: Sequence[PendingCall]) -> PendingCall:
+    def _copy(self) -> int:
+        """Copy and compare; returns the bytes written."""
+        if self._far and not self._is_connected:
+            self._connect()
+        sample = None
+        if self.stride is not None:
+            sample = Sample(self.stride, self.version) if self._has_synced else EVERYTHING
+        exports = {
+            rank: self._trainer.start_on(rank, "export_weights", self._is_fresh)
+            for rank in sorted(set().union(*self._readable))
+        }
+        sends = [self._trainer.start_on(rank, "send_weights") for rank in self._sending]
+        imports = [
+            self._start_import(rank, [exports[source] for source in sources], sources, sample)
+            for rank, sources in enumerate(self._readable)
+        ]
+        digests = self._trainer.start("weight_digests", sample) if sample else []
+        results = gather([*imports, *sends, *digests], inputs=list(exports.values()))
+        imported = results[: len(imports)]
+        if sample:
+            self._compare(results[len(imports) + len(sends) :], [one.digests for one in imported])
+        return sum(one.num_bytes for one in imported)
+
+    def _start_import(
+        self,
+        rank: int,
+        exports: Sequence[PendingCall],
+        sources: tuple[int, ...],
+        sample: Sample | None,
+    ) -> PendingCall:
         # References as arguments of their own: Ray then moves the exports from rank to rank.
         references: list[Any] = [export.result for export in exports]
-        return self._policy.start_on(index, "import_weights", self.version, *references)
+        return self._policy.start_on(
+            rank, "import_weights", sources, self.keep_open, sample, *references
+        )
 
-    def _nearest_first(self, index: int) -> list[int]:
-        """Training ranks on the reader's GPU, then those on its host; equals take turns."""
-        reader = self._policy.ranks[index].location
-        sources = [rank.location for rank in self._trainer.ranks]
+    def _compare(
+        self,
+        sent: Sequence[list[dict[int, np.ndarray]]],
+        received: Sequence[list[dict[int, np.ndarray]]],
+    ) -> None:
+        """Compare the digests of every copy.
 
-        def distance(rank: int) -> tuple[bool, int]:
-            other_device = sources[rank].device != reader.device
-            return other_device, (rank - index) % len(sources)
+        Args:
+            sent: by training rank and batch: digests by rollout rank.
+            received: by rollout rank and batch: digests by training rank.
+        """
+        wrong = [
+            (rank, source, int(number), batch)
+            for rank, batches in enumerate(received)
+            for batch, groups in enumerate(batches)
+            for source, values in groups.items()
+            for number in np.flatnonzero(values != sent[source][batch][rank])
+        ]
+        if not wrong:
+            return
+        shown = gather(
+            [
+                self._policy.start_on(rank, "describe_weight_copy", *which)
+                for rank, *which in wrong[:_MAX_SHOWN]
+            ]
+        )
+        more = f"\n  and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
+        raise WeightMismatchError(
+            f"weight sync to version {self.version}: {len(wrong)} copies do not hold what was "
+            "sent; the engines are STALE:\n  " + "\n  ".join(shown) + more
+        )
 
-        same_host = [rank for rank, at in enumerate(sources) if at.node_id == reader.node_id]
-        return sorted(same_host, key=distance)
+
+def _places(group: WorkerGroup) -> list[Place]:
+    gpus = group.call("weight_gpu")
+    return [
+        Place(rank.location.node_id, uuid, peers)
+        for rank, (uuid, peers) in zip(group.ranks, gpus, strict=True)
+    ]

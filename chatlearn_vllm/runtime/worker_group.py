@@ -144,7 +144,9 @@ def gather(pending: Sequence[PendingCall], inputs: Sequence[PendingCall] = ()) -
         call = waiting.pop(ready[0])
         outcome = _outcome(call)
         if isinstance(outcome, RankError):
-            raise _root_cause(outcome, waiting | {call.result: call for call in inputs})
+            raise _failed_input(inputs) or _root_cause(
+                outcome, waiting | {call.result: call for call in inputs}
+            )
         results[call.result] = outcome
     return [results[call.result] for call in pending]
 
@@ -177,6 +179,20 @@ def _outcome(call: PendingCall) -> Any:
         return RankError(call.rank.id, f"{call.method}() failed", str(error))
     except RayError as error:  # for example a runtime environment that cannot be set up
         return RankError(call.rank.id, f"{call.method}() failed", str(error))
+
+
+def _failed_input(inputs: Sequence[PendingCall]) -> RankError | None:
+    """The failure of an input, if there is one, a death before others.
+
+    Ray reports a rank's death as the failure of every call that takes what it should have made.
+    """
+    if not inputs:
+        return None
+    done, _ = ray.wait([call.result for call in inputs], num_returns=len(inputs), timeout=0)
+    outcomes = [_outcome(call) for call in inputs if call.result in done]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, RankError)]
+    failures.sort(key=lambda failure: not isinstance(failure, RankDiedError))
+    return failures[0] if failures else None
 
 
 def _root_cause(first: RankError, waiting: dict[ray.ObjectRef, PendingCall]) -> RankError:

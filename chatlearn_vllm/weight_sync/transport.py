@@ -1,147 +1,225 @@
 """How are one process's tensors read by another on the same host, and the planned copies done?
 
-On CUDA the sender hands out CUDA IPC handles, one per storage, and the receiver reads the sender's
-memory in place. On CPU the handed-out object is a set of NumPy arrays: whoever carries it between
-the processes (Ray's shared-memory object store does) decides how they travel.
+On CUDA the sender hands out one IPC handle per allocation, and the reader's kernel reads the
+sender's memory in place, on the same GPU or on another. On CPU the handed-out object is a set of
+NumPy arrays: whoever carries it between the processes (Ray's shared-memory object store does)
+decides how they travel.
 """
 
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from chatlearn_vllm.layouts.blocks import Rect
-from chatlearn_vllm.weight_sync.planner import RankPlan
+from chatlearn_vllm.weight_sync import cuda_ipc, kernels
+from chatlearn_vllm.weight_sync.pieces import (
+    SpanTable,
+    TensorForm,
+    addresses_of,
+    form_of,
+    view_of,
+)
+from chatlearn_vllm.weight_sync.planner import Copy
 
 STAGING_BYTES = 64 * 2**20
-"""Bound of the staging copy for pieces that come from another GPU."""
+"""Bound of the buffer for pieces that change their dtype between two GPUs' memories."""
 
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """Where a tensor lies in an exported storage."""
+    """Where a tensor lies in an exported memory."""
 
-    storage: int
-    """Index into `Export.storages`."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    memory: int
+    """Index into `Export.memories`."""
     offset: int
-    """First element, counted in elements of `dtype` from the start of the storage."""
+    """First element, in bytes from the start of the memory."""
+    form: TensorForm
 
 
 @dataclass(frozen=True)
 class Export:
     """A picklable description of tensors that another process on this host can open."""
 
-    tensors: dict[str, ExportedTensor]
-    storages: list[Any]
-    """CPU: uint8 arrays. CUDA: what `torch.multiprocessing` needs to open an IPC handle."""
+    generation: int
+    """Rises whenever the memory has moved; an opened export of the same generation stays valid."""
+    tensors: dict[str, ExportedTensor] = field(default_factory=dict)
+    memories: list[cuda_ipc.MemoryHandle | np.ndarray] = field(default_factory=list)
+    """CPU: uint8 arrays. Both fields are empty where the reader has this generation open."""
 
 
-def export_tensors(tensors: Mapping[str, torch.Tensor]) -> Export:
-    """Describe tensors for another process; they must stay where they are until it has read them.
+def export_tensors(tensors: Mapping[str, torch.Tensor], generation: int = 0) -> Export:
+    """Describe tensors for other processes; they must stay where they are until these are done.
 
-    Storages that several tensors share are handed out once. Returns when the device has finished
-    writing them.
+    Allocations that several tensors share are handed out once. Returns when the device has
+    finished writing them.
     """
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     exported: dict[str, ExportedTensor] = {}
-    storages: list[Any] = []
+    memories: list[cuda_ipc.MemoryHandle | np.ndarray] = []
     index: dict[int, int] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
+        if tensor.is_cuda:
+            handle, offset = cuda_ipc.export_memory(tensor.data_ptr())
+            key, memory = handle.base, handle
+        else:
+            storage = tensor.untyped_storage()
+            key, offset = storage.data_ptr(), tensor.storage_offset() * tensor.element_size()
+            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         if key not in index:
-            index[key] = len(storages)
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            storages.append(_cuda_handle(flat) if flat.is_cuda else flat.numpy())
-        exported[name] = ExportedTensor(
-            index[key],
-            tensor.dtype,
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            tensor.storage_offset(),
+            index[key] = len(memories)
+            memories.append(memory)
+        exported[name] = ExportedTensor(index[key], offset, form_of(tensor))
+    return Export(generation, exported, memories)
+
+
+class OpenedExport:
+    """Another process's tensors, readable here until `close`."""
+
+    def __init__(self, export: Export) -> None:
+        self.generation = export.generation
+        self.forms = {name: tensor.form for name, tensor in export.tensors.items()}
+        self._mappings: list[cuda_ipc.Mapping] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        """On CPU: the tensors, read only. Empty on CUDA, where a kernel reads addresses."""
+        self.addresses: dict[str, int] = {}
+        """On CUDA: addresses of the tensors' first elements, in this process."""
+        flats: list[torch.Tensor] = []
+        for memory in export.memories:
+            if isinstance(memory, np.ndarray):
+                flats.append(_from_read_only(memory))
+            else:
+                self._mappings.append(cuda_ipc.Mapping(memory))
+        for name, tensor in export.tensors.items():
+            dtype, shape, stride = tensor.form
+            if flats:
+                first = tensor.offset // dtype.itemsize
+                flat = flats[tensor.memory].view(dtype)
+                self.tensors[name] = flat.as_strided(shape, stride, first)
+            else:
+                self.addresses[name] = self._mappings[tensor.memory].address + tensor.offset
+
+    def close(self) -> None:
+        """Let the memory go; nothing may read it any more."""
+        self.tensors = {}
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = []
+
+
+def _from_read_only(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # Arrays from an object store are read-only, which torch tensors cannot express.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+class Puller:
+    """Copies of one engine rank from all training ranks that it can read, repeated every sync.
+
+    On CUDA they are one launch per kind of rectangle. The tiles of all sources take turns in it, so
+    the local memory and every link to another GPU are busy from beginning to end.
+    """
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = list(copies)
+        self._fused: list[Copy] = []
+        self._converted: list[Copy] = []
+        self._tables: tuple[SpanTable, SpanTable] | None = None
+        self._grouped: kernels.GroupedCopy | None = None
+        self._addresses: tuple[dict[tuple[int, str], int], dict[str, int]] | None = None
+
+    @torch.no_grad()
+    def pull(
+        self, sources: Mapping[int, OpenedExport], targets: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Do the copies; on CUDA launched on the current stream and not waited for.
+
+        Args:
+            sources: by training rank.
+            targets: by name.
+
+        Raises:
+            ValueError: a rectangle does not consist of 32-bit words (CUDA), or a tensor's last
+                dimension is not contiguous.
+        """
+        if not self._copies:
+            return
+        if any(source.tensors for source in sources.values()):
+            for copy in self._copies:
+                source = sources[copy.source_rank].tensors[copy.source_param]
+                target = view_of(targets[copy.target_param], copy.target, 2)
+                target.copy_(view_of(source, copy.source, 2))
+            return
+        if self._tables is None:
+            self._prepare(sources, targets)
+        source_addresses = {
+            (rank, name): address
+            for rank, source in sources.items()
+            for name, address in source.addresses.items()
+        }
+        addresses = source_addresses, addresses_of(targets, self._target_names)
+        if addresses != self._addresses:
+            from_table, to_table = self._tables
+            self._grouped = kernels.GroupedCopy(
+                from_table.at(addresses[0]),
+                to_table.at(addresses[1]),
+                np.array([copy.source_rank for copy in self._fused], dtype=np.int64),
+                next(iter(targets.values())).device,
+            )
+            self._addresses = addresses
+        self._grouped.run()
+        for copy in self._converted:
+            _pull_converted(copy, sources[copy.source_rank], targets)
+
+    def _prepare(
+        self, sources: Mapping[int, OpenedExport], targets: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._target_names = sorted({copy.target_param for copy in self._copies})
+        target_forms = {name: form_of(targets[name]) for name in self._target_names}
+        source_forms = {
+            (rank, name): form
+            for rank, source in sources.items()
+            for name, form in source.forms.items()
+        }
+        self._fused, self._converted = [], []
+        for copy in self._copies:
+            form = source_forms[copy.source_rank, copy.source_param]
+            same = form.dtype == target_forms[copy.target_param].dtype
+            (self._fused if same else self._converted).append(copy)
+        self._tables = (
+            SpanTable(
+                source_forms,
+                [((copy.source_rank, copy.source_param), copy.source) for copy in self._fused],
+            ),
+            SpanTable(target_forms, [(copy.target_param, copy.target) for copy in self._fused]),
         )
-    return Export(exported, storages)
 
 
-def open_export(export: Export) -> dict[str, torch.Tensor]:
-    """The exported tensors as views of the sender's memory; read only, drop them when done.
-
-    A CUDA export is for other processes: CUDA does not open a handle where it was made.
-    """
-    opened = []
-    for storage in export.storages:
-        if isinstance(storage, np.ndarray):
-            with warnings.catch_warnings():
-                # Arrays from an object store are read-only, which torch tensors cannot express.
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                flat = torch.from_numpy(storage)
-        else:
-            rebuild, arguments = storage
-            flat = rebuild(*arguments)
-        opened.append(flat)
-    return {
-        name: opened[t.storage].view(t.dtype).as_strided(t.shape, t.stride, t.offset)
-        for name, t in export.tensors.items()
-    }
-
-
-def _cuda_handle(flat: torch.Tensor) -> tuple[Any, tuple]:
-    from torch.multiprocessing.reductions import reduce_tensor
-
-    return reduce_tensor(flat)
-
-
-@torch.no_grad()
-def run_plan(
-    plan: RankPlan,
-    sources: Mapping[int, Mapping[str, torch.Tensor]],
-    targets: Mapping[str, torch.Tensor],
-) -> int:
-    """Do a plan's copies into live parameters.
-
-    Args:
-        plan: this rank's plan.
-        sources: opened tensors of the training ranks of `plan.source_ranks`, by rank.
-        targets: this rank's parameters, written in place.
-
-    Returns:
-        Bytes written, on return complete on the device.
-    """
-    num_bytes = 0
-    for copy in plan.copies:
-        source = sources[copy.source_rank][copy.source_param][_slices(copy.source)]
-        target = targets[copy.target_param][_slices(copy.target)]
-        if source.is_cuda and source.device != target.device:
-            _copy_from_peer(source, target)
-        else:
-            target.copy_(source)
-        num_bytes += target.numel() * target.element_size()
-    for name, rect in plan.padding:
-        targets[name][_slices(rect)].zero_()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return num_bytes
-
-
-def _copy_from_peer(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy between GPUs through ordinary memory of the target's GPU.
-
-    vLLM's sleep mode keeps weights in driver-mapped memory that a copy straight from a peer's IPC
-    memory cannot write ("invalid argument").
-    """
-    rows = max(1, STAGING_BYTES // max(1, source[0].numel() * source.element_size()))
-    for start in range(0, source.shape[0], rows):
-        piece = slice(start, start + rows)
-        target[piece].copy_(source[piece].to(target.device))
-
-
-def _slices(rect: Rect) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in rect)
+def _pull_converted(copy: Copy, source: OpenedExport, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy a rectangle that changes its dtype, some rows at a time through a bounded buffer."""
+    form = source.forms[copy.source_param]
+    target = view_of(targets[copy.target_param], copy.target, 2)
+    slot, ((first, last), *rest) = copy.source[:-2], copy.source[-2:]
+    row_bytes = math.prod(stop - start for start, stop in rest) * form.dtype.itemsize
+    step = max(1, STAGING_BYTES // row_bytes)
+    for start in range(first, last, step):
+        rows = (start, min(start + step, last))
+        sizes = [stop - begin for begin, stop in (rows, *rest)]
+        staging = torch.empty(sizes, dtype=form.dtype, device=target.device)
+        whole = tuple((0, size) for size in sizes)
+        kernels.GroupedCopy(
+            SpanTable(source.forms, [(copy.source_param, (*slot, rows, *rest))]).at(
+                source.addresses
+            ),
+            SpanTable({"staging": form_of(staging)}, [("staging", whole)]).at(
+                {"staging": staging.data_ptr()}
+            ),
+            np.zeros(1, dtype=np.int64),
+            target.device,
+        ).run()
+        target[rows[0] - first : rows[1] - first].copy_(staging)

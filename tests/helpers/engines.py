@@ -9,10 +9,12 @@ import torch
 import yaml
 
 from chatlearn_vllm.config import JobConfig, load_config
-from chatlearn_vllm.layouts import Block, ParamLayout
-from chatlearn_vllm.layouts.blocks import whole
+from chatlearn_vllm.layouts import ListedShards
+from chatlearn_vllm.layouts.blocks import replicated
 from chatlearn_vllm.modules.vllm_module import VLLMModule
-from chatlearn_vllm.weight_sync.transport import export_tensors, run_plan
+from chatlearn_vllm.weight_sync.digest import EVERYTHING
+from chatlearn_vllm.weight_sync.links import colocated
+from chatlearn_vllm.weight_sync.sender import WeightSender
 
 SEQ_LENGTH = 96
 
@@ -48,17 +50,19 @@ def start_policy(cls: type[VLLMModule], job: JobConfig) -> VLLMModule:
 
 
 def put_weights(module: VLLMModule, model: torch.nn.Module, version: int) -> int:
-    """Sync a Hugging Face model's weights into the engine; returns the bytes written."""
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
-    sources = [
-        ParamLayout(n, tuple(t.shape), (Block(n, whole(tuple(t.shape)), whole(tuple(t.shape))),))
-        for n, t in tensors.items()
-    ]
-    module.plan_weight_sync({0: sources}, [])
-    if not next(model.parameters()).is_cuda:
-        return module.import_weights(version, export_tensors(tensors))
-    # CUDA opens no handle in the process that made it, so leave the handles out.
-    targets = module.engine.begin_weight_update()
-    num_bytes = run_plan(module._plan, {0: tensors}, targets)
-    module.engine.finish_weight_update(version)
-    return num_bytes
+    """Sync a Hugging Face model's weights into the engine; returns the bytes written.
+
+    The tensors are shown through main memory: CUDA opens no handle in the process that made it.
+    """
+    tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    layouts = [replicated(name, name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    sources, targets = ListedShards({0: layouts}), module.weight_shards(1)
+    links = colocated(1, 1, 1)
+    sender = WeightSender(0, lambda: tensors, lambda: version)
+    sender.plan(sources, targets, links)
+    module.plan_weight_sync(0, sources, targets, links)
+    imported = module.import_weights((0,), False, EVERYTHING, sender.export(fresh=True))
+    for sent, received in zip(sender.digests(), imported.digests, strict=True):
+        assert (sent[0] == received[0]).all()
+    module.finish_weight_sync(version)
+    return imported.num_bytes

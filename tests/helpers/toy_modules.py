@@ -14,11 +14,16 @@ import time
 import torch
 import torch.distributed as dist
 
-from chatlearn_vllm.layouts.blocks import Block, ParamLayout
+from chatlearn_vllm.layouts import Block, ListedShards, ParamLayout
 from chatlearn_vllm.modules.base import BaseModule
-from chatlearn_vllm.weight_sync.planner import plan_rank
+from chatlearn_vllm.modules.policy_weights import Imported
+from chatlearn_vllm.weight_sync.receiver import WeightReceiver
+from chatlearn_vllm.weight_sync.remote import open_links
+from chatlearn_vllm.weight_sync.sender import WeightSender
 
 VOCABULARY = 8
+CPU = torch.device("cpu")
+LINK_TIMEOUT_S = 60.0
 GOOD_TOKEN = 3
 JOB_YAML = """
 models:
@@ -143,24 +148,42 @@ class ToyPolicy(ToyModule):
     def wake_kv_cache(self):
         self.note("wake_kv_cache")
 
-    def weight_layout(self):
-        held = ((self.rank * self.width, (self.rank + 1) * self.width),)
-        block = Block("scores", held, ((0, self.width),))
-        return [ParamLayout("scores", (self.width,), (block,), ())]
+    def weight_gpu(self):
+        return None, frozenset()
 
-    def plan_weight_sync(self, sources, prefer):
-        self.plan = plan_rank(self.weight_layout(), sources, prefer)
-        return self.plan.source_ranks
+    def weight_shards(self, num_replicas):
+        layouts = {}
+        for rank in range(num_replicas * self.world_size):
+            first = rank % self.world_size * self.width
+            block = Block("scores", ((first, first + self.width),), ((0, self.width),))
+            layouts[rank] = [ParamLayout("scores", (self.width,), (block,))]
+        return ListedShards(layouts)
 
-    def import_weights(self, version, *exports):
-        self.note(f"import_weights {version}")
-        exported = dict(zip(self.plan.source_ranks, exports, strict=True))
-        for copy in self.plan.copies:
-            (source,), (target,) = copy.source, copy.target
-            piece = torch.tensor(exported[copy.source_rank][slice(*source)])
-            self.scores[slice(*target)] = piece
+    def weight_dtypes(self):
+        return {"scores": self.scores.dtype}
+
+    def plan_weight_sync(self, rank, sources, targets, links):
+        self.receiver = WeightReceiver(rank)
+        return self.receiver.plan(sources, targets, links)
+
+    def connect_weight_links(self, addresses):
+        self.receiver.connect(
+            open_links(addresses, is_sender=False, device=CPU, timeout_s=LINK_TIMEOUT_S)
+        )
+
+    def import_weights(self, source_ranks, keep_open, sample, *exports):
+        self.note("import_weights")
+        with self.receiver.all_or_none():
+            self.receiver.open(dict(zip(source_ranks, exports, strict=True)))
+            digests = self.receiver.pull({"scores": self.scores}, sample=sample)
+        return Imported(self.scores.nbytes, [digests])
+
+    def describe_weight_copy(self, source_rank, number, batch):
+        return self.receiver.describe(source_rank, number, batch)
+
+    def finish_weight_sync(self, version):
+        self.note(f"finish_weight_sync {version}")
         self.version = version
-        return self.scores.numel() * self.scores.element_size()
 
 
 class ToyTrainer(ToyModule):
@@ -201,13 +224,32 @@ class ToyTrainer(ToyModule):
         self.note("train_records " + ",".join(record["prompt"] for record in records))
         return [{"loss": 1.0 / iteration}]
 
-    def weight_layout(self):
-        whole = ((0, VOCABULARY),)
-        return [ParamLayout("scores", (VOCABULARY,), (Block("scores", whole, whole),), ())]
+    def weight_gpu(self):
+        return None, frozenset()
 
-    def export_weights(self):
+    def weight_shards(self):
+        whole = ((0, VOCABULARY),)
+        layout = ParamLayout("scores", (VOCABULARY,), (Block("scores", whole, whole),))
+        return ListedShards(dict.fromkeys(range(self.world_size), [layout]))
+
+    def plan_weight_sync(self, sources, targets, links, target_dtypes):
+        self.sender = WeightSender(self.rank, lambda: {"scores": self.scores}, lambda: 0)
+        return self.sender.plan(sources, targets, links, target_dtypes)
+
+    def connect_weight_links(self, addresses):
+        self.sender.connect(
+            open_links(addresses, is_sender=True, device=CPU, timeout_s=LINK_TIMEOUT_S)
+        )
+
+    def send_weights(self):
+        self.sender.send()
+
+    def export_weights(self, fresh):
         self.note("export_weights")
-        return self.scores.numpy()
+        return self.sender.export(fresh)
+
+    def weight_digests(self, sample):
+        return self.sender.digests(sample)
 
     def save_checkpoint(self, iteration):
         self.note(f"save_checkpoint {iteration}")

@@ -293,7 +293,7 @@ def test_states_follow_sleep_wake_and_sync(ready, hf_model) -> None:
 def test_a_sync_that_fails_leaves_the_engine_stale(ready, hf_model) -> None:
     export = {"no": "export"}
     with pytest.raises(AttributeError):
-        ready.import_weights(9, export)
+        ready.import_weights((0,), False, None, export)
     assert ready.engine_state() == "STALE(1)"
     with pytest.raises(EngineStateError, match=r"STALE\(1\)"):
         ready.generate([0], first_sample=0)

@@ -60,12 +60,13 @@ def test_an_episode_does_its_steps_in_order_and_models_take_turns_in_memory(
         "policy_trainer offload grads optimizer",
         "policy wake_weights",
         "policy_trainer export_weights",
-        "policy import_weights 1",
+        "policy import_weights",
+        "policy finish_weight_sync 1",
         "policy_trainer offload weights",
         "policy wake_kv_cache",
     ]
     evaluation = ["policy generate eval 0", "reward forward_step 16"]
-    assert turns[set_up:][:9] == first_sync + evaluation
+    assert turns[set_up:][:10] == first_sync + evaluation
     episode = [
         "policy generate train {first}",
         "policy sleep",
@@ -78,13 +79,14 @@ def test_an_episode_does_its_steps_in_order_and_models_take_turns_in_memory(
         "policy_trainer offload grads optimizer",
         "policy wake_weights",
         "policy_trainer export_weights",
-        "policy import_weights {version}",
+        "policy import_weights",
+        "policy finish_weight_sync {version}",
         "policy_trainer offload weights",
         "policy wake_kv_cache",
     ]
     expected = [step.format(first=0, version=2) for step in episode]
     expected += [step.format(first=32, version=3) for step in episode]
-    assert turns[set_up + 9 :] == [
+    assert turns[set_up + 10 :] == [
         *expected,
         *evaluation,
         *(f"{name} shutdown" for name in ("policy_trainer", "reference", "reward", "policy")),

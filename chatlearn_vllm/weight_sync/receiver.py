@@ -1,0 +1,203 @@
+"""What does an engine rank do in a weight sync?
+
+It plans what it reads and from whom, opens what training ranks show, copies, and tells the digests
+of what it has now. Ranks whose memory it cannot read send to it over a link.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chatlearn_vllm.layouts import ParamLayout, ShardedModel
+from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
+from chatlearn_vllm.weight_sync.links import LinkKind, Links
+from chatlearn_vllm.weight_sync.lora import is_scratch, merge_copies, with_adapters
+from chatlearn_vllm.weight_sync.pieces import view_of
+from chatlearn_vllm.weight_sync.planner import (
+    Copy,
+    RankPlan,
+    fingerprint,
+    plan_reader,
+    range_text,
+)
+from chatlearn_vllm.weight_sync.remote import Link, all_or_none
+from chatlearn_vllm.weight_sync.transport import Export, OpenedExport, Puller
+from chatlearn_vllm.weight_sync.verify import Digester
+
+Digests = dict[int, np.ndarray]
+"""By training rank: int64, one per copy, in the order of `in_order`."""
+
+
+@dataclass(frozen=True)
+class ReaderPlan:
+    """What an engine rank will read, for the driver."""
+
+    fingerprints: dict[int, str]
+    """Of the copies from each training rank."""
+    num_elements: dict[LinkKind, int]
+    """To be read in a sync, by what they cross."""
+
+
+class WeightReceiver:
+    """One engine rank's side of the sync.
+
+    Example:
+        receiver = WeightReceiver(rank)
+        receiver.plan(sources, targets, links)                    # once
+        receiver.open({0: export})                                # each sync
+        digests = receiver.pull(engine.begin_weight_update())
+    """
+
+    def __init__(self, rank: int) -> None:
+        """Name the rank, counted over all replicas."""
+        self._rank = rank
+        self._batches: list[_Batch] = []
+        self._opened: dict[int, OpenedExport] = {}
+        self._connections: dict[int, Link] = {}
+
+    def plan(self, sources: ShardedModel, targets: ShardedModel, links: Links) -> ReaderPlan:
+        """Plan what this rank reads.
+
+        Args:
+            sources: the training ranks.
+            targets: the engine ranks.
+            links: where all run.
+
+        Raises:
+            IncompletePlanError: an element has no source; lists each.
+        """
+        batches: list[list[ParamLayout]] = [[] for _ in range(targets.num_batches)]
+        for layout in targets.rank_layouts(self._rank):
+            batches[targets.batch_of(layout.name)].append(layout)
+        self._batches = [
+            _Batch(plan_reader(self._rank, layouts, sources, links), sources) for layouts in batches
+        ]
+        copies: dict[int, list[Copy]] = {}
+        for batch in self._batches:
+            for rank, own in batch.copies.items():
+                copies.setdefault(rank, []).extend(own)
+        num_elements = dict.fromkeys(LinkKind, 0)
+        for rank, own in copies.items():
+            num_elements[links.kind(self._rank, rank)] += sum(c.num_elements for c in own)
+        return ReaderPlan({rank: fingerprint(own) for rank, own in copies.items()}, num_elements)
+
+    @property
+    def num_elements(self) -> int:
+        """Weights that a sync copies, adapters aside."""
+        return sum(batch.num_elements for batch in self._batches)
+
+    def connect(self, connections: Mapping[int, Link]) -> None:
+        """Give the links to training ranks whose memory cannot be read, in working order."""
+        self._connections = dict(connections)
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Surrounds what a rank does in a sync: if that fails, no sender waits for the rank."""
+        return all_or_none(self._connections.values())
+
+    def open(self, exports: Mapping[int, Export]) -> None:
+        """Open what training ranks show, unless it is open already."""
+        for rank, export in exports.items():
+            opened = self._opened.get(rank)
+            if opened and opened.generation == export.generation and not export.tensors:
+                continue
+            if opened:
+                opened.close()
+            self._opened[rank] = OpenedExport(export)
+
+    def close(self) -> None:
+        """Let go of the training ranks' memory, so that they may move it."""
+        for opened in self._opened.values():
+            opened.close()
+        self._opened = {}
+
+    def pull(
+        self,
+        targets: Mapping[str, torch.Tensor],
+        batch: int = 0,
+        *,
+        sample: Sample | None = EVERYTHING,
+    ) -> Digests:
+        """Copy a batch; returns when the weights are there.
+
+        Args:
+            targets: the tensors to be filled, by the names of their layouts.
+            batch: its number.
+            sample: which part of every rectangle is digested; None for no digests.
+
+        Returns:
+            Digests of what the tensors hold now, before adapters are merged into them; empty
+            without a `sample`.
+        """
+        return self._batches[batch].pull(targets, self._opened, self._connections, sample)
+
+    def describe(self, source_rank: int, number: int, batch: int) -> str:
+        """Which copy a digest belongs to, for a message."""
+        copy = self._batches[batch].copies[source_rank][number]
+        return (
+            f"{copy.target_param}{range_text(copy.target)} of rollout rank {self._rank}, from "
+            f"{copy.source_param}{range_text(copy.source)} of training rank {copy.source_rank}"
+        )
+
+
+class _Batch:
+    """Copies that are done together, with what is kept for them between syncs."""
+
+    def __init__(self, plan: RankPlan, sources: ShardedModel) -> None:
+        self._low_rank = sources.low_rank
+        self._padding = plan.padding
+        self.num_elements = plan.num_elements
+        self.copies: dict[int, list[Copy]] = {}
+        for rank, own in plan.by_source().items():
+            shapes = {}
+            if self._low_rank:
+                shapes = {layout.name: layout.shape for layout in sources.rank_layouts(rank)}
+            self.copies[rank] = with_adapters(own, self._low_rank, shapes)
+        self._puller: Puller | None = None
+        self._digester = Digester(
+            [(copy.target_param, copy.target) for own in self.copies.values() for copy in own]
+        )
+
+    @torch.no_grad()
+    def pull(
+        self,
+        targets: Mapping[str, torch.Tensor],
+        opened: Mapping[int, OpenedExport],
+        connections: Mapping[int, Link],
+        sample: Sample | None,
+    ) -> Digests:
+        scratch = self._scratch(next(iter(targets.values())))
+        targets = {**targets, **scratch}
+        readable = [rank for rank in self.copies if rank not in connections]
+        if self._puller is None:
+            self._puller = Puller([copy for rank in readable for copy in self.copies[rank]])
+        self._puller.pull({rank: opened[rank] for rank in readable}, targets)
+        for rank, link in connections.items():
+            if rank in self.copies:
+                link.receive(self.copies[rank], targets)
+        for name, rect in self._padding:
+            view_of(targets[name], rect).zero_()
+        digests = {}
+        if sample is not None:
+            values = self._digester.digests(targets, sample)
+            ends = np.cumsum([len(own) for own in self.copies.values()])
+            digests = dict(zip(self.copies, np.split(values, ends[:-1]), strict=True))
+        if self._low_rank:
+            for own in self.copies.values():
+                merge_copies(own, self._low_rank, targets)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return digests
+
+    def _scratch(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Memory for the adapters that are merged after the copy."""
+        return {
+            copy.target_param: torch.empty(
+                [stop for _, stop in copy.target], dtype=like.dtype, device=like.device
+            )
+            for own in self.copies.values()
+            for copy in own
+            if is_scratch(copy.target_param)
+        }
