@@ -18,6 +18,8 @@ _LEGACY_MODEL_KEYS = {
 }
 _LEGACY_MODEL_FILE_KEYS = {
     "vllm_load_format": "load_format",
+    "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
+    "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
     "moe_expert_model_parallel_size": "expert_model_parallel_size",
 }
 

@@ -7,7 +7,7 @@ docs/configuration.md. Names are ChatLearn's, which are Megatron's and vLLM's.
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from chatlearn_vllm.config.section import (
     Count,
@@ -18,6 +18,7 @@ from chatlearn_vllm.config.section import (
     Probability,
     Section,
     Share,
+    list_to_tuple,
 )
 
 DTYPE_OF_FLAG = {"bf16": "bfloat16", "fp16": "float16"}
@@ -75,9 +76,19 @@ class ParallelArgs(Section):
     virtual_pipeline_model_parallel_size: Positive | None = None
     """Chunks of layers per pipeline rank (interleaved schedule); needs pipeline parallel > 1."""
     expert_model_parallel_size: Positive = 1
-    """Ranks that share the experts. Must be 1: no mixture-of-experts model is supported yet."""
+    """Ranks that share the experts of a mixture-of-experts model."""
+    expert_tensor_parallel_size: Positive | None = None
+    """Ranks that share each expert; None = tensor_model_parallel_size. The number of ranks must be
+    a multiple of this x expert_model_parallel_size x pipeline_model_parallel_size."""
+    enable_expert_parallel: bool = False
+    """vLLM: a tensor parallel rank holds some experts whole, not a slice of each."""
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    """Layers of the first pipeline stage of a Megatron model; None = as many as the others."""
+    num_layers_in_last_pipeline_stage: Positive | None = None
+    """Layers of the last pipeline stage of a Megatron model; None = as many as the others."""
     sequence_parallel: bool = False
-    """Split activations between the tensor parallel regions along the sequence; needs TP > 1."""
+    """Split activations between the tensor parallel regions along the sequence; needs TP > 1.
+    Always on for a mixture-of-experts model with TP > 1."""
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -117,6 +128,27 @@ class OptimizerArgs(Section):
     """How `recompute_granularity: full` picks layers."""
     recompute_num_layers: Positive | None = None
     """Layers per recomputed unit (uniform) or recomputed layers per stage (block)."""
+
+
+class LoraArgs(Section):
+    """Low-rank adapters (trainable models)
+
+    With lora_r > 0 the weights stay as they are and an adapter beside each layer of
+    target_modules is trained; weight sync and save_hf merge it.
+    """
+
+    lora_r: Count = 0
+    """Rank of the adapters; 0 = train the weights themselves."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapter's output is multiplied by lora_alpha / lora_r."""
+    lora_dropout: NonNegative = 0.0
+    """Must be 0: with dropout the trainer would not score tokens as the rollout sampled them."""
+    target_modules: Annotated[
+        tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...],
+        BeforeValidator(list_to_tuple),
+        Field(min_length=1),
+    ] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Megatron names of the layers that get one: of attention (qkv, proj) and MLP (fc1, fc2)."""
 
 
 class AlgorithmArgs(Section):
@@ -221,6 +253,9 @@ class SchedulerArgs(Section):
     """First weights: dummy (they come with the first weight sync), or vLLM's auto, safetensors."""
     sleep_level: Literal[1, 2] = 2
     """While others use the GPU: 1 keeps the weights in host memory, 2 drops them."""
+    weight_sync_path: Literal["auto", "direct", "load_weights"] = "auto"
+    """How new weights enter the engine. direct: copied into its parameters. load_weights: whole
+    tensors through vLLM's loader, which quantises them again. auto: direct where possible."""
     log_metrics: bool = False
     """Log the engine's own counters (running requests, cache use) while it generates."""
 
@@ -350,6 +385,7 @@ class ModelArgs(
     ShapeArgs,
     ParallelArgs,
     OptimizerArgs,
+    LoraArgs,
     AlgorithmArgs,
     PromptArgs,
     SamplingArgs,

@@ -22,7 +22,8 @@ class Section(BaseModel):
     )
 
 
-def _list_to_tuple(value: Any) -> Any:
+def list_to_tuple(value: Any) -> Any:
+    """Take the list that a yaml file has where the frozen job has a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -36,6 +37,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A part of a whole, in (0, 1]."""
 Probability = Annotated[float, Field(ge=0, le=1)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(_list_to_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
 """yaml lists; tuples here, because the job is frozen."""

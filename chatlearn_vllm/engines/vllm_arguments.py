@@ -57,6 +57,7 @@ def engine_arguments(
         "enable_prefix_caching": args.enable_prefix_caching,
         "tensor_parallel_size": args.tensor_model_parallel_size,
         "pipeline_parallel_size": args.pipeline_model_parallel_size,
+        "enable_expert_parallel": args.enable_expert_parallel,
         "distributed_executor_backend": "external_launcher",
         # Log-probabilities of the distribution that was really sampled from.
         "logprobs_mode": "processed_logprobs",
@@ -68,6 +69,9 @@ def engine_arguments(
         kwargs["max_num_batched_tokens"] = max(args.max_num_batched_tokens, args.max_num_seqs)
     if on_gpu:
         kwargs["enable_sleep_mode"] = True
+        if shape.num_experts and args.weight_sync_path != "load_weights":
+            # The kernels that work on weights as the checkpoint has them; auto may rearrange.
+            kwargs["moe_backend"] = "triton"
     else:
         notices += _adapt_to_cpu(kwargs, args, shape)
     kwargs.update(args.engine_args)

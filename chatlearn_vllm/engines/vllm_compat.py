@@ -1,11 +1,12 @@
 """What differs between the supported vLLM versions and platforms; nothing else knows.
 
-It also holds the one place that reaches into vLLM: on CPU, vLLM packs each linear layer after
-loading and leaves an empty parameter, so that there is nothing to copy new weights into.
-`unpacked_cpu_weights` switches the packing off while an engine is built (CPU and float32 only).
+It also holds the one place that reaches into vLLM: on CPU, vLLM packs linear layers and experts
+after loading, so that there are no plain parameters to copy new weights into.
+`unpacked_cpu_weights` keeps them plain (CPU and float32 only).
 """
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 
 OLDEST = Version("0.25.1")
@@ -88,18 +90,106 @@ def needs_dummy_batch(*, pipeline_parallel_size: int) -> bool:
 
 @contextlib.contextmanager
 def unpacked_cpu_weights() -> Iterator[None]:
-    """Build an engine whose CPU linear layers keep plain weights (see the module docstring)."""
+    """Build an engine, or load its weights, such that CPU layers keep plain parameters."""
     if not is_cpu_platform():
         yield
         return
     from vllm import _custom_ops
 
+    _keep_cpu_experts_plain()
     packs = _custom_ops._supports_onednn
     _custom_ops._supports_onednn = False
     try:
         yield
     finally:
         _custom_ops._supports_onednn = packs
+
+
+@functools.cache
+def _keep_cpu_experts_plain() -> None:
+    """Give vLLM's own registry for replaced layers a class that computes experts on CPU.
+
+    vLLM's CPU kernels want their weights packed, and compute all experts on every rank whatever
+    `enable_expert_parallel` says. This class does neither.
+    """
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+
+    @UnquantizedFusedMoEMethod.register_oot
+    class PlainExperts(UnquantizedFusedMoEMethod):
+        def process_weights_after_loading(self, layer: Any) -> None:
+            if layer.activation is not MoEActivation.SILU or self.moe.has_bias:
+                raise NotImplementedError(
+                    f"experts with activation {layer.activation.value} or a bias do not run on CPU "
+                    "here; use a GPU"
+                )
+
+        def apply(
+            self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+            shared_experts: Any = None, shared_experts_input: Any = None,
+        ) -> torch.Tensor:  # fmt: skip
+            output = torch.zeros_like(x)
+            for expert in topk_ids.unique().tolist():
+                local = expert if layer.expert_map is None else int(layer.expert_map[expert])
+                if local < 0:  # another rank of the expert parallel group has it
+                    continue
+                token, choice = (topk_ids == expert).nonzero(as_tuple=True)
+                gate, up = F.linear(x[token], layer.w13_weight[local]).chunk(2, dim=-1)
+                down = F.linear(F.silu(gate) * up, layer.w2_weight[local])
+                output.index_add_(0, token, down * topk_weights[token, choice, None])
+            return output
+
+        def apply_monolithic(
+            self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, input_ids: Any = None
+        ) -> torch.Tensor:
+            # 0.25 leaves the routing to this class; later versions call `apply` with it done.
+            from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
+
+            routing = (
+                "use_grouped_topk", "top_k", "renormalize", "topk_group", "num_expert_group",
+                "custom_routing_function", "scoring_func", "routed_scaling_factor",
+                "e_score_correction_bias",
+            )  # fmt: skip
+            topk_weights, topk_ids = select_experts(
+                hidden_states=x,
+                router_logits=router_logits,
+                **{name: getattr(layer, name) for name in routing},
+            )
+            return self.apply(layer, x, topk_weights, topk_ids)
+
+
+def rewritten_weights(name: str, module: torch.nn.Module) -> str | None:
+    """Why a module's own parameters are not what a checkpoint holds; None if they are.
+
+    Args:
+        name: the module's name, for the answer.
+        module: any module of a loaded model.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method = getattr(module, "quant_method", None)
+    if method is None or next(module.parameters(recurse=False), None) is None:
+        return None
+    if isinstance(method, UnquantizedFusedMoEMethod):
+        backend = method.unquantized_backend.name
+        # CPU: the class above. The others swap, shuffle or pad, some under the same shape.
+        if backend not in ("CPU", "TRITON", "BATCHED_TRITON"):
+            return f"the {backend} kernels of {name} want their weights rearranged"
+    elif not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+        return f"{name} is quantised ({type(method).__name__})"
+    return None
+
+
+def set_weight_version(engine: Any, version: int) -> None:
+    """Let vLLM note the version in what it generates; 0.25 has no place for it."""
+    if hasattr(engine, "set_weight_version"):
+        engine.set_weight_version(str(version))
 
 
 def keep_process_groups(engine: Any) -> None:

@@ -7,7 +7,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,13 @@ import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
-from chatlearn_vllm.layouts import ModelShape, ParamLayout, vllm_param_layout
+from chatlearn_vllm.layouts import (
+    ModelShape,
+    ParamLayout,
+    RolloutParallel,
+    VLLMShards,
+    check_live_parameters,
+)
 
 
 class Weights(Enum):
@@ -248,27 +254,92 @@ class VLLMEngine:
     def finish_weight_update(self, version: int) -> None:
         """Declare the weights READY at `version` and forget what was cached for the old ones."""
         self._engine.reset_prefix_cache()
+        vllm_compat.set_weight_version(self._engine, version)
         self.state = EngineState(Weights.READY, version, self.state.kv_cache_awake)
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Pass a whole checkpoint through vLLM's loader; `finish_weight_update` comes after it.
+
+        Slower than writing into live parameters, and right for every kind of engine: vLLM cuts,
+        quantises and rearranges the tensors as it did when it was built. The engine is STALE from
+        here on. If `tensors` raises, or is incomplete, loading may be tried again.
+
+        Args:
+            tensors: every tensor of the checkpoint, whole, by its Hugging Face name; read one
+                after the other, so a generator may gather them bucket by bucket. Tensors of a
+                layer should follow one another: vLLM holds begun layers twice.
+
+        Raises:
+            EngineStateError: the weights are asleep.
+            ValueError: a tensor is missing, unknown or of another shape.
+        """
+        self.begin_weight_update()
+        missing = set(self._shape.tensor_names())
+        try:
+            self._reload(_checked(tensors, self._shape, missing))
+        except BaseException:
+            self._reload(iter(()))  # has vLLM forget the layers of which only a part came
+            raise
+        if missing:
+            raise ValueError(
+                f"load_weights(): {len(missing)} tensors did not come: {_some(missing)}"
+            )
+
+    def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        with vllm_compat.unpacked_cpu_weights():
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
+    def direct_copy_problem(self) -> str | None:
+        """Why new weights cannot be written into the live parameters; None if they can.
+
+        They cannot where vLLM quantised or rearranged them after loading, moves experts between
+        ranks, or builds a model that `layouts` does not describe.
+        """
+        if self._engine.vllm_config.parallel_config.enable_eplb:
+            return "enable_eplb moves experts between ranks"
+        for name, module in self.model.named_modules():
+            if problem := vllm_compat.rewritten_weights(name, module):
+                return problem
+        try:
+            self.check_layouts(self.shards(1).rank_layouts(dist.get_rank()))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's live parameters by vLLM's names; tied parameters once."""
         return dict(self.model.named_parameters())
 
-    def weight_layout(self) -> list[ParamLayout]:
-        """Which rectangles of the model's logical tensors this rank's parameters hold.
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes."""
+        return self._engine.model_config.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's parameters are."""
+        return next(iter(self.parameters().values())).device
+
+    def shards(self, num_replicas: int) -> VLLMShards:
+        """Where the model lies on the ranks of so many replicas like this one."""
+        config = self._engine.vllm_config.parallel_config
+        parallel = RolloutParallel(
+            tensor=config.tensor_parallel_size,
+            pipeline=config.pipeline_parallel_size,
+            expert=config.enable_expert_parallel,
+            replicas=num_replicas,
+        )
+        return VLLMShards(self._shape, parallel)
+
+    def check_layouts(self, layouts: list[ParamLayout]) -> None:
+        """Compare what this rank should hold with its live parameters.
 
         Raises:
-            ValueError: a parameter has no layout (quantised or unknown architecture).
+            ValueError: they are not those that config.json describes (quantised, another
+                architecture); lists what differs.
         """
-        from vllm.distributed import parallel_state
-
-        group = parallel_state.get_tp_group()
-        return [
-            vllm_param_layout(
-                self._shape, name, tuple(param.shape), group.rank_in_group, group.world_size
-            )
-            for name, param in self.parameters().items()
-        ]
+        live = {name: tuple(param.shape) for name, param in self.parameters().items()}
+        check_live_parameters(layouts, live, "vLLM")
 
     def metrics(self) -> dict[str, float]:
         """vLLM's own counters and gauges by name, summed over labels."""
@@ -283,6 +354,27 @@ class VLLMEngine:
         """Remove the shared memory that vLLM's CPU communicator leaves behind."""
         for leftover in Path("/dev/shm").glob(f"*{self._distributed_id}*"):
             leftover.unlink(missing_ok=True)
+
+
+def _checked(
+    tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape, missing: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass tensors on, each name once, and take their names out of `missing`."""
+    for name, tensor in tensors:
+        if name not in missing:
+            raise ValueError(f"load_weights(): tensor {name!r} is unknown, or came twice")
+        if tuple(tensor.shape) != shape.tensor_shape(name):
+            raise ValueError(
+                f"load_weights(): tensor {name!r} is {tuple(tensor.shape)}, the model's is "
+                f"{shape.tensor_shape(name)}"
+            )
+        missing.remove(name)
+        yield name, tensor
+
+
+def _some(names: set[str], limit: int = 5) -> str:
+    shown = sorted(names)[:limit]
+    return ", ".join(shown) + (", ..." if len(names) > limit else "")
 
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:

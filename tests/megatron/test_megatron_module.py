@@ -1,7 +1,10 @@
 """What a subclass of MegatronModule gets: training, scores, weights, offloading."""
 
+import logging
+import math
 import os
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 
 import pytest
 import torch
@@ -9,8 +12,12 @@ import transformers
 
 from chatlearn_vllm.algorithms.grpo import policy_loss
 from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
+from chatlearn_vllm.config.schema import MismatchStopConfig
 from chatlearn_vllm.modules.megatron_module import MegatronModule
-from chatlearn_vllm.weight_sync.transport import open_export
+from chatlearn_vllm.modules.mismatch_guard import MismatchError
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.weight_sync.links import colocated
+from chatlearn_vllm.weight_sync.transport import OpenedExport
 from tests.megatron import tiny_models
 
 
@@ -81,10 +88,54 @@ def test_first_step_compares_the_rollout_with_the_weights_before_it(ranks, llama
     for step in metrics:
         assert step["logprob_abs_diff_mean"] == pytest.approx(0.25, abs=1e-5)
         assert step["logprob_abs_diff_max"] == pytest.approx(0.25, abs=1e-5)
+        # The rollout's probabilities are too high by 0.25, so the trainer's ratio is exp(-0.25).
+        assert step["rollout_kl"] == pytest.approx(math.exp(-0.25) - 1 + 0.25, abs=1e-5)
+        assert step["rollout_clip_fraction"] == 1.0
     # old logprobs are this model's, so the first ratio is 1 whatever the rollout sent
     assert metrics[0]["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert metrics[3]["ratio"] != pytest.approx(1.0, abs=1e-6)
     assert metrics[0]["tokens"] == tiny_models.batch()["loss_mask"][:4].sum()
+
+
+def test_the_comparison_does_not_depend_on_the_ranks(ranks, llama):
+    # An error that differs by token, and rows of different lengths: a mean of means would show.
+    error = torch.linspace(-0.4, 0.3, 8 * 23).view(8, 23).tolist()
+    (expected,) = ranks[1].run(train, llama, rollout_error=error)
+    names = (
+        "logprob_abs_diff_mean", "logprob_abs_diff_max", "rollout_kl", "rollout_clip_fraction"
+    )  # fmt: skip
+    assert 0 < expected[0]["rollout_clip_fraction"] < 1
+    for found in ranks[2].run(train, llama, rollout_error=error):
+        for name in names:
+            assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
+
+
+def test_the_first_rank_warns_once_and_training_goes_on(ranks, llama):
+    first, second = ranks[2].run(warnings_of_two_episodes, llama)
+    assert [message.split("=")[0] for message in first] == [
+        f"trainer: episode 1, rollouts of weight version None: {name}"
+        for name in ("logprob_abs_diff_mean", "rollout_kl", "rollout_clip_fraction")
+    ]
+    assert second == []
+
+
+@pytest.mark.parametrize(("world_size", "settings"), [(2, {}), (4, {"tp": 2, "pp": 2})])
+def test_all_ranks_stop_before_the_first_step(ranks, llama, world_size, settings):
+    stop = {"mismatch_stop": MismatchStopConfig(rollout_kl=0.01), "rollout_error": 0.25}
+    for message, is_unchanged in ranks[world_size].run(refused_training, llama, **stop, **settings):
+        assert message.startswith("episode 3, rollouts of weight version 3: rollout_kl=0.0288 is")
+        assert is_unchanged
+
+
+def test_a_probability_that_is_not_finite_stops_whatever_the_levels(ranks, llama):
+    error = torch.zeros(8, 23)
+    error[5, 5:7] = float("nan")  # response tokens; the first rank has rows 0, 1, 4, 5
+    error[7, 5] = float("inf")
+    error[0, 0] = float("nan")  # of the prompt
+    for message, is_unchanged in ranks[2].run(refused_training, llama, error.tolist()):
+        assert "NaN or infinite (3 of the rollout's, 0 of the trainer's)" in message
+        assert "first in row 3 of data parallel rank 0" in message
+        assert is_unchanged
 
 
 @pytest.mark.parametrize(("world_size", "settings"), [(1, {}), (4, {"tp": 2, "pp": 2})])
@@ -115,7 +166,6 @@ def test_unequal_shards_are_refused(ranks, llama):
 
 def test_local_parameters_and_weight_layout_have_the_same_names(ranks, llama):
     for names, layouts in ranks[4].run(parameters_and_layouts, llama, tp=2, pp=2):
-        assert list(names) == list(layouts)
         assert names == layouts
     stages = ranks[4].run(parameters_and_layouts, llama, tp=2, pp=2)
     assert "decoder.layers.0.mlp.linear_fc1.weight" in stages[0][0]
@@ -144,7 +194,7 @@ def test_exported_weights_are_the_live_ones(ranks, llama):
 def job(path, world_size, trainable=True, **settings) -> JobConfig:
     runtime = {
         key: settings.pop(key)
-        for key in ("train_micro_batch_size", "num_training_epoch")
+        for key in ("train_micro_batch_size", "num_training_epoch", "mismatch_stop")
         if key in settings
     }
     memory = {
@@ -189,13 +239,40 @@ def rollout(module, rows=8, rollout_error=0.0):
     per_step = 4 // size
     mine = [row for row in range(rows) if row % 4 // per_step == module.data_parallel_rank]
     batch = {key: value[mine] for key, value in batch.items()}
-    batch["logprobs"] = module.compute_logprobs(batch) + rollout_error
+    error = torch.tensor(rollout_error).expand(rows, batch["all_tokens"].size(1) - 1)[mine]
+    batch["logprobs"] = module.compute_logprobs(batch) + error
     return batch
 
 
 def train(path, rows=8, rollout_error=0.0, **settings):
     with built(path, **settings) as module:
         return module.train(rollout(module, rows, rollout_error), iteration=0)
+
+
+def warnings_of_two_episodes(path):
+    """What the default levels make the module log about rollouts that are off by 0.25."""
+    handler = BufferingHandler(capacity=100)
+    handler.setLevel(logging.WARNING)
+    module_logger = get_logger("chatlearn_vllm.modules.megatron_module")
+    module_logger.addHandler(handler)
+    with built(path) as module:
+        for episode in (1, 2):
+            assert module.train(rollout(module, rollout_error=0.25), episode)
+    module_logger.removeHandler(handler)
+    return [record.getMessage() for record in handler.buffer]
+
+
+def refused_training(path, rollout_error=0.0, **settings):
+    """What `train` raised in episode 3, and whether the weights are as before."""
+    with built(path, **settings) as module:
+        before = {name: tensor.clone() for name, tensor in module.local_parameters().items()}
+        batch = rollout(module, rollout_error=rollout_error)
+        batch["weight_version"] = torch.full((len(batch["all_tokens"]),), 3)
+        try:
+            module.train(batch, iteration=3)
+        except MismatchError as error:
+            after = module.local_parameters()
+            return str(error), all(torch.equal(before[name], after[name]) for name in before)
 
 
 def train_twice(path, **settings):
@@ -229,20 +306,24 @@ def error_of_unequal_shards(path):
 def parameters_and_layouts(path, **settings):
     with built(path, **settings) as module:
         shapes = {name: tuple(p.shape) for name, p in module.local_parameters().items()}
-        return shapes, {layout.name: layout.shape for layout in module.weight_layout()}
+        layouts = module.weight_shards().rank_layouts(module.rank)
+        return shapes, {layout.name: layout.shape for layout in layouts}
 
 
 def exported_equal_live(path, **settings):
     with built(path, offload_weights=True, **settings) as module:
         module.train(rollout(module))
-        opened = open_export(module.export_weights())
+        sources = module.weight_shards()
+        links = colocated(sources.num_ranks, sources.num_ranks, sources.num_ranks)
+        module.plan_weight_sync(sources, sources, links, {})
+        opened = OpenedExport(module.export_weights(fresh=True)).tensors
         live = module.local_parameters()
         is_equal = opened.keys() == live.keys() and all(
             torch.equal(opened[name], live[name]) for name in live
         )
         module.offload()
         try:
-            module.export_weights()
+            module.export_weights(fresh=True)
         except RuntimeError as error:
             return is_equal, type(error).__name__
 

@@ -20,7 +20,15 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
-}
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24, "norm_topk_prob": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path:
@@ -58,6 +66,10 @@ def engine(
         "tp": "tensor_model_parallel_size",
         "pp": "pipeline_model_parallel_size",
         "vpp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+        "first": "num_layers_in_first_pipeline_stage",
+        "last": "num_layers_in_last_pipeline_stage",
     }
     settings = {short.get(key, key): value for key, value in settings.items()}
     defaults = dict(lr=1e-2, weight_decay=0.1, clip_grad=0.5, dtype="float32")
@@ -92,15 +104,18 @@ def negative_logprobs(micro_batch, logprobs, entropy):
     return -(logprobs * mask).sum() / 100.0, {"entropy": (entropy * mask).sum()}
 
 
-def train(engine: MegatronEngine, steps: int, micro_batch_size: int = 2) -> list[list[float]]:
-    """[loss, grad_norm] of some steps on this data parallel rank's share of `batch()`."""
+def shard(engine: MegatronEngine, micro_batch_size: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of this data parallel rank's rows of `batch()`."""
     rows = {
         key: value[engine.data_parallel_rank :: engine.data_parallel_size]
         for key, value in batch().items()
     }
-    micro_batches = cut_micro_batches(
-        rows, micro_batch_size, multiple_of=engine.micro_batch_multiple
-    )
+    return cut_micro_batches(rows, micro_batch_size, multiple_of=engine.micro_batch_multiple)
+
+
+def train(engine: MegatronEngine, steps: int, micro_batch_size: int = 2) -> list[list[float]]:
+    """[loss, grad_norm] of some steps on this data parallel rank's share of `batch()`."""
+    micro_batches = shard(engine, micro_batch_size)
     curve = []
     for _ in range(steps):
         metrics, _ = engine.train_step(micro_batches, negative_logprobs)

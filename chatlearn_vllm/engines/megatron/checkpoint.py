@@ -39,11 +39,17 @@ if TYPE_CHECKING:
 
 _ABOUT = "chatlearn.json"
 _LATEST = "latest"
+_MAIN_PARAMETERS = "fp32_from_fp16_params"
+"""megatron-core's key of an optimizer's float32 copies of bf16 or fp16 parameters."""
 _LAYOUT_KEYS = (
     "world_size",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 )
 
 logger = logging.getLogger(__name__)
@@ -106,12 +112,14 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     if state.optimizer is not None:
         # A resumed job follows its yaml: the saved rates would win over it otherwise.
         own = [(group["max_lr"], group["min_lr"]) for group in state.optimizer.param_groups]
+        if _has_replicated_experts(state, about["optimizer_format"]):
+            _restore_empty_lists(loaded["optimizer"])
         state.optimizer.load_state_dict(loaded["optimizer"])
         for group, rates in zip(state.optimizer.param_groups, own, strict=True):
             group["max_lr"], group["min_lr"] = rates
         state.scheduler.num_steps = 0
         state.scheduler.load_state_dict(loaded["scheduler"])
-    if all(about[key] == _describe(args, 0)[key] for key in _LAYOUT_KEYS):
+    if not _changed_keys(about, args):
         _set_random_state(torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=False))
     elif dist.get_rank() == 0:
         logger.info("%s was saved with other parallel sizes: random states start anew", path)
@@ -134,22 +142,26 @@ def _describe(args: ModelArgs, iteration: int) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "world_size": dist.get_world_size(),
-        "tensor_model_parallel_size": args.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": args.virtual_pipeline_model_parallel_size,
+        **{key: args[key] for key in _LAYOUT_KEYS[1:]},
         "optimizer_format": optimizer_format,
+        "adapters": _describe_adapters(args),
     }
 
 
 def _check_readable(path: Path, about: dict[str, Any], args: ModelArgs) -> None:
     mine = _describe(args, about["iteration"])
+    adapters = about.get("adapters", {"lora_r": 0})  # files of older versions have none
+    if adapters != mine["adapters"]:
+        raise ValueError(
+            f"{path}: was saved with {adapters}, set these keys so; they are {mine['adapters']}"
+        )
     saved, wanted = about["optimizer_format"], mine["optimizer_format"]
     if (saved == "replicated") != (wanted == "replicated"):
         raise ValueError(
             f"{path}: was saved with use_distributed_optimizer={saved != 'replicated'}, "
             f"set it so (it is {args.use_distributed_optimizer})"
         )
-    changed = [key for key in _LAYOUT_KEYS[1:] if about[key] != mine[key]]
+    changed = [key for key in _changed_keys(about, args) if key != "world_size"]
     if "dp_reshardable" in (saved, wanted) and (saved != wanted or changed):
         raise ValueError(
             f"{path}: optimizer format {saved!r} cannot be read here; with "
@@ -157,6 +169,20 @@ def _check_readable(path: Path, about: dict[str, Any], args: ModelArgs) -> None:
             "parallel sizes must stay the same"
             + "".join(f"; {key} was {about[key]}, is {mine[key]}" for key in changed)
         )
+
+
+def _changed_keys(about: dict[str, Any], args: ModelArgs) -> list[str]:
+    """How the ranks are arranged otherwise than when a checkpoint was saved."""
+    mine = _describe(args, 0)
+    # Files of older versions lack keys that had one value then.
+    return [key for key in _LAYOUT_KEYS if about.get(key, mine[key]) != mine[key]]
+
+
+def _describe_adapters(args: ModelArgs) -> dict[str, Any]:
+    if not args.lora_r:
+        return {"lora_r": 0}
+    targets = sorted(args.target_modules)
+    return {"lora_r": args.lora_r, "lora_alpha": args.lora_alpha, "target_modules": targets}
 
 
 def _model_keys(state: Resumable) -> list[str]:
@@ -171,6 +197,9 @@ def _sharded_state(state: Resumable, optimizer_format: str, *, is_loading: bool)
     metadata = {
         "distrib_optim_sharding_type": optimizer_format,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        # The optimizer of experts is a second one; without a prefix a checkpoint can be read
+        # where its tensors belong to another part.
+        "chained_optim_avoid_prefix": True,
     }
     # Of the bare GPTModel: the data parallel wrapper would prefix every key.
     models = {
@@ -184,8 +213,35 @@ def _sharded_state(state: Resumable, optimizer_format: str, *, is_loading: bool)
             is_loading=is_loading,
             metadata=metadata,
         )
+        if _has_replicated_experts(state, optimizer_format):
+            _make_alike_on_all_stages(sharded["optimizer"])
         sharded["scheduler"] = state.scheduler.state_dict()
     return sharded
+
+
+def _has_replicated_experts(state: Resumable, optimizer_format: str) -> bool:
+    return optimizer_format == "replicated" and len(state.optimizer.chained_optimizers) > 1
+
+
+def _make_alike_on_all_stages(parts: dict[int, dict[str, Any]]) -> None:
+    """Change the optimizer of experts so that stages with and without experts can be mixed.
+
+    What is not a tensor is saved by rank 0 and loaded by all. If there are no experts on its
+    pipeline stage, it has no step count to save, and empty lists that do not fit elsewhere.
+    """
+    dense, experts = (parts[number] for number in sorted(parts))
+    states = [part.get("optimizer", part)["state"] for part in (dense, experts)]
+    if "common_step" in states[0]:
+        states[1]["common_step"] = states[0]["common_step"]  # both step together
+    if not any(experts.get(_MAIN_PARAMETERS, ())):
+        experts.pop(_MAIN_PARAMETERS, None)
+
+
+def _restore_empty_lists(parts: dict[int, dict[str, Any]]) -> None:
+    """Undo on a stage without experts what `_make_alike_on_all_stages` left out."""
+    experts = parts[max(parts)]
+    if "optimizer" in experts and _MAIN_PARAMETERS not in experts:
+        experts[_MAIN_PARAMETERS] = [[] for _ in experts["optimizer"]["param_groups"]]
 
 
 @contextmanager

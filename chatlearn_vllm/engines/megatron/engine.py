@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from chatlearn_vllm.engines.megatron import checkpoint, hf_checkpoint, offload, optimizer, parallel
+from chatlearn_vllm.engines.megatron import (
+    checkpoint,
+    hf_checkpoint,
+    lora,
+    offload,
+    optimizer,
+    parallel,
+)
 from chatlearn_vllm.engines.megatron.architectures import transformer_config
 from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
 from chatlearn_vllm.engines.megatron.files import read_json
@@ -30,10 +38,20 @@ from chatlearn_vllm.engines.megatron.model import (
     build_chunks,
     build_gpt_model,
     in_training_dtype,
+    is_expert,
     named_parameters,
 )
+from chatlearn_vllm.engines.megatron.peft_checkpoint import save_peft
 from chatlearn_vllm.engines.process_group import join_process_group
-from chatlearn_vllm.layouts import ModelShape, ParamLayout, megatron_param_layout
+from chatlearn_vllm.layouts import (
+    LowRank,
+    MegatronShards,
+    ModelShape,
+    ParamLayout,
+    TrainParallel,
+    check_live_parameters,
+)
+from chatlearn_vllm.weight_sync.lora import merged
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
@@ -81,6 +99,8 @@ class MegatronEngine:
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         )
         self.device = parallel.device()
         with cuda_means_cpu():
@@ -101,6 +121,8 @@ class MegatronEngine:
         for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
             parameter.requires_grad_(self.trainable)
         self._fill_weights()
+        if self.trainable and self.args.lora_r:
+            lora.add_adapters(self.chunks, self.args)
         if self.trainable:
             modules = optimizer.wrap_data_parallel(self.config, modules, self.args)
             self.optimizer = optimizer.build_optimizer(self.config, modules, self.args)
@@ -168,7 +190,8 @@ class MegatronEngine:
         """Run the model without gradients.
 
         Args:
-            micro_batches: as for `train_step`; data parallel ranks are independent here.
+            micro_batches: as for `train_step`; data parallel ranks of a model without experts may
+                have different numbers of micro-batches and rows here.
             score_fn: called on the last pipeline stage, on trimmed micro-batches on the device.
 
         Returns:
@@ -216,6 +239,8 @@ class MegatronEngine:
     ) -> list[Any]:
         """Drive megatron-core's pipeline schedule; results on the last stage, else empty."""
         batches, length = trim(micro_batches)
+        if self.config.num_moe_experts:
+            length = self._agree_on_length(batches, length)
         # Sequence parallel ranks hold equal parts of the sequence.
         tp_size = self.config.tensor_model_parallel_size
         padded = -(-length // tp_size) * tp_size if self.config.sequence_parallel else length
@@ -230,6 +255,26 @@ class MegatronEngine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _agree_on_length(self, batches: list[Batch], length: int) -> int:
+        """The longest of all data parallel ranks, which pass tokens through each other's experts.
+
+        Raises:
+            ValueError: on all ranks, if they have different numbers of micro-batches or rows: some
+                would wait for ever.
+        """
+        counts = [float(len(batches)), float(len(batches[0]["all_tokens"]))]
+        numbers = [*counts, *(-count for count in counts), float(length)]
+        most, rows, fewest, least_rows, longest = (
+            int(number) for number in self.all_reduce_data_parallel(numbers, dist.ReduceOp.MAX)
+        )
+        if (most, rows) != (-fewest, -least_rows):
+            raise ValueError(
+                f"a model with experts needs equally many micro-batches of equally many rows on "
+                f"all data parallel ranks, but there are {-fewest} to {most} micro-batches of "
+                f"{-least_rows} to {rows} rows"
+            )
+        return longest
 
     def _forward_step(
         self,
@@ -301,25 +346,93 @@ class MegatronEngine:
     # ---------------------------------------------------------------- parameters
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's parameters, layers numbered over the whole model. Not collective."""
-        return named_parameters(self.chunks)
+        """This rank's parameters, layers numbered over the whole model. Not collective.
 
-    def param_layout(self, name: str, parameter: torch.Tensor) -> ParamLayout:
-        """Where a parameter of this rank lies in the logical tensors. Not collective."""
-        return megatron_param_layout(
-            self.shape,
-            name,
-            tuple(parameter.shape),
-            parallel_state.get_tensor_model_parallel_rank(),
-            self.config.tensor_model_parallel_size,
+        Adapters are not among them: see `adapters`.
+        """
+        return (item for item in named_parameters(self.chunks) if not lora.is_adapter(item[0]))
+
+    def adapters(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's adapters by the name of the weight they are added to. Not collective.
+
+        Returns:
+            (A [r, in], B [out, r]), live; the weight that counts is that of `named_parameters`
+            plus `lora_scale` * B @ A. Empty without adapters.
+        """
+        return {
+            f"{name}.weight": layer.low_rank() for name, layer in lora.adapted_layers(self.chunks)
+        }
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor on B @ A of every adapter; 0 without lora_r."""
+        return self.args.lora_alpha / self.args.lora_r if self.args.lora_r else 0.0
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Within the block the model is the one that training started from. Not collective.
+
+        Example:
+            with engine.adapters_disabled():
+                reference = engine.forward_only(micro_batches, score_fn)
+        """
+        with lora.adapters_disabled(self.chunks):
+            yield
+
+    def shards(self) -> MegatronShards:
+        """Where the whole model lies on the replica's ranks. Not collective.
+
+        Raises:
+            ValueError: megatron-core has given this rank another place than the layouts assume.
+        """
+        config = self.config
+        sizes = TrainParallel(
+            world_size=dist.get_world_size(),
+            tensor=config.tensor_model_parallel_size,
+            pipeline=config.pipeline_model_parallel_size,
+            virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
+            expert=config.expert_model_parallel_size,
+            expert_tensor=config.expert_tensor_parallel_size,
+            first_stage_layers=config.num_layers_in_first_pipeline_stage,
+            last_stage_layers=config.num_layers_in_last_pipeline_stage,
         )
+        here, assumed = parallel.coordinates(), sizes.coordinates(dist.get_rank())
+        if here != assumed:
+            raise ValueError(f"rank {dist.get_rank()} is {here}, the layouts assume {assumed}")
+        rows = [
+            len(parameter) * sizes.tensor
+            for name, parameter in self.named_parameters()
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        ]
+        low_rank = None
+        if self.adapters():
+            modules = frozenset(self.args.target_modules)
+            low_rank = LowRank(self.args.lora_r, self.lora_scale, modules)
+        return MegatronShards(self.shape, sizes, rows[0] if rows else None, low_rank)
 
     def laid_out_parameters(self) -> list[LaidOut]:
-        """This rank's parameters with their layouts. Not collective."""
-        return [
-            LaidOut(self.param_layout(name, parameter), parameter.data)
-            for name, parameter in self.named_parameters()
-        ]
+        """This rank's parameters with their layouts. Not collective.
+
+        Raises:
+            ValueError: the model is not the one that config.json describes; lists what differs.
+        """
+        layouts = self.shards().rank_layouts(dist.get_rank())
+        self.check_layouts(layouts)
+        live = dict(self.named_parameters())
+        return [LaidOut(layout, live[layout.name].data) for layout in layouts]
+
+    def check_layouts(self, layouts: list[ParamLayout]) -> None:
+        """Compare what this rank should hold with its parameters. Not collective.
+
+        Raises:
+            ValueError: the model is not the one that config.json describes; lists what differs.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        check_live_parameters(layouts, shapes, "megatron-core")
+
+    def weights_generation(self) -> int:
+        """A number that rises whenever the weights' memory has moved. Not collective."""
+        return self._weights.num_moves
 
     def _fill_weights(self) -> None:
         parameters = self.laid_out_parameters()
@@ -347,20 +460,36 @@ class MegatronEngine:
     def save_hf(
         self, directory: str | Path, *, max_file_bytes: int = hf_checkpoint.MAX_FILE_BYTES
     ) -> None:
-        """Write the weights, config.json and the tokenizer for transformers and vLLM."""
+        """Write the weights, config.json and the tokenizer for transformers and vLLM.
+
+        Adapters are merged into the weights that are written, not into those in memory. They are
+        also written by themselves, for the PEFT library, to <directory>/adapter.
+        """
         self.require_weights()
         sources = [self.hf_directory]
         if self.args.tokenizer:
             sources.append(Path(self.args.tokenizer))
+        parameters = [
+            one for one in self.laid_out_parameters() if self._is_first_copy(one.layout.name)
+        ]
+        adapters = self.adapters()
         hf_checkpoint.save_hf(
             Path(directory),
-            self.laid_out_parameters(),
+            parameters,
             self.shape,
             self.hf_config,
-            is_writer_copy=parallel_state.get_data_parallel_rank() == 0,
             side_files_from=sources,
             max_file_bytes=max_file_bytes,
+            value_of=partial(_merged, adapters, self.lora_scale),
         )
+        if self.trainable and self.args.lora_r:
+            save_peft(Path(directory, "adapter"), parameters, adapters, self.shape, self.args)
+
+    def _is_first_copy(self, name: str) -> bool:
+        """Whether this rank belongs to the data parallel copy that writes a parameter."""
+        if is_expert(name):
+            return parallel_state.get_expert_data_parallel_rank() == 0
+        return parallel_state.get_data_parallel_rank() == 0
 
     @cuda_means_cpu()
     def save_checkpoint(self, directory: str | Path, iteration: int) -> None:
@@ -487,6 +616,10 @@ class MegatronEngine:
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            num_layers_in_first_pipeline_stage=args.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=args.num_layers_in_last_pipeline_stage,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             sequence_parallel=args.sequence_parallel,
             params_dtype=dtype,
             pipeline_dtype=dtype,
@@ -500,6 +633,13 @@ class MegatronEngine:
                 recompute_num_layers=args.recompute_num_layers or 1,
             )
         return {**settings, **args.transformer_args}
+
+
+def _merged(
+    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]], scale: float, parameter: LaidOut
+) -> torch.Tensor:
+    adapter = adapters.get(parameter.layout.name)
+    return parameter.data if adapter is None else merged(parameter.data, *adapter, scale)
 
 
 def resolve_dtype(args: ModelArgs) -> torch.dtype:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -99,6 +99,10 @@ class LaidOut(NamedTuple):
     data: torch.Tensor
 
 
+def _data(parameter: LaidOut) -> torch.Tensor:
+    return parameter.data
+
+
 def check_complete(parameters: Iterable[LaidOut], source: HFWeights, model: ModelShape) -> None:
     """Compare a checkpoint with what this rank needs of it.
 
@@ -128,9 +132,9 @@ def save_hf(
     model: ModelShape,
     hf_config: Mapping[str, Any],
     *,
-    is_writer_copy: bool,
     side_files_from: Iterable[Path] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
+    value_of: Callable[[LaidOut], torch.Tensor] = _data,
 ) -> None:
     """Write a directory that transformers and vLLM load. Collective over all ranks.
 
@@ -138,15 +142,15 @@ def save_hf(
 
     Args:
         directory: replaced if it exists, whole or not at all.
-        parameters: this rank's.
+        parameters: this rank's, less those that another data parallel copy writes.
         model: sizes of the model.
         hf_config: becomes config.json, with the dtype of the weights.
-        is_writer_copy: whether this rank belongs to the data parallel copy that is written.
         side_files_from: directories whose tokenizer files are copied along.
         max_file_bytes: a file is closed when it has reached this size.
+        value_of: what to write for a parameter.
     """
     with atomic_directory(directory) as temporary:
-        tensors = gather_logical_tensors(parameters if is_writer_copy else [], model)
+        tensors = gather_logical_tensors(parameters, model.tensor_shape, value_of)
         if dist.get_rank() == 0:
             _write_files(temporary, tensors, max_file_bytes)
             _write_config(temporary, hf_config, parameters[0].data.dtype)
@@ -167,7 +171,9 @@ class _Transfer(NamedTuple):
 
 
 def gather_logical_tensors(
-    parameters: list[LaidOut], model: ModelShape
+    parameters: list[LaidOut],
+    shape_of: Callable[[str], tuple[int, ...]],
+    value_of: Callable[[LaidOut], torch.Tensor] = _data,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, full tensor on the CPU) on rank 0, nothing elsewhere.
 
@@ -180,7 +186,7 @@ def gather_logical_tensors(
     for transfer in _plan_transfers(parameters):
         if rank == 0:
             if transfer.rank == 0:
-                data = parameters[transfer.index].data.detach().cpu()
+                data = value_of(parameters[transfer.index]).detach().cpu()
             else:
                 data = torch.empty(transfer.layout.shape, dtype=transfer.dtype)
                 dist.recv(_bytes(data), src=transfer.rank)
@@ -188,7 +194,7 @@ def gather_logical_tensors(
                 block = transfer.layout.blocks[number]
                 name = block.tensor
                 if name not in pending:
-                    shape = model.tensor_shape(name)
+                    shape = shape_of(name)
                     pending[name] = torch.empty(shape, dtype=transfer.dtype)
                     num_missing[name] = math.prod(shape)
                 pending[name][_slices(block.logical)] = data[_slices(block.local)]
@@ -196,7 +202,7 @@ def gather_logical_tensors(
                 if num_missing[name] == 0:
                     yield name, pending.pop(name)
         elif transfer.rank == rank:
-            dist.send(_bytes(parameters[transfer.index].data.detach().cpu()), dst=0)
+            dist.send(_bytes(value_of(parameters[transfer.index]).detach().cpu()), dst=0)
     assert not pending, f"no rank holds all of {sorted(pending)}"
 
 

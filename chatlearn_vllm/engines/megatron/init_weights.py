@@ -38,7 +38,7 @@ class RandomWeights:
         if name.endswith(".bias"):
             return torch.zeros(size)
         std = self._std
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight")):
             std /= math.sqrt(2 * self._shape.num_layers)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

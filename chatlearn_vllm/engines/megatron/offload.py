@@ -29,6 +29,8 @@ class StorageOffloader:
         self._keeps_content = keeps_content
         self._away: list[tuple[torch.UntypedStorage, int]] | None = None
         self._hosts: list[torch.Tensor] = []
+        self.num_moves = 0
+        """How often the storages came back, each time to another place."""
 
     @property
     def is_offloaded(self) -> bool:
@@ -65,6 +67,7 @@ class StorageOffloader:
         _synchronize()
         total = sum(num_bytes for _, num_bytes in self._away)
         self._away = None
+        self.num_moves += 1
         return total
 
     def _provide_hosts(self, sizes: list[int]) -> None:
@@ -91,7 +94,7 @@ def weight_tensors(
 ) -> Iterator[torch.Tensor]:
     """The parameters: flat buffers with the distributed optimizer, else single tensors."""
     for chunk in data_parallel:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             if buffer.param_data is not None:
                 yield buffer.param_data
     for module in chunks:
@@ -102,7 +105,7 @@ def weight_tensors(
 def grad_tensors(data_parallel: Iterable[DistributedDataParallel]) -> Iterator[torch.Tensor]:
     """The flat gradient buffers."""
     for chunk in data_parallel:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             yield buffer.grad_data
 
 

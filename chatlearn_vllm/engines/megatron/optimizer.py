@@ -43,7 +43,11 @@ def wrap_data_parallel(
 def build_optimizer(
     config: TransformerConfig, chunks: list[DistributedDataParallel], args: "ModelArgs"
 ) -> MegatronOptimizer:
-    """Adam with decoupled weight decay over the wrapped chunks. Collective over all ranks."""
+    """Adam with decoupled weight decay over the wrapped chunks. Collective over all ranks.
+
+    Its `chained_optimizers` are one for the dense parameters and, in a model with experts, a second
+    one for these, on all ranks.
+    """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -67,6 +71,7 @@ def build_optimizer(
         if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.Adam):
             # Chosen for this instance only; megatron-core's own name keeps its class.
             part.__class__ = TorchAdamDistributedOptimizer
+            part.dense_part = optimizer.chained_optimizers[0]
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -117,8 +122,14 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     code for state dicts assumes the latter; what goes wrong is said at each method.
     """
 
+    dense_part: MegatronOptimizer
+    """The optimizer of the dense parameters, perhaps this one; every rank has some."""
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As upstream, which asserts that a step was taken: a fresh optimizer could not load."""
+        """As upstream, which asserts that a step was taken: a fresh optimizer could not load.
+
+        Nor could a pipeline stage without experts ask its optimizer of experts, which is empty.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
@@ -126,7 +137,18 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
                     state["step"] = torch.tensor(0.0)
                     state.setdefault("exp_avg", torch.zeros_like(parameter.data))
                     state.setdefault("exp_avg_sq", torch.zeros_like(parameter.data))
+        if not self.optimizer.state:
+            return self._state_dict_without_parameters()
         return super().state_dict(*args, **kwargs)
+
+    def _state_dict_without_parameters(self) -> dict[str, Any]:
+        dense = self.dense_part.state_dict()  # both make their steps together
+        (step,) = {group["step"] for group in dense["optimizer"]["param_groups"]}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"step": step}
+            for group in self.optimizer.param_groups
+        ]
+        return {**dense, "optimizer": {"param_groups": groups}}
 
     @torch.no_grad()  # float32 shards are views of leaf parameters, which are copied into
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
