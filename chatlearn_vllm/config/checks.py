@@ -1,12 +1,13 @@
 """Which rules hold between the keys of a job, and what should its user be told before it starts?"""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG, RetiredArgs, UnusedArgs
+from chatlearn_vllm.config.parallel_checks import check_experts, check_layers, read_config_json
 from chatlearn_vllm.config.problems import Key
+from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
 
@@ -18,15 +19,6 @@ _HF_NAMES = {
     "ffn_hidden_size": "intermediate_size",
 }
 """Our key of a model's structure -> its key in config.json."""
-
-_NEUTRAL_SAMPLING = {
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-}
-"""Values with which responses are drawn from the model's whole softmax."""
 
 
 class Reporter(Protocol):
@@ -101,16 +93,15 @@ def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
     at: Key = ("models", model.name)
     for name in ("gpu_per_process", "zero_size", "fsdp_size", "sp_size"):
         report.require(getattr(model, name) == 1, (*at, name), "must be 1, others have no backend")
-    experts = model.expert_model_parallel_size
-    report.require(
-        experts == 1,
-        (*at, "expert_model_parallel_size"),
-        f"must be 1 and is {experts}; experts are not split yet",
-    )
     report.require(
         not model.lora.enable_lora,
         (*at, "lora", "enable_lora"),
-        "must be False, adapters are not supported yet",
+        "must be False; adapters are switched on by lora_r in the model's file",
+    )
+    report.require(
+        model.model_args.lora_dropout == 0,
+        (*at, "model_args", "lora_dropout"),
+        "must be 0, with dropout the trainer would not score tokens as the rollout sampled them",
     )
     report.require(
         not model.model_args.use_beam_search,
@@ -201,13 +192,8 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         f"{groups} groups must divide num_attention_heads={heads}",
         given=[(*at, "num_attention_heads")],
     )
-    stages = pp * (virtual or 1)
-    # vLLM takes stages of different depth, megatron-core wants them equal.
-    report.require(
-        not model.trainable or layers is None or layers % stages == 0,
-        (*at, "num_layers"),
-        f"{layers} layers of a trainable model must be a multiple of its {stages} pipeline stages",
-    )
+    check_layers(model, layers, report)
+    check_experts(model, report)
 
 
 def _check_against_config_json(model: ModelConfig, report: Reporter) -> None:
@@ -222,10 +208,7 @@ def _check_against_config_json(model: ModelConfig, report: Reporter) -> None:
 
 def _hf_config(load: str | None) -> dict[str, int]:
     """The structure in a checkpoint's config.json under our names; empty without the file."""
-    path = Path(load or "", "config.json")
-    if load is None or not path.is_file():
-        return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_config_json(load)
     return {ours: config[theirs] for ours, theirs in _HF_NAMES.items() if theirs in config}
 
 
@@ -317,11 +300,10 @@ def notices(job: JobConfig) -> Iterator[str]:
         yield from _without_effect(f"models.{name}", args, RetiredArgs)
         section = model.batch_generation
         yield from _without_effect(f"models.{name}.batch_generation", section, type(section))
-        changed = [key for key, neutral in _NEUTRAL_SAMPLING.items() if args[key] != neutral]
-        changed += ["top_k"] if args.top_k > 0 else []
+        changed = changed_sampling(args)
         if changed and not model.trainable and model.num_gpu:
             yield (
-                f"models.{name}: {_assignments(args, changed)} draws training responses from a "
+                f"models.{name}: {', '.join(changed)} draws training responses from a "
                 "changed distribution, but the trainer's log probabilities are of the whole "
                 "softmax: the probability ratio will be biased"
             )

@@ -18,6 +18,8 @@ from chatlearn_vllm.config.model_args import ModelArgs
 from chatlearn_vllm.config.schema import (
     BatchGenerationConfig,
     LoraConfig,
+    MismatchStopConfig,
+    MismatchWarnConfig,
     ModelConfig,
     RuntimeConfig,
     RuntimeEnvConfig,
@@ -33,6 +35,7 @@ def tables() -> str:
     parts = [_table(group, "##") for group in (RuntimeEnvConfig, ModelConfig)]
     parts += [_table(group, "###") for group in (LoraConfig, BatchGenerationConfig)]
     parts += [_table(group, "##") for group in RuntimeConfig.__bases__]
+    parts += [_table(group, "###") for group in (MismatchWarnConfig, MismatchStopConfig)]
     parts.append("## Model files\n\nThe keys of `model_config_file`, flat, in any order.\n")
     parts += [_table(group, "###") for group in ModelArgs.__bases__]
     return "\n".join(parts)

@@ -35,7 +35,8 @@ class RuntimeEnvConfig(Section):
 class LoraConfig(Section):
     """`models.<name>.lora`: low-rank adapters
 
-    ChatLearn's keys; adapters are not supported yet, so enable_lora must be False.
+    ChatLearn's keys; enable_lora must be False. Adapters are switched on by `lora_r` in the model's
+    file.
     """
 
     enable_lora: bool = False
@@ -93,7 +94,7 @@ class ModelConfig(Section):
     pipeline_model_parallel_size: Positive = 1
     """Ranks that share the stack of layers; the model file's value wins over this one."""
     expert_model_parallel_size: Positive = 1
-    """Ranks that share the experts; must be 1 so far."""
+    """Ranks that share the experts; the model file's value wins over this one."""
     zero_size: Positive = 1
     """ChatLearn: ranks of a DeepSpeed group; must be 1, that backend is not here."""
     fsdp_size: Positive = 1
@@ -147,6 +148,49 @@ class ModelConfig(Section):
         return self.num_gpu // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 
+class MismatchLevels(Section):
+    """Levels of the metrics that compare the rollout's log-probabilities with the trainer's."""
+
+    def set_levels(self) -> dict[str, float]:
+        """The levels that are not None, by metric."""
+        return {name: level for name, level in self if level is not None}
+
+
+class MismatchWarnConfig(MismatchLevels):
+    """`runtime.mismatch_warn`: differences between rollout and trainer that are worth a warning
+
+    A metric above its level is logged, at most once in ten episodes. None = never. Dense models in
+    bfloat16 stay below the defaults; mixtures of experts may need higher ones.
+    """
+
+    logprob_abs_diff_mean: NonNegative | None = 0.05
+    """Mean absolute difference of the log-probabilities of the sampled tokens, in nats."""
+    logprob_abs_diff_max: NonNegative | None = None
+    """Largest such difference, in nats; single tokens may differ much in bfloat16."""
+    rollout_kl: NonNegative | None = 0.01
+    """KL divergence from the rollout to the trainer per token, in nats (k3 estimate)."""
+    rollout_clip_fraction: NonNegative | None = 0.02
+    """Share of tokens whose probability ratio is outside [1 - cliprange, 1 + cliprange] before the
+    first optimizer step."""
+
+
+class MismatchStopConfig(MismatchLevels):
+    """`runtime.mismatch_stop`: differences between rollout and trainer that end the job
+
+    The job ends before the optimizer steps of the episode in which a metric is above its level.
+    None = never. Log-probabilities that are NaN or infinite always end it.
+    """
+
+    logprob_abs_diff_mean: NonNegative | None = None
+    """As in `runtime.mismatch_warn`."""
+    logprob_abs_diff_max: NonNegative | None = None
+    """As in `runtime.mismatch_warn`."""
+    rollout_kl: NonNegative | None = None
+    """As in `runtime.mismatch_warn`."""
+    rollout_clip_fraction: NonNegative | None = None
+    """As in `runtime.mismatch_warn`."""
+
+
 class EpisodeKeys(Section):
     """`runtime`: episodes"""
 
@@ -175,6 +219,15 @@ class TrainingKeys(Section):
     train_global_batch_size: Positive | None = None
     """Rows per optimizer step, over all data parallel ranks; None = train_micro_batch_size times
     the data parallel size."""
+    mismatch_warn: MismatchWarnConfig = MismatchWarnConfig()
+    """Levels of the difference between rollout and trainer above which the job warns."""
+    mismatch_stop: MismatchStopConfig = MismatchStopConfig()
+    """Levels above which it ends."""
+    validate_param_sync: bool = True
+    """Compare digests of every weight, as sent and as it arrived, in every weight sync."""
+    validate_param_sync_stride: Positive = 16
+    """Of every weight digest one of so many parts of 64 KiB, another one in each sync; 1 = every
+    byte in every sync. The first sync of a job takes every byte whatever this says."""
 
 
 class DataKeys(Section):
@@ -229,9 +282,7 @@ class UnusedRuntimeKeys(Section):
     no_effect: ClassVar[str] = "nothing in this version reads them"
 
     debug: bool = False
-    """More output, and validate_param_sync."""
-    validate_param_sync: bool = False
-    """Compare both sides after a weight sync."""
+    """More output."""
     consumed_samples: Count = 0
     """Samples that an earlier job already took from the data; here in its checkpoint."""
     stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"

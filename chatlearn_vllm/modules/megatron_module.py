@@ -6,21 +6,31 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from chatlearn_vllm.algorithms.grpo import aggregate
+from chatlearn_vllm.algorithms.mismatch import count_not_finite, mismatch_metrics, mismatch_sums
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.mismatch_guard import MismatchError, MismatchGuard
 from chatlearn_vllm.observability.logging import get_logger
-from chatlearn_vllm.weight_sync.transport import Export, export_tensors
+from chatlearn_vllm.weight_sync.cuda_ipc import gpu_and_peers
+from chatlearn_vllm.weight_sync.digest import Sample
+from chatlearn_vllm.weight_sync.links import Links
+from chatlearn_vllm.weight_sync.lora import adapter_names
+from chatlearn_vllm.weight_sync.remote import LinkAddress, open_links
+from chatlearn_vllm.weight_sync.sender import WeightSender
+from chatlearn_vllm.weight_sync.transport import Export
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from chatlearn_vllm.config import ModelArgs
     from chatlearn_vllm.engines.megatron.engine import MegatronEngine
-    from chatlearn_vllm.layouts import ParamLayout
+    from chatlearn_vllm.layouts import ShardedModel
 
 
 logger = get_logger(__name__)
@@ -40,6 +50,9 @@ class MegatronModule(BaseModule, ABC):
 
     engine: MegatronEngine
     """Owns the model; there from `init` on."""
+
+    _mismatch_guard: MismatchGuard
+    """Knows the levels of the yaml; there from `init` on."""
 
     # ---------------------------------------------------------------- what users write
 
@@ -133,6 +146,10 @@ class MegatronModule(BaseModule, ABC):
                 f"runtime.train_global_batch_size={self._global_batch_size()} must be a multiple "
                 f"of the data parallel size of models.{self.name} = {self.data_parallel_size}"
             )
+        self._mismatch_guard = MismatchGuard(
+            warn=self.runtime_args.mismatch_warn.set_levels(),
+            stop=self.runtime_args.mismatch_stop.set_levels(),
+        )
 
     def model_setup(self) -> None:
         """Build the model, with its optimizer if it is trained. All ranks; once."""
@@ -152,14 +169,18 @@ class MegatronModule(BaseModule, ABC):
 
         Returns:
             Metrics of each optimizer step, the same on all ranks. If the rollout sent `logprobs`,
-            logprob_abs_diff_mean and _max compare them with this model's before the first step.
+            those of algorithms/mismatch.py compare them with this model's before the first step.
+
+        Raises:
+            MismatchError: on all ranks, before the first step: that comparison is above a level of
+                `runtime.mismatch_stop`, or one side has log-probabilities that are not finite.
         """
         num_rows = batch_size(data)
         self._check_equal_rows(num_rows)
         common: dict[str, float] = {}
         if "logprobs" in data:
             data = {**data, "old_logprobs": self.compute_logprobs(data)}
-            common = self._compare_with_rollout(data)
+            common = self._compare_with_rollout(data, iteration)
         rows_per_step = self._global_batch_size() // self.data_parallel_size
         metrics = []
         for _ in range(self.runtime_args.num_training_epoch):
@@ -202,21 +223,69 @@ class MegatronModule(BaseModule, ABC):
 
     # ---------------------------------------------------------------- weights and checkpoints
 
-    def weight_layout(self) -> list[ParamLayout]:
-        """Where each of this rank's parameters lies in the Hugging Face tensors."""
-        return [layout for layout, _ in self.engine.laid_out_parameters()]
-
     def local_parameters(self) -> dict[str, torch.Tensor]:
-        """This rank's live parameters by the names of `weight_layout`."""
+        """This rank's live parameters by megatron-core's names, layers over the whole model."""
         return {name: parameter.data for name, parameter in self.engine.named_parameters()}
 
-    def export_weights(self) -> Export:
-        """Describe this rank's parameters to rollout ranks on the same host, to be read there.
+    def weight_gpu(self) -> tuple[str | None, frozenset[str]]:
+        """UUID of the GPU that holds this rank's weights, and of those that it can read."""
+        return gpu_and_peers(self.engine.device)
+
+    def weight_shards(self) -> ShardedModel:
+        """Where the whole model lies on the training ranks."""
+        return self.engine.shards()
+
+    def plan_weight_sync(
+        self,
+        sources: ShardedModel,
+        targets: ShardedModel,
+        links: Links,
+        target_dtypes: dict[str, torch.dtype],
+    ) -> dict[int, str]:
+        """Plan what rollout ranks read from this rank; see WeightSender.plan.
+
+        Raises:
+            ValueError: this rank's parameters are not those that `sources` says.
+        """
+        self.engine.check_layouts(sources.rank_layouts(self.rank))
+        # Walking the modules takes longer than a small copy; `.data` is looked up in every sync.
+        self._synced_parameters = dict(self.engine.named_parameters())
+        self._sender = WeightSender(self.rank, self._synced_tensors, self.engine.weights_generation)
+        return self._sender.plan(sources, targets, links, target_dtypes)
+
+    def connect_weight_links(self, addresses: list[LinkAddress]) -> None:
+        """Take the links to rollout ranks that cannot read this rank's memory, in order."""
+        timeout_s = 60.0 * self.model_args.distributed_timeout_minutes
+        self._sender.connect(
+            open_links(addresses, is_sender=True, device=self.engine.device, timeout_s=timeout_s)
+        )
+
+    def export_weights(self, fresh: bool) -> Export:
+        """Show this rank's weights to rollout ranks on the same host, to be read there.
 
         They must not be trained, offloaded or onloaded until those ranks have read them.
+
+        Args:
+            fresh: whether some rank may not have opened the present memory yet.
         """
         self.engine.require_weights()
-        return export_tensors(self.local_parameters())
+        return self._sender.export(fresh)
+
+    def send_weights(self) -> None:
+        """Send to the rollout ranks of `connect_weight_links`, which receive at the same time."""
+        self.engine.require_weights()
+        self._sender.send()
+
+    def weight_digests(self, sample: Sample) -> list[dict[int, np.ndarray]]:
+        """Digests of what each rollout rank should have; see WeightSender.digests."""
+        return self._sender.digests(sample)
+
+    def _synced_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {name: param.data for name, param in self._synced_parameters.items()}
+        if self.model_args.lora_r:
+            for name, matrices in self.engine.adapters().items():
+                tensors |= zip(adapter_names(name), matrices, strict=True)
+        return tensors
 
     def save_checkpoint(self, iteration: int) -> None:
         """Save weights, optimizer, schedule and random states for a later resume."""
@@ -301,20 +370,44 @@ class MegatronModule(BaseModule, ABC):
                 f"{self.data_parallel_size} ranks together {total:.0f}; each needs equally many"
             )
 
-    def _compare_with_rollout(self, data: Batch) -> dict[str, float]:
-        mask = data["loss_mask"][:, 1:] != 0
-        difference = (data["logprobs"] - data["old_logprobs"]).abs()[mask]
-        total, count = self.engine.all_reduce_data_parallel(
-            [float(difference.sum()), float(difference.numel())]
+    def _compare_with_rollout(self, data: Batch, episode: int) -> dict[str, float]:
+        mask = data["loss_mask"][:, 1:]
+        self._check_finite(data, mask, episode)
+        sums, largest = mismatch_sums(
+            data["logprobs"], data["old_logprobs"], mask, cliprange=self.model_args.cliprange
         )
-        (largest,) = self.engine.all_reduce_data_parallel(
-            [float(difference.max()) if difference.numel() else 0.0],
-            torch.distributed.ReduceOp.MAX,
+        totals = self.engine.all_reduce_data_parallel(sums.tolist())
+        (maximum,) = self.engine.all_reduce_data_parallel([float(largest)], dist.ReduceOp.MAX)
+        metrics = mismatch_metrics(totals, maximum)
+        for warning in self._mismatch_guard.warnings(metrics, episode, _weight_version(data)):
+            if self.rank == 0:
+                logger.warning("%s: %s", self.name, warning)
+        return metrics
+
+    def _check_finite(self, data: Batch, mask: torch.Tensor, episode: int) -> None:
+        """Raise, on all ranks alike, if a response token of any of them has no finite value."""
+        rollout = count_not_finite(data["logprobs"], mask)
+        trainer = count_not_finite(data["old_logprobs"], mask)
+        of_rollout, of_trainer = self.engine.all_reduce_data_parallel(
+            [float(rollout.sum()), float(trainer.sum())]
         )
-        return {
-            "logprob_abs_diff_mean": total / max(1.0, count),
-            "logprob_abs_diff_max": largest,
-        }
+        if of_rollout + of_trainer == 0:
+            return
+        num_rows = batch_size(data)
+        own = (rollout + trainer).nonzero().flatten() + self.data_parallel_rank * num_rows
+        own_first = float(own[0]) if len(own) else float("inf")
+        (first,) = self.engine.all_reduce_data_parallel([own_first], dist.ReduceOp.MIN)
+        rank, row = divmod(int(first), num_rows)
+        raise MismatchError(
+            f"episode {episode}, rollouts of weight version {_weight_version(data)}: "
+            f"log-probabilities of response tokens are NaN or infinite ({of_rollout:.0f} of the "
+            f"rollout's, {of_trainer:.0f} of the trainer's), first in row {row} of data parallel "
+            f"rank {rank}. No optimizer step was made"
+        )
+
+
+def _weight_version(data: Batch) -> int | None:
+    return int(data["weight_version"][0]) if "weight_version" in data else None
 
 
 def _masked_logprobs(batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:

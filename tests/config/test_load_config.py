@@ -176,7 +176,7 @@ def test_a_job_is_frozen_and_travels_between_processes(job):
 
 
 def test_legacy_keys_are_renamed_and_named_once(write):
-    write("m.yaml", "vllm_load_format: auto\n")
+    write("m.yaml", "vllm_load_format: auto\ndecoder_first_pipeline_num_layers: 3\n")
     path = write(
         "job.yaml",
         "rlhf: {num_episode: 7}\nmodels: {m: {num_device: 2, model_config_file: m.yaml}}\n",
@@ -185,6 +185,7 @@ def test_legacy_keys_are_renamed_and_named_once(write):
     assert (loaded.runtime.num_episode, loaded.runtime.log_interval) == (7, 2)
     assert loaded.models["m"].num_gpu == 4
     assert loaded.models["m"].model_args.load_format == "auto"
+    assert loaded.models["m"].model_args.num_layers_in_first_pipeline_stage == 3
     assert f"{path}: rlhf is now called runtime" in loaded.notices
 
 

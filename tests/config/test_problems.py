@@ -132,9 +132,16 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy.gpu_per_process=2", "models.policy.gpu_per_process=2: "
          "must be 1, others have no backend"),
         ("models.policy.expert_model_parallel_size=2", "models.policy.expert_model_parallel_size="
-         "2: must be 1 and is 2; experts are not split yet"),
+         "2: the 1 ranks of a replica must be a multiple of expert_tensor_parallel_size x "
+         "expert_model_parallel_size x pipeline_model_parallel_size = 1 x 2 x 1"),
         ("models.policy.lora.enable_lora=True", "models.policy.lora.enable_lora=True: "
-         "must be False, adapters are not supported yet"),
+         "must be False; adapters are switched on by lora_r in the model's file"),
+        ("models.policy_trainer.model_args.lora_dropout=0.1", "models.policy_trainer.model_args."
+         "lora_dropout=0.1: must be 0, with dropout the trainer would not score tokens as the "
+         "rollout sampled them"),
+        ("models.policy_trainer.model_args.target_modules=['q_proj']", "models.policy_trainer."
+         "model_args.target_modules=['q_proj']: must be 'linear_qkv', 'linear_proj', "
+         "'linear_fc1' or 'linear_fc2'"),
         ("runtime.colocation=['policy,reward']", "runtime.colocation=['policy,reward']: "
          "model 'reward' has no devices to share (num_gpu is 0)"),
         # batches
@@ -189,6 +196,54 @@ def test_layers_of_a_trainable_model_must_fit_the_pipeline(job):
     ]
     (line,) = problems_of(job, overrides)
     assert "3 layers of a trainable model must be a multiple of its 2 pipeline stages" in line
+
+
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        ({"first": 1, "last": 3}, None),
+        ({"first": 1}, None),
+        ({"first": 4}, "leaves 0 of 4 layers to 1 of 2 pipeline stages"),
+        ({"first": 1, "last": 2}, "leaves 1 of 4 layers to 0 of 2 pipeline stages"),
+        ({"last": 1, "virtual": 3}, "leaves 3 of 4 layers to 1 of 2 pipeline stages; these need "
+         "equally many, each stage a multiple of 3"),
+    ],
+)  # fmt: skip
+def test_the_first_and_last_stage_may_have_layers_of_their_own(job, stages, line):
+    keys = {
+        "first": "num_layers_in_first_pipeline_stage",
+        "last": "num_layers_in_last_pipeline_stage",
+        "virtual": "virtual_pipeline_model_parallel_size",
+    }
+    args = "models.policy_trainer.model_args."
+    overrides = ["models.policy_trainer.pipeline_model_parallel_size=2", f"{args}num_layers=4"]
+    overrides += [f"{args}{keys[key]}={value}" for key, value in stages.items()]
+    if line is None:
+        load_config(job, overrides)
+    else:
+        assert line in problems_of(job, overrides)[0]
+
+
+def test_experts_must_fit_the_ranks(job, write, tmp_path):
+    write("hf/config.json", json.dumps({"num_local_experts": 6}))
+    trainer = "models.policy_trainer."
+    expert_parallel = f"{trainer}expert_model_parallel_size"
+    overrides = [f"{trainer}model_args.load={tmp_path}/hf", f"{trainer}num_gpu=4"]
+    load_config(job, [*overrides, f"{expert_parallel}=2"])
+    (line,) = problems_of(job, [*overrides, f"{expert_parallel}=4"])
+    assert line.endswith("expert_model_parallel_size=4: must divide the 6 experts")
+    overrides += [f"{trainer}tensor_model_parallel_size=4", f"{expert_parallel}=2"]
+    (line,) = problems_of(job, overrides)
+    assert "the 4 ranks of a replica must be a multiple" in line and "= 4 x 2 x 1" in line
+    load_config(job, [*overrides, f"{trainer}model_args.expert_tensor_parallel_size=2"])
+
+
+def test_a_dense_model_has_no_experts_to_split(job, write, tmp_path):
+    write("hf/config.json", json.dumps({"num_hidden_layers": 2}))
+    trainer = "models.policy_trainer."
+    overrides = [f"{trainer}model_args.load={tmp_path}/hf"]
+    (line,) = problems_of(job, [*overrides, f"{trainer}expert_model_parallel_size=2"])
+    assert "needs a model with experts" in line
 
 
 def test_structure_in_the_yaml_must_agree_with_config_json(job, write, tmp_path):
