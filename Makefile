@@ -1,5 +1,5 @@
 # make demo    run the GRPO demo on this machine's CPU
-# make test    run the tests that need no GPU
+# make test    run the tests that need no GPU; make test-all adds the slow ones
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: install demo test test-gpu lint lock-cpu lock-gpu clean
+.PHONY: install demo test test-all test-gpu lint lock-cpu lock-gpu clean
 
 install: $(VENV)/.cpu
 
@@ -29,6 +29,9 @@ demo: install
 	$(PY) examples/megatron/demo.py
 
 test: install
+	$(PY) -m pytest -m "not gpu and not slow"
+
+test-all: install
 	$(PY) -m pytest -m "not gpu"
 
 test-gpu: $(VENV)/.gpu
