@@ -3,13 +3,14 @@
 A digest is a 64-bit number made of the bytes of a rectangle, taken as 32-bit words w[0], w[1], ...
 in row-major order:
 
-    h[i] = mix(A * w[i] + B * i)        on 32 bits; mix: x ^= x >> 15; x *= C; x ^= x >> 13
+    h[i] = mix(A * w[i] + B * i)        on 32 bits
+    mix(x): x ^= x >> 15; x *= B; x ^= x >> 13; x *= C; x ^= x >> 16
     digest = sum of all h[i]            on 64 bits
 
 Each word is bound to its place, so lost, doubled, stale and exchanged words all change it; a wrong
 rectangle passes with a chance of about 2**-32 or less. The sum does not depend on an order, so many
 threads may form it. `kernels.py` computes the same on a GPU. It guards against faults, not against
-an attacker. A, B and C are odd constants with well spread bits (from xxHash32, Y. Collet).
+an attacker. Constants and mix are those of xxHash32 (Y. Collet).
 
 Reading all bytes once more takes a good part of the time of copying them. So a digest may take a
 `Sample` of the rectangle: of its units, whole rows of about 64 KiB, every `stride`-th and at least
@@ -101,7 +102,9 @@ def _sum_of_hashes(words: np.ndarray, first: int) -> int:
         h += _PLACES[: chunk.size]
         h += np.uint32((first + start) * B % 2**32)
         h ^= h >> np.uint32(15)
-        h *= np.uint32(C)
+        h *= np.uint32(B)
         h ^= h >> np.uint32(13)
+        h *= np.uint32(C)
+        h ^= h >> np.uint32(16)
         total += int(h.sum(dtype=np.uint64))
     return total

@@ -19,8 +19,10 @@ _C = tl.constexpr(digest.C)
 def _hash(word, place):
     h = word.to(tl.uint32, bitcast=True) * _A + place.to(tl.uint32) * _B
     h ^= h >> 15
+    h *= _B
+    h ^= h >> 13
     h *= _C
-    return (h ^ (h >> 13)).to(tl.int64)
+    return (h ^ (h >> 16)).to(tl.int64)
 
 
 @triton.jit

@@ -23,8 +23,10 @@ def sum_of_hashes(data: bytes, first_word: int = 0) -> int:
         word = int.from_bytes(data[4 * i : 4 * i + 4], "little")
         h = (A * word + B * (first_word + i)) % 2**32
         h ^= h >> 15
+        h = h * B % 2**32
+        h ^= h >> 13
         h = h * C % 2**32
-        total += h ^ (h >> 13)
+        total += h ^ (h >> 16)
     return as_int64(total)
 
 
