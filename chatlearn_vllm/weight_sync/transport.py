@@ -106,6 +106,8 @@ class OpenedExport:
     def close(self) -> None:
         """Let the memory go; nothing may read it any more."""
         self.tensors = {}
+        if self._mappings:
+            torch.cuda.synchronize()  # after an error a launch may still be reading
         for mapping in self._mappings:
             mapping.close()
         self._mappings = []
