@@ -72,7 +72,7 @@ class VLLMEngine:
 
         Args:
             engine_arguments: for `vllm.EngineArgs`, under vLLM's names.
-            shape: sizes of the model, for `weight_layout`.
+            shape: sizes of the model, for `shards`.
             owner: its `on_step` is called once per scheduled batch.
 
         Raises:

@@ -253,6 +253,10 @@ class MegatronModule(BaseModule, ABC):
         self._sender = WeightSender(self.rank, self._synced_tensors, self.engine.weights_generation)
         return self._sender.plan(sources, targets, links, target_dtypes)
 
+    def listen_for_weight_links(self) -> int:
+        """Listen for rollout ranks that cannot read this rank's memory; the port."""
+        return self._sender.listen()
+
     def connect_weight_links(self, addresses: list[LinkAddress]) -> None:
         """Take the links to rollout ranks that cannot read this rank's memory, in order."""
         timeout_s = 60.0 * self.model_args.distributed_timeout_minutes

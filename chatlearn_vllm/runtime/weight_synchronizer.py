@@ -136,23 +136,21 @@ class WeightSynchronizer:
     def _connect(self) -> None:
         """Tell both ends of each link where to meet, and in which order to work their links."""
         self._num_connects += 1
-        places = gather(
-            [
-                PendingCall(rank, "locate", rank.actor.locate.remote())
-                for rank in (self._trainer.ranks[sender] for sender in self._sending)
-            ]
+        ports = gather(
+            [self._trainer.start_on(rank, "listen_for_weight_links") for rank in self._sending]
         )
-        at = dict(zip(self._sending, places, strict=True))
+        port_of = dict(zip(self._sending, ports, strict=True))
         ends: dict[tuple[WorkerGroup, int], list[LinkAddress]] = {}
         for sender, reader in (pair for turn in schedule(self._far) for pair in turn):
             name = f"{self._trainer.name} {sender} -> {self._policy.name} {reader}"
             if self._num_connects > 1:  # a broken link's name is not used again
                 name += f" ({self._num_connects})"
+            host = self._trainer.ranks[sender].location.host
             for group, own, peer in (
                 (self._trainer, sender, reader),
                 (self._policy, reader, sender),
             ):
-                address = LinkAddress(peer, name, at[sender].host, at[sender].free_port)
+                address = LinkAddress(peer, name, host, port_of[sender])
                 ends.setdefault((group, own), []).append(address)
         gather(
             [

@@ -318,6 +318,16 @@ def _slices(rect: Rect) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in rect)
 
 
+def listen() -> dist.TCPStore:
+    """Listen, on a port that the system chooses, for the other ends of this process's links.
+
+    Returns:
+        The store, to be kept as long as links may be opened; `.port` is the port. Choosing the
+        port earlier and listening later would now and then find it taken.
+    """
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+
 def open_links(
     addresses: Sequence[LinkAddress], *, is_sender: bool, device: torch.device, timeout_s: float
 ) -> dict[int, Link]:

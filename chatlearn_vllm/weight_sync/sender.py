@@ -15,7 +15,7 @@ from chatlearn_vllm.weight_sync.links import Links
 from chatlearn_vllm.weight_sync.lora import with_adapters
 from chatlearn_vllm.weight_sync.pieces import Piece
 from chatlearn_vllm.weight_sync.planner import Copy, fingerprint, plan_sender
-from chatlearn_vllm.weight_sync.remote import Link, all_or_none
+from chatlearn_vllm.weight_sync.remote import Link, all_or_none, listen
 from chatlearn_vllm.weight_sync.transport import Export, export_tensors
 from chatlearn_vllm.weight_sync.verify import Digester
 
@@ -83,6 +83,11 @@ class WeightSender:
                     everything.setdefault(reader, []).extend(copies[reader])
             self._batches.append(_Batch(copies, target_dtypes or {}))
         return {reader: fingerprint(own) for reader, own in everything.items()}
+
+    def listen(self) -> int:
+        """Listen for the other ends of links; the port."""
+        self._store = listen()
+        return self._store.port
 
     def connect(self, connections: Mapping[int, Link]) -> None:
         """Give the links to engine ranks that cannot read this rank, in working order."""

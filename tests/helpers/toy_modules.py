@@ -236,6 +236,9 @@ class ToyTrainer(ToyModule):
         self.sender = WeightSender(self.rank, lambda: {"scores": self.scores}, lambda: 0)
         return self.sender.plan(sources, targets, links, target_dtypes)
 
+    def listen_for_weight_links(self):
+        return self.sender.listen()
+
     def connect_weight_links(self, addresses):
         self.sender.connect(
             open_links(addresses, is_sender=True, device=CPU, timeout_s=LINK_TIMEOUT_S)
