@@ -1,5 +1,6 @@
 """Models with experts compute, train, save and resume alike however their ranks are arranged."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +355,15 @@ def error_of_building(path, **settings):
     except ValueError as error:
         torch.distributed.destroy_process_group()
         return str(error)
+
+
+def threads_after_training(path, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        tiny_models.train(engine, steps=1)
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("settings", [{"ep": 2}, {"lora_r": 2, "target_modules": ["linear_qkv"]}])
+def test_a_shut_down_engine_leaves_no_polling_threads(ranks, models, settings):
+    first = ranks[2].run(threads_after_training, models["mixtral"], **settings)
+    assert ranks[2].run(threads_after_training, models["mixtral"], **settings) == first

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from chatlearn_vllm.engines.megatron import (
     checkpoint,
@@ -579,6 +580,9 @@ class MegatronEngine:
         for module in self._modules:
             if isinstance(module, DistributedDataParallel):
                 module.grad_accs.clear()  # part of a cycle that python cannot see
+        for module in (module for chunk in self.chunks for module in chunk.modules()):
+            if isinstance(module, MoELayer):
+                module.token_dispatcher = None  # it keeps the last step's graph: another one
         self.chunks, self._modules = [], []
         self.optimizer = self.scheduler = None
         self._weights = self._grads = self._optimizer_states = None
