@@ -17,15 +17,15 @@ from chatlearn_vllm.layouts.families import EMBEDDING, FINAL_NORM, Cut, LayerPar
 from chatlearn_vllm.layouts.model import ModelShape, layer_tensor
 from chatlearn_vllm.layouts.parallel import TrainParallel
 from chatlearn_vllm.layouts.shards import (
+    CutShards,
     Holder,
-    LayeredShards,
     LowRank,
     group_holders,
     join_holders,
 )
 
 
-class MegatronShards(LayeredShards):
+class MegatronShards(CutShards):
     """A model on megatron-core's training ranks.
 
     Parameter names are those of the bare GPTModel with layers counted over the whole model
@@ -92,14 +92,6 @@ class MegatronShards(LayeredShards):
             shards += [(ranks, layout) for layout in self._head(tp_rank)]
         return group_holders(shards)
 
-    def _layer_holders(self, layer: int) -> dict[str, list[Holder]]:
-        stage = self._stage_of[layer]
-        return group_holders(
-            (self.parallel.dense_ranks(stage, tp_rank), layout)
-            for tp_rank in range(self.parallel.tensor)
-            for layout in self._layer(layer, tp_rank)
-        )
-
     def _expert_holders(self, layer: int, expert: int) -> dict[str, list[Holder]]:
         stage = self._stage_of[layer]
         ep_rank = expert // (self.model.num_experts // self.parallel.expert)
@@ -121,10 +113,6 @@ class MegatronShards(LayeredShards):
         # Tied on one stage, the output layer is the embedding; on two, the last has its own copy.
         if not self.model.tie_word_embeddings or self.parallel.pipeline > 1:
             yield self._vocab("output_layer.weight", self.model.output_tensor, tp_rank)
-
-    def _layer(self, layer: int, tp_rank: int) -> Iterator[ParamLayout]:
-        for param in self.model.layer_params(layer):
-            yield self._layer_param(layer, param, tp_rank)
 
     def _layer_param(self, layer: int, param: LayerParam, tp_rank: int) -> ParamLayout:
         name = f"decoder.layers.{layer}.{param.megatron}"

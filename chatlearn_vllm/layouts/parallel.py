@@ -146,7 +146,7 @@ class RolloutParallel:
         replica, within = divmod(rank, self.ranks_per_replica)
         return RolloutRank(replica, within % self.tensor, within // self.tensor)
 
-    def ranks(self, stage: int, tensor: int) -> tuple[int, ...]:
+    def dense_ranks(self, stage: int, tensor: int) -> tuple[int, ...]:
         """Ranks that hold the same shard: one per replica."""
         first = stage * self.tensor + tensor
         return tuple(range(first, self.world_size, self.ranks_per_replica))

@@ -1,12 +1,14 @@
 """Which ranks hold which part of a logical tensor? The same question for either side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from chatlearn_vllm.layouts.blocks import Block, ParamLayout
+from chatlearn_vllm.layouts.families import LayerParam
 from chatlearn_vllm.layouts.model import ModelShape, layer_and_expert
+from chatlearn_vllm.layouts.parallel import RolloutParallel, TrainParallel
 
 
 class Holder(NamedTuple):
@@ -117,6 +119,31 @@ class LayeredShards(ShardedModel):
     @abstractmethod
     def _expert_holders(self, layer: int, expert: int) -> dict[str, list[Holder]]:
         """Of one expert's tensors."""
+
+
+class CutShards(LayeredShards):
+    """A model whose layers lie on pipeline stages and are cut over tensor parallel ranks."""
+
+    parallel: TrainParallel | RolloutParallel
+    _stage_of: dict[int, int]
+    """Pipeline stage of each layer."""
+
+    @abstractmethod
+    def _layer_param(self, layer: int, param: LayerParam, tp_rank: int) -> ParamLayout:
+        """One parameter of a layer on one tensor parallel rank."""
+
+    def _layer(self, layer: int, tp_rank: int) -> Iterator[ParamLayout]:
+        """A layer's parameters but its experts'."""
+        for param in self.model.layer_params(layer):
+            yield self._layer_param(layer, param, tp_rank)
+
+    def _layer_holders(self, layer: int) -> dict[str, list[Holder]]:
+        stage = self._stage_of[layer]
+        return group_holders(
+            (self.parallel.dense_ranks(stage, tp_rank), layout)
+            for tp_rank in range(self.parallel.tensor)
+            for layout in self._layer(layer, tp_rank)
+        )
 
 
 class ListedShards(ShardedModel):

@@ -17,13 +17,19 @@ from chatlearn_vllm.layouts.blocks import (
 from chatlearn_vllm.layouts.families import EMBEDDING, FINAL_NORM, OUTPUT, Cut, LayerParam
 from chatlearn_vllm.layouts.model import ModelShape, layer_tensor
 from chatlearn_vllm.layouts.parallel import RolloutParallel
-from chatlearn_vllm.layouts.shards import Holder, LayeredShards, group_holders, join_holders
+from chatlearn_vllm.layouts.shards import (
+    CutShards,
+    Holder,
+    LayeredShards,
+    group_holders,
+    join_holders,
+)
 
 VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of it."""
 
 
-class VLLMShards(LayeredShards):
+class VLLMShards(CutShards):
     """A model on the ranks of vLLM replicas, under the names of `model.named_parameters()`."""
 
     def __init__(self, model: ModelShape, parallel: RolloutParallel) -> None:
@@ -57,18 +63,10 @@ class VLLMShards(LayeredShards):
 
     def _outer_holders(self) -> dict[str, list[Holder]]:
         return group_holders(
-            (self.parallel.ranks(stage, tp_rank), layout)
+            (self.parallel.dense_ranks(stage, tp_rank), layout)
             for stage in range(self.parallel.pipeline)
             for tp_rank in range(self.parallel.tensor)
             for layout in self._ends(stage, tp_rank)
-        )
-
-    def _layer_holders(self, layer: int) -> dict[str, list[Holder]]:
-        stage = self._stage_of[layer]
-        return group_holders(
-            (self.parallel.ranks(stage, tp_rank), layout)
-            for tp_rank in range(self.parallel.tensor)
-            for layout in self._layer(layer, tp_rank)
         )
 
     def _expert_holders(self, layer: int, expert: int) -> dict[str, list[Holder]]:
@@ -78,7 +76,7 @@ class VLLMShards(LayeredShards):
             local_experts, _ = self._expert_share(tp_rank)
             if not local_experts[0] <= expert < local_experts[1]:
                 continue
-            ranks = self.parallel.ranks(stage, tp_rank)
+            ranks = self.parallel.dense_ranks(stage, tp_rank)
             w13, w2 = self._expert_blocks(layer, expert, tp_rank)
             parts += [(ranks, layer_tensor(layer, names.vllm_w13), block) for block in w13]
             parts.append((ranks, layer_tensor(layer, names.vllm_w2), w2))
@@ -102,10 +100,6 @@ class VLLMShards(LayeredShards):
             yield replicated(FINAL_NORM, FINAL_NORM, (self.model.hidden_size,))
             if not tied:
                 yield self._vocab(OUTPUT, OUTPUT, tp_rank)
-
-    def _layer(self, layer: int, tp_rank: int) -> Iterator[ParamLayout]:
-        for param in self.model.layer_params(layer):
-            yield self._layer_param(layer, param, tp_rank)
 
     def _layer_param(self, layer: int, param: LayerParam, tp_rank: int) -> ParamLayout:
         name = layer_tensor(layer, param.vllm)

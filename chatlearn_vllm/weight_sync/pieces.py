@@ -40,11 +40,6 @@ class Spans(NamedTuple):
     width: np.ndarray
     pitch: np.ndarray
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all rectangles."""
-        return int((self.rows * self.width).sum())
-
     def is_aligned(self, to: int) -> np.ndarray:
         """Which rectangles consist of whole words of `to` bytes at multiples of `to` bytes."""
         return (self.address % to == 0) & (self.width % to == 0) & (self.pitch % to == 0)

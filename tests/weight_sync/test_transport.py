@@ -135,7 +135,7 @@ def test_spans_tell_where_the_bytes_of_rectangles_lie_also_after_tensors_have_mo
         tensors = {name: tensor * 2 for name, tensor in parameters().items()}
         window = torch.zeros(7, 9)[2:6, 3:7]
         tensors["window"] = window.copy_(tensors["window"])
-    assert spans.num_bytes == 240 + 120 + 48 + 16 + 48 + 48 + 16 + 20
+    assert (spans.rows * spans.width).sum() == 240 + 120 + 48 + 16 + 48 + 48 + 16 + 20
 
 
 def test_rows_without_gaps_are_one_span() -> None:
