@@ -149,7 +149,7 @@ class Benchmark:
             }
             for own in wanted
         ]
-        result["first_sync"] = self._time_syncs(1)
+        result["first_sync"] = _summary([self._sync.sync().seconds])
         result["sync"] = self._time_syncs(self._repeat)
         result["sync_extra_memory"] = self._extra_memory()
         for name, stride in (("sync_all_bytes_digested", 1), ("sync_without_digests", None)):
@@ -161,15 +161,23 @@ class Benchmark:
         return result
 
     def _time_syncs(self, repeat: int) -> dict[str, Any]:
-        self._take_seconds()
-        seconds, inside = [], []
-        for _ in range(repeat):
-            seconds.append(self._sync.sync().seconds)
-            inside.append(self._take_seconds())
+        seconds = [self._sync.sync().seconds for _ in range(repeat)]
+        inside = []
+        with self._watched():
+            for _ in range(repeat):
+                self._sync.sync()
+                inside.append(self._take_seconds())
         parts = {part: statistics.median(one[part] for one in inside) for part in inside[0]}
         if "pull" in parts:
             parts["copy"] = parts.pop("pull") - parts.get("digests", 0.0)
         return _summary(seconds) | {"slowest_rank_s": parts}
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Within the block the ranks measure what they do."""
+        gather([*self._trainer.start("watch", True), *self._policy.start("watch", True)])
+        yield
+        gather([*self._trainer.start("watch", False), *self._policy.start("watch", False)])
 
     def _take_seconds(self) -> dict[str, float]:
         """Seconds of the slowest rank since the last call, by what was done."""
@@ -247,19 +255,18 @@ class Benchmark:
         stride = -(-num_buckets // MAX_SINGLE_LOADS) if per_tensor else 1
         buckets = range(0, num_buckets, stride)
         self._load(buckets, per_tensor)
-        self._take_seconds()
-        seconds, inside = [], []
+        seconds = []
         for _ in range(1 if stride > 1 else self._repeat):
             start = time.perf_counter()
             self._load(buckets, per_tensor)
             seconds.append((time.perf_counter() - start) * num_buckets / len(buckets))
-            inside.append(self._take_seconds())
+        with self._watched():
+            self._load(buckets, per_tensor)
+            inside = self._take_seconds()
         return _summary(seconds) | {
             "calls": num_buckets,
             "measured_calls": len(buckets),
-            "slowest_rank_s": {
-                what: statistics.median(one[what] for one in inside) for what in inside[0]
-            },
+            "slowest_rank_s": inside,
             "extra_memory": self._extra_memory(),
         }
 
@@ -282,7 +289,7 @@ class Benchmark:
                 loads.append(load)
             gathers += shown
         gather(loads, inputs=gathers)
-        self._policy.call("finish_weight_sync", self._sync.version)
+        self._policy.call("finish_load", self._sync.version)
 
     def _source_of_each_rank(self) -> list[int]:
         """The training rank on the same GPU, where there is one, else any."""

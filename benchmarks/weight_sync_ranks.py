@@ -19,6 +19,7 @@ from chatlearn_vllm.weight_sync.digest import Sample
 from chatlearn_vllm.weight_sync.links import LinkKind, Links
 from chatlearn_vllm.weight_sync.pieces import Spans
 from chatlearn_vllm.weight_sync.planner import plan_reader
+from chatlearn_vllm.weight_sync.sender import Sent
 from chatlearn_vllm.weight_sync.transport import Export, OpenedExport, export_tensors
 from examples.megatron.models.policy_reference import PolicyReference
 from examples.megatron.models.vllm_policy_inference import VLLMPolicyInference
@@ -37,10 +38,15 @@ class Watch:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.is_on = False
+        """Waiting for the device costs time, too: the whole is measured with this off."""
 
     @contextmanager
     def measure(self, what: str) -> Iterator[None]:
         """Add the duration of the block."""
+        if not self.is_on:
+            yield
+            return
         synchronize()
         start = time.perf_counter()
         yield
@@ -116,6 +122,10 @@ class MeasuredRank:
     _watch: Watch
     _memory: Memory
 
+    def watch(self, is_on: bool) -> None:
+        """Begin or end to measure what is done."""
+        self._watch.is_on = is_on
+
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by what was done."""
         return self._watch.take()
@@ -145,15 +155,15 @@ class BenchmarkTrainer(MeasuredRank, PolicyReference):
         """Give every weight a new value, as a training step would."""
         self.engine.fill(seed)
 
-    def export_weights(self, fresh: bool) -> Export:
+    def export_weights(self) -> Export:
         """As in a job, measured."""
         with self._watch.measure("export"):
-            return super().export_weights(fresh)
+            return super().export_weights()
 
-    def weight_digests(self, sample: Sample) -> list[dict[int, np.ndarray]]:
+    def sent_weights(self, sample: Sample | None) -> Sent:
         """As in a job, measured."""
         with self._watch.measure("sender_digests"):
-            return super().weight_digests(sample)
+            return super().sent_weights(sample)
 
     # ---- baselines ----------------------------------------------------------------------------
 
@@ -241,10 +251,10 @@ class BenchmarkPolicy(MeasuredRank, VLLMPolicyInference):
         keep_open: bool,
         sample: Sample | None,
         *exports: Export,
-    ) -> Any:
+    ) -> None:
         """As in a job, measured."""
         with self._watch.measure("import"):
-            return super().import_weights(source_ranks, keep_open, sample, *exports)
+            super().import_weights(source_ranks, keep_open, sample, *exports)
 
     def bytes_by_source(self) -> dict[int, tuple[LinkKind, int]]:
         """What this rank reads in a sync, by training rank."""
@@ -296,6 +306,10 @@ class BenchmarkPolicy(MeasuredRank, VLLMPolicyInference):
         """Declare the weights STALE."""
         self.engine.begin_weight_update()
 
+    def finish_load(self, version: int) -> None:
+        """Declare the weights READY."""
+        self.engine.finish_weight_update(version)
+
     @torch.no_grad()
     def load_bucket(self, per_tensor: bool, bucket: Bucket) -> None:
         """Pass a gathered bucket through the model's `load_weights`.
@@ -320,7 +334,7 @@ class BenchmarkPolicy(MeasuredRank, VLLMPolicyInference):
         self._opened, self._opened_memories = None, []
 
     def _open_bucket(self, bucket: Bucket) -> torch.Tensor:
-        (form,) = (tensor.form for tensor in bucket.export.tensors.values())
+        (form,) = bucket.export.forms
         if bucket.gpu is None:
             return OpenedExport(bucket.export).tensors["bucket"]
         if bucket.export.memories != self._opened_memories:

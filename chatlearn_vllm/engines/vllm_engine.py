@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class VLLMEngine:
         loaded = arguments.get("load_format") != "dummy"
         self.state = EngineState(Weights.READY if loaded else Weights.DUMMY, 0 if loaded else None)
         self._weights_asleep_as: Weights = self.state.weights
+        self._has_prefixes = True
+        self._version_before: int | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -249,13 +252,31 @@ class VLLMEngine:
         if self.state.weights is Weights.ASLEEP:
             raise EngineStateError("cannot write weights: the engine is ASLEEP; wake_weights()")
         self.state = EngineState(Weights.STALE, self.state.version, self.state.kv_cache_awake)
+        self._has_prefixes = True
         return self.parameters()
+
+    def forget_prefixes(self) -> None:
+        """Forget what the KV cache holds for prompts to come, computed with the old weights.
+
+        vLLM visits every block: some 10 ms for a large cache, so a GPU may copy meanwhile. A call
+        between `begin_weight_update` and `finish_weight_update` takes that off the latter.
+        """
+        self._engine.reset_prefix_cache()
+        self._has_prefixes = False
 
     def finish_weight_update(self, version: int) -> None:
         """Declare the weights READY at `version` and forget what was cached for the old ones."""
-        self._engine.reset_prefix_cache()
+        if self._has_prefixes:
+            self.forget_prefixes()
         vllm_compat.set_weight_version(self._engine, version)
+        self._version_before = self.state.version
         self.state = EngineState(Weights.READY, version, self.state.kv_cache_awake)
+
+    def revoke_weight_update(self, version: int) -> None:
+        """Declare the weights STALE again if they are READY at `version`."""
+        if self.state.weights is Weights.READY and self.state.version == version:
+            before = self._version_before
+            self.state = EngineState(Weights.STALE, before, self.state.kv_cache_awake)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Pass a whole checkpoint through vLLM's loader; `finish_weight_update` comes after it.
@@ -308,7 +329,20 @@ class VLLMEngine:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's live parameters by vLLM's names; tied parameters once."""
-        return dict(self.model.named_parameters())
+        return {name: getattr(owner, own) for name, (owner, own) in self._owners.items()}
+
+    @cached_property
+    def _owners(self) -> dict[str, tuple[torch.nn.Module, str]]:
+        """Which module holds each parameter under which name.
+
+        Kept, because walking all modules takes longer than a small weight sync. The parameters are
+        not: vLLM puts new ones in their places when it reloads.
+        """
+        owners = {}
+        for name, _ in self.model.named_parameters():
+            module, _, own = name.rpartition(".")
+            owners[name] = (self.model.get_submodule(module), own)
+        return owners
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from chatlearn_vllm.weight_sync.digest import Sample
 from chatlearn_vllm.weight_sync.links import Links
 from chatlearn_vllm.weight_sync.lora import adapter_names
 from chatlearn_vllm.weight_sync.remote import LinkAddress, open_links
-from chatlearn_vllm.weight_sync.sender import WeightSender
+from chatlearn_vllm.weight_sync.sender import Sent, WeightSender
 from chatlearn_vllm.weight_sync.transport import Export
 
 if TYPE_CHECKING:
@@ -264,25 +263,23 @@ class MegatronModule(BaseModule, ABC):
             open_links(addresses, is_sender=True, device=self.engine.device, timeout_s=timeout_s)
         )
 
-    def export_weights(self, fresh: bool) -> Export:
+    def export_weights(self) -> Export:
         """Show this rank's weights to rollout ranks on the same host, to be read there.
 
         They must not be trained, offloaded or onloaded until those ranks have read them.
-
-        Args:
-            fresh: whether some rank may not have opened the present memory yet.
         """
         self.engine.require_weights()
-        return self._sender.export(fresh)
+        return self._sender.export()
 
     def send_weights(self) -> None:
         """Send to the rollout ranks of `connect_weight_links`, which receive at the same time."""
         self.engine.require_weights()
         self._sender.send()
 
-    def weight_digests(self, sample: Sample) -> list[dict[int, np.ndarray]]:
-        """Digests of what each rollout rank should have; see WeightSender.digests."""
-        return self._sender.digests(sample)
+    def sent_weights(self, sample: Sample | None) -> Sent:
+        """Say what each rollout rank should have; see WeightSender.sent."""
+        self.engine.require_weights()
+        return self._sender.sent(sample)
 
     def _synced_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: param.data for name, param in self._synced_parameters.items()}

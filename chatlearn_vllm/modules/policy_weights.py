@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from chatlearn_vllm.layouts import CheckpointShards, ShardedModel
 from chatlearn_vllm.observability.logging import get_logger
-from chatlearn_vllm.weight_sync.receiver import Digests, ReaderPlan, WeightReceiver
+from chatlearn_vllm.weight_sync.receiver import Arrival, ReaderPlan, WeightReceiver
 
 if TYPE_CHECKING:
     from chatlearn_vllm.engines.vllm_engine import VLLMEngine
     from chatlearn_vllm.weight_sync.digest import Sample
     from chatlearn_vllm.weight_sync.links import Links
     from chatlearn_vllm.weight_sync.remote import Link
+    from chatlearn_vllm.weight_sync.sender import Sent
     from chatlearn_vllm.weight_sync.transport import Export
 
 logger = get_logger(__name__)
 
 LOADER_BYTES = 512 * 2**20
 """Whole tensors that wait for vLLM's loader at a time, unless a single one is larger."""
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What one rank has taken over in a sync."""
-
-    num_bytes: int
-    """Of the weights copied into tensors of this rank."""
-    digests: list[Digests]
-    """Of what arrived, by batch; empty if they were not asked for."""
 
 
 class PolicyWeights:
@@ -89,11 +79,11 @@ class PolicyWeights:
 
     def import_from(
         self, exports: Mapping[int, Export], *, keep_open: bool, sample: Sample | None
-    ) -> Imported:
+    ) -> None:
         """Take over what training ranks show and send; the engine is STALE from here on.
 
         Args:
-            exports: by training rank.
+            exports: by training rank, of those whose memory is not open here yet.
             keep_open: whether the training ranks' memory stays where it is until the next sync.
             sample: which part of the weights is digested; None for no digests.
         """
@@ -103,23 +93,29 @@ class PolicyWeights:
                 targets = self._engine.begin_weight_update()
                 receiver.open(exports)
                 if self.is_direct:
-                    digests = [receiver.pull(targets, sample=sample)]
+                    receiver.pull(targets, sample=sample, meanwhile=self._engine.forget_prefixes)
                 else:
-                    digests = []
-                    self._engine.load_weights(self._batches(digests, sample))
+                    self._engine.load_weights(self._batches(sample))
         finally:
             if not keep_open:
                 receiver.close()
-        num_bytes = receiver.num_elements * self._engine.dtype.itemsize
-        return Imported(num_bytes, digests if sample is not None else [])
 
-    def describe(self, source_rank: int, number: int, batch: int) -> str:
-        """See WeightReceiver.describe."""
-        return self._receiver.describe(source_rank, number, batch)
+    def finish(self, version: int, sent: Mapping[int, Sent]) -> Arrival:
+        """Compare what has arrived with what was sent; the engine is READY if that is the same.
 
-    def _batches(
-        self, digests: list[Digests], sample: Sample | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        Args:
+            version: what the new weights are called.
+            sent: by training rank, of all that send to this rank.
+
+        Raises:
+            RuntimeError: `import_from` did not succeed.
+        """
+        arrival = self._receiver.compare(sent)
+        if arrival.is_good:
+            self._engine.finish_weight_update(version)
+        return arrival
+
+    def _batches(self, sample: Sample | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Gather whole tensors, batch by batch, for vLLM's loader."""
         model = self._targets.model
         batches: list[list[str]] = [[] for _ in range(self._targets.num_batches)]
@@ -132,5 +128,5 @@ class PolicyWeights:
                 )
                 for name in names
             }
-            digests.append(self._receiver.pull(tensors, number, sample=sample))
+            self._receiver.pull(tensors, number, sample=sample)
             yield from tensors.items()

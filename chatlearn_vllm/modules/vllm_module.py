@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from chatlearn_vllm.engines.vllm_engine import VLLMEngine
     from chatlearn_vllm.engines.vllm_executor import Step
     from chatlearn_vllm.layouts import ShardedModel
-    from chatlearn_vllm.modules.policy_weights import Imported, PolicyWeights
+    from chatlearn_vllm.modules.policy_weights import PolicyWeights
     from chatlearn_vllm.weight_sync.digest import Sample
     from chatlearn_vllm.weight_sync.links import Links
-    from chatlearn_vllm.weight_sync.receiver import ReaderPlan
+    from chatlearn_vllm.weight_sync.receiver import Arrival, ReaderPlan
     from chatlearn_vllm.weight_sync.remote import LinkAddress
+    from chatlearn_vllm.weight_sync.sender import Sent
     from chatlearn_vllm.weight_sync.transport import Export
 
 logger = get_logger(__name__)
@@ -407,32 +408,36 @@ class VLLMModule(BaseModule, ABC):
         keep_open: bool,
         sample: Sample | None,
         *exports: Export,
-    ) -> Imported:
+    ) -> None:
         """Copy new weights into the engine, which is STALE until `finish_weight_sync`.
 
         Args:
-            source_ranks: training ranks that show their memory.
+            source_ranks: training ranks that show memory which is not open here yet.
             keep_open: whether that memory stays where it is until the next sync.
             sample: which part of the weights is digested; None for no digests.
             *exports: of these ranks, in that order.
         """
-        return self._weights.import_from(
+        self._weights.import_from(
             dict(zip(source_ranks, exports, strict=True)),
             keep_open=keep_open,
             sample=sample,
         )
 
-    def describe_weight_copy(self, source_rank: int, number: int, batch: int) -> str:
-        """Which copy a digest of `import_weights` belongs to."""
-        return self._weights.describe(source_rank, number, batch)
-
-    def finish_weight_sync(self, version: int) -> None:
-        """Declare the weights complete, and forget what was cached for the old ones.
+    def finish_weight_sync(
+        self, version: int, source_ranks: tuple[int, ...], *sent: Sent
+    ) -> Arrival:
+        """Declare the weights READY, if those that `import_weights` copied are those sent.
 
         Args:
             version: what the new weights are called from now on.
+            source_ranks: all training ranks that this rank reads, or that send to it.
+            *sent: what these say, in that order.
         """
-        self.engine.finish_weight_update(version)
+        return self._weights.finish(version, dict(zip(source_ranks, sent, strict=True)))
+
+    def revoke_weight_sync(self, version: int) -> None:
+        """Declare the weights of `version` STALE: another rank did not get them."""
+        self.engine.revoke_weight_update(version)
 
     @cached_property
     def _weights(self) -> PolicyWeights:

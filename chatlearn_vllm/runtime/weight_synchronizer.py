@@ -9,11 +9,10 @@ pass through the driver.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 
 from chatlearn_vllm.observability.logging import get_logger
@@ -21,13 +20,14 @@ from chatlearn_vllm.runtime.worker_group import PendingCall, WorkerGroup, gather
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
 from chatlearn_vllm.weight_sync.links import LinkKind, Links, Place
 from chatlearn_vllm.weight_sync.planner import check_agreement
-from chatlearn_vllm.weight_sync.receiver import ReaderPlan
+from chatlearn_vllm.weight_sync.receiver import MAX_DESCRIBED, Arrival, ReaderPlan
 from chatlearn_vllm.weight_sync.remote import LinkAddress
 from chatlearn_vllm.weight_sync.schedule import schedule
 
 logger = get_logger(__name__)
 
-_MAX_SHOWN = 10
+REVOKE_WAIT_S = 10.0
+"""How long a failed sync waits for ranks that may be stuck in it to hear that it failed."""
 
 
 class WeightMismatchError(RuntimeError):
@@ -80,14 +80,18 @@ class WeightSynchronizer:
         """See the arguments; may be changed between two syncs."""
         self._readable: list[tuple[int, ...]] = []
         """For each rollout rank the training ranks whose memory it reads."""
+        self._sources: list[tuple[int, ...]] = []
+        """For each rollout rank all training ranks that it gets something from."""
         self._sending: list[int] = []
         """Training ranks that send over links."""
         self._far: list[tuple[int, int]] = []
         """(training rank, rollout rank) pairs that need a link."""
         self._num_connects = 0
         self._is_connected = False
-        self._is_fresh = True
-        """Whether no memory of the trainer is open from an earlier sync."""
+        self._is_readable_in_place = True
+        """Whether an opened export shows what the trainer holds now, not a copy of then."""
+        self._is_open = False
+        """Whether the trainer's memory is open since an earlier sync."""
         self._has_synced = False
         """Whether the last sync was good."""
         self.version = version
@@ -102,7 +106,9 @@ class WeightSynchronizer:
                 destination, or a model is not the one that its config.json describes.
             IncompletePlanError: the two sides planned differently.
         """
-        links = Links(_places(self._trainer), _places(self._policy), len(self._policy.replicas[0]))
+        places = _places(self._trainer)
+        self._is_readable_in_place = all(place.device is not None for place in places)
+        links = Links(places, _places(self._policy), len(self._policy.replicas[0]))
         (sources,) = gather([self._trainer.start_on(0, "weight_shards")])
         num_replicas = len(self._policy.replicas)
         (targets,) = gather([self._policy.start_on(0, "weight_shards", num_replicas)])
@@ -123,6 +129,7 @@ class WeightSynchronizer:
             {rank: plan.fingerprints for rank, plan in enumerate(readers)},
             dict(enumerate(senders)),
         )
+        self._sources = [tuple(sorted(plan.fingerprints)) for plan in readers]
         pairs = [(s, r) for r, plan in enumerate(readers) for s in sorted(plan.fingerprints)]
         self._far = [(s, r) for s, r in pairs if links.kind(r, s) is LinkKind.NETWORK]
         self._sending = sorted({sender for sender, _ in self._far})
@@ -185,81 +192,76 @@ class WeightSynchronizer:
         start = time.perf_counter()
         self.version += 1
         try:
-            num_bytes = self._copy()
-            self._policy.call("finish_weight_sync", self.version)
+            arrivals = self._copy()
         except BaseException:
-            self._is_fresh, self._is_connected, self._has_synced = True, False, False
+            self._is_open, self._is_connected, self._has_synced = False, False, False
+            self._revoke()
             raise
-        self._is_fresh, self._has_synced = not self.keep_open, True
+        self._has_synced = True
+        num_bytes = sum(arrival.num_bytes for arrival in arrivals)
         return SyncReport(self.version, num_bytes, time.perf_counter() - start)
 
-    def _copy(self) -> int:
-        """Copy and compare; returns the bytes written."""
+    def _copy(self) -> list[Arrival]:
+        """Start everything at once and wait; what has come to each rollout rank."""
         if self._far and not self._is_connected:
             self._connect()
         sample = None
         if self.stride is not None:
             sample = Sample(self.stride, self.version) if self._has_synced else EVERYTHING
+        keep_open = self.keep_open and self._is_readable_in_place
+        trainer, ranks = self._trainer, range(len(self._policy.ranks))
         exports = {
-            rank: self._trainer.start_on(rank, "export_weights", self._is_fresh)
+            rank: trainer.start_on(rank, "export_weights")
             for rank in sorted(set().union(*self._readable))
+            if not (self._is_open and keep_open)
         }
-        sends = [self._trainer.start_on(rank, "send_weights") for rank in self._sending]
-        imports = [
-            self._start_import(rank, [exports[source] for source in sources], sources, sample)
-            for rank, sources in enumerate(self._readable)
-        ]
-        digests = self._trainer.start("weight_digests", sample) if sample else []
-        results = gather([*imports, *sends, *digests], inputs=list(exports.values()))
-        imported = results[: len(imports)]
-        if sample:
-            self._compare(results[len(imports) + len(sends) :], [one.digests for one in imported])
-        return sum(one.num_bytes for one in imported)
+        sends = [trainer.start_on(rank, "send_weights") for rank in self._sending]
+        imports = [self._start_import(rank, exports, keep_open, sample) for rank in ranks]
+        sent = trainer.start("sent_weights", sample)
+        finishes = [self._start_finish(rank, sent) for rank in ranks]
+        inputs = [*exports.values(), *imports, *sent]
+        arrivals: list[Arrival] = gather([*sends, *finishes], inputs)[len(sends) :]
+        if any(arrival.has_moved for arrival in arrivals):  # the trainer's memory, since it opened
+            self._is_open = False
+            return self._copy()
+        self._is_open = keep_open
+        self._check(arrivals)
+        return arrivals
 
     def _start_import(
         self,
         rank: int,
-        exports: Sequence[PendingCall],
-        sources: tuple[int, ...],
+        exports: Mapping[int, PendingCall],
+        keep_open: bool,
         sample: Sample | None,
     ) -> PendingCall:
+        sources = tuple(source for source in self._readable[rank] if source in exports)
         # References as arguments of their own: Ray then moves the exports from rank to rank.
-        references: list[Any] = [export.result for export in exports]
+        references: list[Any] = [exports[source].result for source in sources]
         return self._policy.start_on(
-            rank, "import_weights", sources, self.keep_open, sample, *references
+            rank, "import_weights", sources, keep_open, sample, *references
         )
 
-    def _compare(
-        self,
-        sent: Sequence[list[dict[int, np.ndarray]]],
-        received: Sequence[list[dict[int, np.ndarray]]],
-    ) -> None:
-        """Compare the digests of every copy.
+    def _start_finish(self, rank: int, sent: Sequence[PendingCall]) -> PendingCall:
+        sources = self._sources[rank]
+        references: list[Any] = [sent[source].result for source in sources]
+        return self._policy.start_on(rank, "finish_weight_sync", self.version, sources, *references)
 
-        Args:
-            sent: by training rank and batch: digests by rollout rank.
-            received: by rollout rank and batch: digests by training rank.
-        """
-        wrong = [
-            (rank, source, int(number), batch)
-            for rank, batches in enumerate(received)
-            for batch, groups in enumerate(batches)
-            for source, values in groups.items()
-            for number in np.flatnonzero(values != sent[source][batch][rank])
-        ]
-        if not wrong:
+    def _check(self, arrivals: Sequence[Arrival]) -> None:
+        num_wrong = sum(arrival.num_wrong for arrival in arrivals)
+        if not num_wrong:
             return
-        shown = gather(
-            [
-                self._policy.start_on(rank, "describe_weight_copy", *which)
-                for rank, *which in wrong[:_MAX_SHOWN]
-            ]
-        )
-        more = f"\n  and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
+        shown = [text for arrival in arrivals for text in arrival.wrong][:MAX_DESCRIBED]
+        more = f"\n  and {num_wrong - len(shown)} more" if num_wrong > len(shown) else ""
         raise WeightMismatchError(
-            f"weight sync to version {self.version}: {len(wrong)} copies do not hold what was "
+            f"weight sync to version {self.version}: {num_wrong} copies do not hold what was "
             "sent; the engines are STALE:\n  " + "\n  ".join(shown) + more
         )
+
+    def _revoke(self) -> None:
+        """Have no rank READY at a version that others did not get; those that died do not count."""
+        calls = self._policy.start("revoke_weight_sync", self.version)
+        ray.wait([call.result for call in calls], num_returns=len(calls), timeout=REVOKE_WAIT_S)
 
 
 def _places(group: WorkerGroup) -> list[Place]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -93,13 +94,15 @@ class Worker:
         return self._module.data_parallel_rank, self._module.data_parallel_size
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a method of the module.
+        """Run a method of the module; returns when this process's device is done with it, too.
 
         Raises:
             RankError: the method raised; holds this rank's identity and the traceback.
         """
         try:
-            return getattr(self._module, method)(*args, **kwargs)
+            result = getattr(self._module, method)(*args, **kwargs)
+            _wait_for_device()
+            return result
         except Exception:  # of the user's method: passed on with this rank's name
             raise self._error(f"{method}() raised") from None
 
@@ -136,6 +139,13 @@ def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[st
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # ours stays as it is
     return environment
+
+
+def _wait_for_device() -> None:
+    """Other processes may read this one's memory next, and errors belong to their call."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _device_index() -> int | None:

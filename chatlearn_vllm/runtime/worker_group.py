@@ -140,14 +140,15 @@ def gather(pending: Sequence[PendingCall], inputs: Sequence[PendingCall] = ()) -
     results: dict[ray.ObjectRef, Any] = {}
     waiting = {call.result: call for call in pending}
     while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1)
-        call = waiting.pop(ready[0])
-        outcome = _outcome(call)
-        if isinstance(outcome, RankError):
-            raise _failed_input(inputs) or _root_cause(
-                outcome, waiting | {call.result: call for call in inputs}
-            )
-        results[call.result] = outcome
+        ray.wait(list(waiting), num_returns=1)
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        for reference in ready:
+            outcome = _outcome(waiting.pop(reference))
+            if isinstance(outcome, RankError):
+                raise _failed_input(inputs) or _root_cause(
+                    outcome, waiting | {call.result: call for call in inputs}
+                )
+            results[reference] = outcome
     return [results[call.result] for call in pending]
 
 
@@ -188,7 +189,8 @@ def _failed_input(inputs: Sequence[PendingCall]) -> RankError | None:
     """
     if not inputs:
         return None
-    done, _ = ray.wait([call.result for call in inputs], num_returns=len(inputs), timeout=0)
+    references = [call.result for call in inputs]
+    done, _ = ray.wait(references, num_returns=len(inputs), timeout=ROOT_CAUSE_WAIT_S)
     outcomes = [_outcome(call) for call in inputs if call.result in done]
     failures = [outcome for outcome in outcomes if isinstance(outcome, RankError)]
     failures.sort(key=lambda failure: not isinstance(failure, RankDiedError))

@@ -7,6 +7,7 @@ memory lies, and closes when it says so; the sender must keep the memory until t
 """
 
 import ctypes
+from bisect import bisect_right
 from functools import cache
 from typing import NamedTuple
 
@@ -51,6 +52,34 @@ class Mapping:
         if self.address:
             _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
             self.address = 0
+
+
+class Allocations:
+    """The allocations that hold some addresses; the driver is asked once for each."""
+
+    def __init__(self) -> None:
+        self.handles: list[MemoryHandle] = []
+        """In the order in which `find` met them."""
+        self._bases: list[int] = []
+        self._numbers: list[int] = []
+
+    def find(self, address: int) -> tuple[int, int]:
+        """Index into `handles` of the allocation that holds an address, and the offset in it.
+
+        Raises:
+            RuntimeError: see `export_memory`.
+        """
+        place = bisect_right(self._bases, address)
+        if place:
+            number = self._numbers[place - 1]
+            offset = address - self._bases[place - 1]
+            if offset < self.handles[number].num_bytes:
+                return number, offset
+        handle, offset = export_memory(address)
+        self._bases.insert(place, handle.base)
+        self._numbers.insert(place, len(self.handles))
+        self.handles.append(handle)
+        return len(self.handles) - 1, offset
 
 
 def export_memory(address: int) -> tuple[MemoryHandle, int]:

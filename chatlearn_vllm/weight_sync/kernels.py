@@ -15,10 +15,13 @@ import torch
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample, rows_per_unit
 from chatlearn_vllm.weight_sync.pieces import Spans
 
-_FLAT = {"BLOCK": 4096, "STEPS": 4}
+_FLAT = {"BLOCK": 1024, "STEPS": 4}
 """Words of one step, and steps, of a tile of a rectangle that is one span."""
 _ROWS = {"ROWS": 4, "BLOCK": 1024, "STEPS": 4}
 """Rows and words of one step, and steps, of a tile of any other rectangle."""
+_DIGEST_FLAT = {"BLOCK": 4096}
+_DIGEST_ROWS = {"ROWS": 4, "BLOCK": 1024}
+"""The same of digests, where a tile is a unit."""
 
 
 @dataclass(frozen=True)
@@ -118,22 +121,20 @@ class GroupedDigest:
         if sample.stride not in self._tiles:
             self._tiles[sample.stride] = self._cut(sample.stride)
         out = torch.zeros(len(self._spans.rows), dtype=torch.int64, device=self._device)
-        for (is_flat, align, members, table), (piece, number) in zip(
+        for (is_flat, align, _, table), (piece, number) in zip(
             self._groups, self._tiles[sample.stride], strict=True
         ):
-            address, rows, widths, pitches, unit_words, index = table
-            part = torch.zeros(len(members), dtype=torch.int64, device=self._device)
-            tiles, grid = (unit_words, piece, number, part, *sample), (len(piece),)
+            address, rows, widths, pitches, unit_words, place = table
+            tiles, grid = (unit_words, place, piece, number, out, *sample), (len(piece),)
             if is_flat:
                 triton_kernels.digest_flat[grid](
-                    address, widths, *tiles, ALIGN=align, num_warps=8, BLOCK=_FLAT["BLOCK"]
+                    address, widths, *tiles, ALIGN=align, num_warps=8, **_DIGEST_FLAT
                 )
             else:
                 triton_kernels.digest_rows[grid](
                     address, rows, widths, pitches, *tiles,
-                    ALIGN=align, num_warps=8, ROWS=_ROWS["ROWS"], BLOCK=_ROWS["BLOCK"],
+                    ALIGN=align, num_warps=8, **_DIGEST_ROWS,
                 )  # fmt: skip
-            out[index] = part
         return out
 
     def _columns(self, members: np.ndarray) -> Iterator[np.ndarray]:
@@ -148,7 +149,7 @@ class GroupedDigest:
         for is_flat, _, members, _ in self._groups:
             words = self._spans.width[members] // 4
             num_units = -(-(words * self._spans.rows[members]) // self._unit_words[members])
-            across = 1 if is_flat else -(-words // _ROWS["BLOCK"])
+            across = 1 if is_flat else -(-words // _DIGEST_ROWS["BLOCK"])
             found.append(_tiles(-(-num_units // stride) * across, self._device))
         return found
 

@@ -81,7 +81,9 @@ class SpanTable:
 
 def addresses_of(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, int]:
     """Addresses of the first elements of tensors of this process."""
-    return {name: tensors[name].data_ptr() for name in names}
+    # vLLM's parameters are a subclass whose every call takes a detour.
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: tensors[name].data_ptr() for name in names}
 
 
 def view_of(tensor: torch.Tensor, rect: Rect, num_dims: int | None = None) -> torch.Tensor:

@@ -4,9 +4,10 @@ It plans what it reads and from whom, opens what training ranks show, copies, an
 of what it has now. Ranks whose memory it cannot read send to it over a link.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from chatlearn_vllm.weight_sync.planner import (
     range_text,
 )
 from chatlearn_vllm.weight_sync.remote import Link, all_or_none
+from chatlearn_vllm.weight_sync.sender import Sent
 from chatlearn_vllm.weight_sync.transport import Export, OpenedExport, Puller
 from chatlearn_vllm.weight_sync.verify import Digester
+
+MAX_DESCRIBED = 10
+"""Wrong copies that an `Arrival` describes."""
 
 Digests = dict[int, np.ndarray]
 """By training rank: int64, one per copy, in the order of `in_order`."""
@@ -41,20 +46,41 @@ class ReaderPlan:
     """To be read in a sync, by what they cross."""
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """Whether an engine rank has what it should, for the driver."""
+
+    num_bytes: int
+    """Of the weights copied into tensors of this rank."""
+    num_wrong: int
+    """Copies that do not hold what was sent."""
+    wrong: list[str]
+    """The first of them: parameter, ranks and ranges."""
+    has_moved: bool = False
+    """Whether they were read where a training rank's weights were once, but are not now."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the weights are those that were sent."""
+        return not self.num_wrong and not self.has_moved
+
+
 class WeightReceiver:
     """One engine rank's side of the sync.
 
     Example:
         receiver = WeightReceiver(rank)
         receiver.plan(sources, targets, links)                    # once
-        receiver.open({0: export})                                # each sync
-        digests = receiver.pull(engine.begin_weight_update())
+        receiver.open({0: export})                                # when memory moved
+        receiver.pull(engine.begin_weight_update())               # each sync
+        arrival = receiver.compare({0: sent})
     """
 
     def __init__(self, rank: int) -> None:
         """Name the rank, counted over all replicas."""
         self._rank = rank
         self._batches: list[_Batch] = []
+        self._arrived: list[_Arrived] = []
         self._opened: dict[int, OpenedExport] = {}
         self._connections: dict[int, Link] = {}
 
@@ -84,11 +110,6 @@ class WeightReceiver:
             num_elements[links.kind(self._rank, rank)] += sum(c.num_elements for c in own)
         return ReaderPlan({rank: fingerprint(own) for rank, own in copies.items()}, num_elements)
 
-    @property
-    def num_elements(self) -> int:
-        """Weights that a sync copies, adapters aside."""
-        return sum(batch.num_elements for batch in self._batches)
-
     def connect(self, connections: Mapping[int, Link]) -> None:
         """Give the links to training ranks whose memory cannot be read, in working order."""
         self._connections = dict(connections)
@@ -98,13 +119,11 @@ class WeightReceiver:
         return all_or_none(self._connections.values())
 
     def open(self, exports: Mapping[int, Export]) -> None:
-        """Open what training ranks show, unless it is open already."""
+        """Open what training ranks show, in place of what they showed before; a sync begins."""
+        self._arrived = []
         for rank, export in exports.items():
-            opened = self._opened.get(rank)
-            if opened and opened.generation == export.generation and not export.tensors:
-                continue
-            if opened:
-                opened.close()
+            if rank in self._opened:
+                self._opened.pop(rank).close()
             self._opened[rank] = OpenedExport(export)
 
     def close(self) -> None:
@@ -119,27 +138,67 @@ class WeightReceiver:
         batch: int = 0,
         *,
         sample: Sample | None = EVERYTHING,
-    ) -> Digests:
-        """Copy a batch; returns when the weights are there.
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy a batch; returns when the weights are there, and digested.
 
         Args:
             targets: the tensors to be filled, by the names of their layouts.
-            batch: its number.
+            batch: its number; all batches are pulled in order.
             sample: which part of every rectangle is digested; None for no digests.
-
-        Returns:
-            Digests of what the tensors hold now, before adapters are merged into them; empty
-            without a `sample`.
+            meanwhile: called once, while a GPU copies.
         """
-        return self._batches[batch].pull(targets, self._opened, self._connections, sample)
+        digests = self._batches[batch].pull(
+            targets, self._opened, self._connections, sample, meanwhile
+        )
+        generations = {rank: opened.generation for rank, opened in self._opened.items()}
+        num_bytes = self._batches[batch].num_elements * next(iter(targets.values())).itemsize
+        self._arrived.append(_Arrived(num_bytes, generations, digests))
 
-    def describe(self, source_rank: int, number: int, batch: int) -> str:
-        """Which copy a digest belongs to, for a message."""
-        copy = self._batches[batch].copies[source_rank][number]
-        return (
+    def compare(self, sent: Mapping[int, Sent]) -> Arrival:
+        """Compare what has arrived since `open` with what training ranks say they sent.
+
+        Args:
+            sent: by training rank, of all that this rank plans to read.
+
+        Raises:
+            RuntimeError: not all batches have arrived.
+        """
+        if len(self._arrived) < len(self._batches):
+            raise RuntimeError(
+                f"{len(self._arrived)} of {len(self._batches)} batches of weights have arrived"
+            )
+        wrong = [
+            batch.copies[rank][copy]
+            for number, (batch, arrived) in enumerate(
+                zip(self._batches, self._arrived, strict=True)
+            )
+            for rank, values in arrived.digests.items()
+            for copy in np.flatnonzero(values != sent[rank].digests[number][self._rank])
+        ]
+        has_moved = any(
+            sent[rank].generation != generation
+            for arrived in self._arrived
+            for rank, generation in arrived.generations.items()
+        )
+        described = [
             f"{copy.target_param}{range_text(copy.target)} of rollout rank {self._rank}, from "
             f"{copy.source_param}{range_text(copy.source)} of training rank {copy.source_rank}"
-        )
+            for copy in wrong[:MAX_DESCRIBED]
+        ]
+        num_bytes = sum(arrived.num_bytes for arrived in self._arrived)
+        return Arrival(num_bytes, len(wrong), described, has_moved)
+
+
+class _Arrived(NamedTuple):
+    """What has come with a batch."""
+
+    num_bytes: int
+    """Adapters aside."""
+    generations: dict[int, int]
+    """Of the memory that was read, by training rank; see `Export.generation`."""
+    digests: Digests
+    """Of what the tensors held before adapters were merged into them; may be empty."""
 
 
 class _Batch:
@@ -155,6 +214,9 @@ class _Batch:
             if self._low_rank:
                 shapes = {layout.name: layout.shape for layout in sources.rank_layouts(rank)}
             self.copies[rank] = with_adapters(own, self._low_rank, shapes)
+        self._scratch = [
+            copy for own in self.copies.values() for copy in own if is_scratch(copy.target_param)
+        ]
         self._puller: Puller | None = None
         self._digester = Digester(
             [(copy.target_param, copy.target) for own in self.copies.values() for copy in own]
@@ -167,13 +229,15 @@ class _Batch:
         opened: Mapping[int, OpenedExport],
         connections: Mapping[int, Link],
         sample: Sample | None,
+        meanwhile: Callable[[], None],
     ) -> Digests:
-        scratch = self._scratch(next(iter(targets.values())))
-        targets = {**targets, **scratch}
+        if self._scratch:
+            targets = {**targets, **self._make_scratch(next(iter(targets.values())))}
         readable = [rank for rank in self.copies if rank not in connections]
         if self._puller is None:
             self._puller = Puller([copy for rank in readable for copy in self.copies[rank]])
         self._puller.pull({rank: opened[rank] for rank in readable}, targets)
+        meanwhile()
         for rank, link in connections.items():
             if rank in self.copies:
                 link.receive(self.copies[rank], targets)
@@ -191,13 +255,11 @@ class _Batch:
             torch.cuda.synchronize()
         return digests
 
-    def _scratch(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _make_scratch(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """Memory for the adapters that are merged after the copy."""
         return {
             copy.target_param: torch.empty(
                 [stop for _, stop in copy.target], dtype=like.dtype, device=like.device
             )
-            for own in self.copies.values()
-            for copy in own
-            if is_scratch(copy.target_param)
+            for copy in self._scratch
         }

@@ -5,6 +5,7 @@ cannot, and tells the digests of what it holds.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,13 +21,24 @@ from chatlearn_vllm.weight_sync.transport import Export, export_tensors
 from chatlearn_vllm.weight_sync.verify import Digester
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What a training rank holds while it is read, for the driver."""
+
+    generation: int
+    """Of its memory; see `Export.generation`."""
+    digests: list[dict[int, np.ndarray]]
+    """By batch: of the copies to each engine rank, int64, in the order of `in_order`."""
+
+
 class WeightSender:
     """One training rank's side of the sync.
 
     Example:
         sender = WeightSender(rank, parameters, generation)
         sender.plan(sources, targets, links)                              # once
-        export, digests = sender.export(fresh=False), sender.digests()    # each sync
+        export = sender.export()                                          # when memory moved
+        sent = sender.sent()                                              # each sync
     """
 
     def __init__(
@@ -44,7 +56,6 @@ class WeightSender:
             generation: gives a number that rises whenever their memory has moved.
         """
         self._rank, self._tensors, self._generation = rank, tensors, generation
-        self._exported: int | None = None
         self._batches: list[_Batch] = []
         self._connections: dict[int, Link] = {}
 
@@ -93,19 +104,9 @@ class WeightSender:
         """Give the links to engine ranks that cannot read this rank, in working order."""
         self._connections = dict(connections)
 
-    def export(self, fresh: bool) -> Export:
-        """Show the weights to engine ranks on this host; they must stay until these are done.
-
-        Args:
-            fresh: whether some rank may not have opened the present memory yet.
-        """
-        tensors, generation = self._tensors(), self._generation()
-        is_known = generation == self._exported and next(iter(tensors.values())).is_cuda
-        if is_known and not fresh:
-            torch.cuda.synchronize()
-            return Export(generation)
-        self._exported = generation
-        return export_tensors(tensors, generation)
+    def export(self) -> Export:
+        """Show the weights to engine ranks on this host; they must stay until these are done."""
+        return export_tensors(self._tensors(), self._generation())
 
     def send(self) -> None:
         """Send to the engine ranks that cannot read this one; they receive at the same time."""
@@ -116,10 +117,17 @@ class WeightSender:
                     if reader in batch.copies:
                         link.send(batch.copies[reader], tensors)
 
-    def digests(self, sample: Sample = EVERYTHING) -> list[dict[int, np.ndarray]]:
-        """Digests of the copies to each engine rank, in the order of `in_order`, by batch."""
-        tensors = self._tensors()
-        return [batch.digests(tensors, sample) for batch in self._batches]
+    def sent(self, sample: Sample | None = EVERYTHING) -> Sent:
+        """Say what engine ranks should have.
+
+        Args:
+            sample: which part of every rectangle is digested; None for no digests.
+        """
+        digests = []
+        if sample is not None:
+            tensors = self._tensors()
+            digests = [batch.digests(tensors, sample) for batch in self._batches]
+        return Sent(self._generation(), digests)
 
 
 class _Batch:

@@ -9,7 +9,7 @@ decides how they travel.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,25 +29,23 @@ STAGING_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class ExportedTensor:
-    """Where a tensor lies in an exported memory."""
-
-    memory: int
-    """Index into `Export.memories`."""
-    offset: int
-    """First element, in bytes from the start of the memory."""
-    form: TensorForm
-
-
-@dataclass(frozen=True)
 class Export:
-    """A picklable description of tensors that another process on this host can open."""
+    """A picklable description of tensors that another process on this host can open.
+
+    A model may have ten thousand of them, so it is made of columns and not of objects.
+    """
 
     generation: int
     """Rises whenever the memory has moved; an opened export of the same generation stays valid."""
-    tensors: dict[str, ExportedTensor] = field(default_factory=dict)
-    memories: list[cuda_ipc.MemoryHandle | np.ndarray] = field(default_factory=list)
-    """CPU: uint8 arrays. Both fields are empty where the reader has this generation open."""
+    names: list[str]
+    """Of the tensors."""
+    places: np.ndarray
+    """int64 [3, tensors]: index into `memories`, bytes from its start to the first element, and
+    index into `forms`."""
+    forms: list[TensorForm]
+    """Those that occur."""
+    memories: list[cuda_ipc.MemoryHandle | np.ndarray]
+    """CPU: uint8 arrays."""
 
 
 def export_tensors(tensors: Mapping[str, torch.Tensor], generation: int = 0) -> Export:
@@ -58,23 +56,22 @@ def export_tensors(tensors: Mapping[str, torch.Tensor], generation: int = 0) -> 
     """
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
-    exported: dict[str, ExportedTensor] = {}
-    memories: list[cuda_ipc.MemoryHandle | np.ndarray] = []
+    allocations = cuda_ipc.Allocations()
+    arrays: list[np.ndarray] = []
     index: dict[int, int] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
+    forms: dict[TensorForm, int] = {}
+    places = np.empty((3, len(tensors)), dtype=np.int64)
+    for number, tensor in enumerate(tensors.values()):
         if tensor.is_cuda:
-            handle, offset = cuda_ipc.export_memory(tensor.data_ptr())
-            key, memory = handle.base, handle
+            memory, offset = allocations.find(tensor.data_ptr())
         else:
-            storage = tensor.untyped_storage()
-            key, offset = storage.data_ptr(), tensor.storage_offset() * tensor.element_size()
-            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        if key not in index:
-            index[key] = len(memories)
-            memories.append(memory)
-        exported[name] = ExportedTensor(index[key], offset, form_of(tensor))
-    return Export(generation, exported, memories)
+            storage = tensor.detach().untyped_storage()
+            offset = tensor.storage_offset() * tensor.element_size()
+            memory = index.setdefault(storage.data_ptr(), len(arrays))
+            if memory == len(arrays):
+                arrays.append(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        places[:, number] = memory, offset, forms.setdefault(form_of(tensor), len(forms))
+    return Export(generation, list(tensors), places, list(forms), arrays or allocations.handles)
 
 
 class OpenedExport:
@@ -82,7 +79,10 @@ class OpenedExport:
 
     def __init__(self, export: Export) -> None:
         self.generation = export.generation
-        self.forms = {name: tensor.form for name, tensor in export.tensors.items()}
+        memories, offsets, forms = export.places.tolist()
+        self.forms = {
+            name: export.forms[form] for name, form in zip(export.names, forms, strict=True)
+        }
         self._mappings: list[cuda_ipc.Mapping] = []
         self.tensors: dict[str, torch.Tensor] = {}
         """On CPU: the tensors, read only. Empty on CUDA, where a kernel reads addresses."""
@@ -94,14 +94,13 @@ class OpenedExport:
                 flats.append(_from_read_only(memory))
             else:
                 self._mappings.append(cuda_ipc.Mapping(memory))
-        for name, tensor in export.tensors.items():
-            dtype, shape, stride = tensor.form
+        for name, memory, offset in zip(export.names, memories, offsets, strict=True):
             if flats:
-                first = tensor.offset // dtype.itemsize
-                flat = flats[tensor.memory].view(dtype)
-                self.tensors[name] = flat.as_strided(shape, stride, first)
+                dtype, shape, stride = self.forms[name]
+                flat = flats[memory].view(dtype)
+                self.tensors[name] = flat.as_strided(shape, stride, offset // dtype.itemsize)
             else:
-                self.addresses[name] = self._mappings[tensor.memory].address + tensor.offset
+                self.addresses[name] = self._mappings[memory].address + offset
 
     def close(self) -> None:
         """Let the memory go; nothing may read it any more."""

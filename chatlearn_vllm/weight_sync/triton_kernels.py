@@ -52,12 +52,12 @@ def _unit(number, num_units, stride, phase):
     return tl.where(num_units <= stride, phase % num_units, number * stride + phase % stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "phase"])
 def digest_flat(
-    source, widths, unit_words, tile_piece, tile_number, out, stride, phase,
+    source, widths, unit_words, place, tile_piece, tile_number, out, stride, phase,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Digests of rectangles that are one span, a unit per tile; added to `out`."""
+    """Digests of rectangles that are one span, a unit per tile; added to `out` at `place`."""
     piece = tl.load(tile_piece + tl.program_id(0))
     words = tl.load(widths + piece) // 4
     size = tl.load(unit_words + piece)
@@ -70,7 +70,7 @@ def digest_flat(
         at = first + tl.arange(0, BLOCK)
         word = tl.load(read + at, mask=at < stop, other=0)
         total += tl.where(at < stop, _hash(word, at), 0)
-    tl.atomic_add(out + piece, tl.sum(total))
+    tl.atomic_add(out + tl.load(place + piece), tl.sum(total))
 
 
 @triton.jit
@@ -97,12 +97,15 @@ def copy_rows(
         tl.store(write + row * write_pitch + column, word, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "phase"])
 def digest_rows(
-    source, rows, widths, pitches, unit_words, tile_piece, tile_number, out, stride, phase,
+    source, rows, widths, pitches, unit_words, place, tile_piece, tile_number, out, stride, phase,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Digests of rectangles of several spans, BLOCK words of each row of a unit per tile."""
+    """Digests of rectangles of several spans, BLOCK words of each row of a unit per tile.
+
+    Each is added to `out` at `place`.
+    """
     piece = tl.load(tile_piece + tl.program_id(0))
     number = tl.load(tile_number + tl.program_id(0))
     words = tl.multiple_of(tl.load(widths + piece) // 4, ALIGN // 4)
@@ -121,4 +124,4 @@ def digest_rows(
         inside = (row < stop) & (column < words)
         word = tl.load(read + row * pitch + column, mask=inside, other=0)
         total += tl.where(inside, _hash(word, row * words + column), 0)
-    tl.atomic_add(out + piece, tl.sum(total))
+    tl.atomic_add(out + tl.load(place + piece), tl.sum(total))

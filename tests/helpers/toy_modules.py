@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from chatlearn_vllm.layouts import Block, ListedShards, ParamLayout
 from chatlearn_vllm.modules.base import BaseModule
-from chatlearn_vllm.modules.policy_weights import Imported
 from chatlearn_vllm.weight_sync.receiver import WeightReceiver
 from chatlearn_vllm.weight_sync.remote import open_links
 from chatlearn_vllm.weight_sync.sender import WeightSender
@@ -173,21 +172,28 @@ class ToyPolicy(ToyModule):
 
     def import_weights(self, source_ranks, keep_open, sample, *exports):
         self.note("import_weights")
+        self.version = None
         with self.receiver.all_or_none():
             self.receiver.open(dict(zip(source_ranks, exports, strict=True)))
-            digests = self.receiver.pull({"scores": self.scores}, sample=sample)
-        return Imported(self.scores.nbytes, [digests])
+            self.receiver.pull({"scores": self.scores}, sample=sample)
 
-    def describe_weight_copy(self, source_rank, number, batch):
-        return self.receiver.describe(source_rank, number, batch)
-
-    def finish_weight_sync(self, version):
+    def finish_weight_sync(self, version, source_ranks, *sent):
         self.note(f"finish_weight_sync {version}")
-        self.version = version
+        arrival = self.receiver.compare(dict(zip(source_ranks, sent, strict=True)))
+        if arrival.is_good:
+            self.version = version
+        return arrival
+
+    def revoke_weight_sync(self, version):
+        if self.version == version:
+            self.version = None
 
 
 class ToyTrainer(ToyModule):
     """Policy gradient on the scores, data parallel."""
+
+    num_moves = 0
+    """Of the scores in memory; the toy leaves it to tests."""
 
     def model_setup(self):
         super().model_setup()
@@ -233,7 +239,9 @@ class ToyTrainer(ToyModule):
         return ListedShards(dict.fromkeys(range(self.world_size), [layout]))
 
     def plan_weight_sync(self, sources, targets, links, target_dtypes):
-        self.sender = WeightSender(self.rank, lambda: {"scores": self.scores}, lambda: 0)
+        self.sender = WeightSender(
+            self.rank, lambda: {"scores": self.scores}, lambda: self.num_moves
+        )
         return self.sender.plan(sources, targets, links, target_dtypes)
 
     def listen_for_weight_links(self):
@@ -247,12 +255,12 @@ class ToyTrainer(ToyModule):
     def send_weights(self):
         self.sender.send()
 
-    def export_weights(self, fresh):
+    def export_weights(self):
         self.note("export_weights")
-        return self.sender.export(fresh)
+        return self.sender.export()
 
-    def weight_digests(self, sample):
-        return self.sender.digests(sample)
+    def sent_weights(self, sample):
+        return self.sender.sent(sample)
 
     def save_checkpoint(self, iteration):
         self.note(f"save_checkpoint {iteration}")

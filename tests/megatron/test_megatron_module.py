@@ -316,14 +316,14 @@ def exported_equal_live(path, **settings):
         sources = module.weight_shards()
         links = colocated(sources.num_ranks, sources.num_ranks, sources.num_ranks)
         module.plan_weight_sync(sources, sources, links, {})
-        opened = OpenedExport(module.export_weights(fresh=True)).tensors
+        opened = OpenedExport(module.export_weights()).tensors
         live = module.local_parameters()
         is_equal = opened.keys() == live.keys() and all(
             torch.equal(opened[name], live[name]) for name in live
         )
         module.offload()
         try:
-            module.export_weights(fresh=True)
+            module.export_weights()
         except RuntimeError as error:
             return is_equal, type(error).__name__
 

@@ -23,14 +23,13 @@ class SpoiltPolicy(CountingPolicy):
     imports = 0
 
     def import_weights(self, *args):
-        imported = super().import_weights(*args)
+        super().import_weights(*args)
         self.imports += 1
         if self.imports == 2:
             generator = torch.Generator().manual_seed(0)
             for parameter in self.engine.parameters().values():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.data += 0.1 * parameter.data.std(correction=0) * noise
-        return imported
 
 
 def make_engine(job, policy_class=CountingPolicy):

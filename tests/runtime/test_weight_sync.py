@@ -66,22 +66,43 @@ class SplitTrainer(ToyTrainer):
     def change_weights(self):
         self.scores += 10
 
+    def move_weights(self):
+        self.num_moves += 1
+
     def change_weights_late(self):
         """In the next sync, after they were read."""
         self.changes_late = True
 
-    def weight_digests(self, sample):
+    def sent_weights(self, sample):
         if self.changes_late:
             self.changes_late = False
             self.scores[1] += 1
-        return super().weight_digests(sample)
+        return super().sent_weights(sample)
+
+
+class OnGPU:
+    """Says that its weights are on a GPU, whose memory is opened once and then read in place.
+
+    Here what was opened stays as it was then, like memory that the weights have left.
+    """
+
+    def weight_gpu(self):
+        return "GPU-0", frozenset()
+
+
+class TrainerOnGPU(OnGPU, SplitTrainer):
+    pass
+
+
+class PolicyOnGPU(OnGPU, Policy):
+    pass
 
 
 @contextmanager
-def ready_to_sync(directory, *overrides):
+def ready_to_sync(directory, *overrides, classes=(SplitTrainer, Policy)):
     """A trainer and a policy that are not colocated, and what copies between them."""
     session.init(str(write_job(directory)), ["runtime.colocation=[]", *overrides])
-    trainer, policy = SplitTrainer("policy_trainer"), Policy("policy")
+    trainer, policy = classes[0]("policy_trainer"), classes[1]("policy")
     cluster = Cluster(policy.job, [trainer, policy])
     try:
         groups = cluster.start()
@@ -115,10 +136,27 @@ def test_weights_that_change_under_a_sync_are_reported_and_no_engine_gets_ready(
             "  scores[4:8] of rollout rank 0, from scores[0:4] of training rank 1",
             "  scores[4:8] of rollout rank 1, from scores[0:4] of training rank 1",
         ]
-        assert [version for _, version in policy.call("state")] == [1, 1]
+        assert [version for _, version in policy.call("state")] == [None, None]
         assert sync.sync().version == 3
         assert policy.call("state") == [([0.0] * 4 + [1.0, 2.0, 1.0, 1.0], 3)] * 2
     assert left_after(30, rank_processes, existing_cluster) == {}
+
+
+def test_memory_is_opened_once_and_again_where_weights_have_moved(existing_cluster, tmp_path):
+    with ready_to_sync(tmp_path, classes=(TrainerOnGPU, PolicyOnGPU)) as (trainer, policy, sync):
+        sync.sync()
+        sync.sync()
+        trainer.call("change_weights")
+        with pytest.raises(WeightMismatchError, match="4 copies do not hold what was sent"):
+            sync.sync()  # reads what was opened first
+        sync.sync()
+        assert policy.call("state") == [([10.0] * 4 + [11.0] * 4, 4)] * 2
+
+        trainer.call("change_weights")
+        gather([trainer.start_on(1, "move_weights")])
+
+        sync.sync()
+        assert policy.call("state") == [([20.0] * 4 + [21.0] * 4, 5)] * 2
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +202,7 @@ def test_a_sync_between_hosts_that_failed_is_repeated_over_new_links_without_a_w
         with pytest.raises(RankError, match=r"link policy_trainer \d -> policy \d, "):
             sync.sync()
 
-        assert [version for _, version in policy.call("state")] == [1, 1]
+        assert [version for _, version in policy.call("state")] == [None, None]
         for version in (3, 4):
             assert sync.sync().version == version
             assert policy.call("state") == [([10.0] * 4 + [11.0] * 4, version)] * 2

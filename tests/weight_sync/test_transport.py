@@ -34,7 +34,7 @@ def test_tensors_of_one_storage_are_handed_out_together_and_open_where_they_lie(
     }
     export = export_tensors(tensors, generation=5)
     assert [array.nbytes for array in export.memories] == [1600, 24]
-    assert export.tensors["columns"].offset == 4 * 45
+    assert export.places[1, export.names.index("columns")] == 4 * 45
 
     opened = OpenedExport(carried(export))
     memory.zero_()  # not seen by who opened the carried copy
