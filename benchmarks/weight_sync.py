@@ -380,7 +380,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes.bar_label(drawn, fmt="%.1f", fontsize=7)
     axes.set_yscale("log")
     axes.set_ylabel("ms")
-    names = [f"{result['case'].split('-')[0]}, {result['layout']}" for result in results]
+    names = [f"{result['case'].split('-')[0]}\n{result['layout']}" for result in results]
     axes.set_xticks(range(len(results)), names)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
