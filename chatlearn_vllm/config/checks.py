@@ -130,6 +130,13 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
         f"must be at least max_num_seqs={args.max_num_seqs}, one token per running sequence",
         given=[(*at, "max_num_seqs")],
     )
+    max_tokens = args.max_tokens_per_micro_batch
+    report.require(
+        max_tokens is None or max_tokens >= args.seq_length,
+        (*at, "max_tokens_per_micro_batch"),
+        f"must be at least seq_length={args.seq_length}: a sequence is not cut",
+        given=[(*at, "seq_length")],
+    )
     report.require(
         args.lr_decay_iters is None or args.lr_decay_iters > args.lr_warmup_iters,
         (*at, "lr_decay_iters"),
@@ -217,11 +224,14 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
     name = f"models.{model.name}"
     devices: list[Key] = [("models", model.name, "num_gpu")]
     if model.trainable:
-        rows = runtime.train_micro_batch_size * max(model.data_parallel_size, 1)
+        rows, meaning = max(model.data_parallel_size, 1), f"data parallel size of {name}"
+        if model.model_args.max_tokens_per_micro_batch is None:
+            rows *= runtime.train_micro_batch_size
+            meaning = f"train_micro_batch_size x {meaning}"
         report.require(
             (runtime.train_global_batch_size or 0) % rows == 0,
             ("runtime", "train_global_batch_size"),
-            f"must be a multiple of {rows} = train_micro_batch_size x data parallel size of {name}",
+            f"must be a multiple of {rows} = {meaning}",
             given=[("runtime", "train_micro_batch_size"), *devices],
         )
     elif model.num_gpu:

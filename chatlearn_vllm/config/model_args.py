@@ -99,6 +99,18 @@ class ParallelArgs(Section):
     """A collective call that waits longer than this many minutes fails."""
 
 
+class MicroBatchArgs(Section):
+    """Micro-batches (Megatron models)"""
+
+    max_tokens_per_micro_batch: Positive | None = None
+    """Most tokens, padding included, that one forward (and backward) pass of one rank takes, at
+    least seq_length: rows of similar lengths go together, as many as fit. It replaces
+    train_micro_batch_size and generation_batch_size; None = these numbers of rows."""
+    sequence_packing: bool = False
+    """Put the rows of a micro-batch behind each other instead of padding them to the longest; no
+    token sees those of another row."""
+
+
 class OptimizerArgs(Section):
     """Optimizer and schedule (trainable models)"""
 
@@ -152,20 +164,57 @@ class LoraArgs(Section):
 
 
 class AlgorithmArgs(Section):
-    """Policy optimisation (the trainable policy)"""
+    """Policy optimisation (the trainable policy, and PPO's trainable value model)"""
 
     cliprange: NonNegative = 0.2
     """The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
+    cliprange_high: NonNegative | None = None
+    """The distance above 1, where it should differ (DAPO's clip-higher); None = cliprange."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Ratio above which a negative advantage counts no more; None = no such bound."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Whose probability the ratio compares; sequence, with loss_agg: seq-mean, is GSPO."""
+    tis_imp_ratio_cap: Annotated[float, Field(ge=1)] | None = None
+    """Weigh tokens by trainer over rollout probability, at most this (truncated importance
+    sampling); None = no weights."""
+    advantage_estimator: Literal["grpo", "rloo", "reinforce++"] = "grpo"
+    """GRPOEngine: compare a response with its group's mean, with the mean of the others in its
+    group, or spread its return over its tokens and whiten over the episode."""
+    advantage_std: bool = True
+    """grpo: divide by the standard deviation of the group, too; False is Dr. GRPO's choice."""
     init_kl_coef: NonNegative = 0.0
     """Weight of the KL penalty towards the reference model; 0 = no reference model needed."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL: log ratio, half its square, or the unbiased non-negative one."""
-    loss_agg: Literal["token-mean", "seq-mean"] = "token-mean"
-    """Mean over all response tokens, or mean over responses of each response's mean."""
-    advantage_std: bool = True
-    """Divide advantages by the standard deviation of their group, not only subtract its mean."""
+    fix_kl_coef: bool = True
+    """PPO: keep init_kl_coef; False lets it follow `target`."""
+    target: Annotated[float, Field(gt=0)] = 6.0
+    """PPO: KL per response, in nats, that an adaptive coefficient holds."""
+    horizon: Positive = 10000
+    """PPO: samples over which an adaptive coefficient reacts."""
+    loss_agg: Literal["token-mean", "seq-mean", "seq-mean-token-sum-norm"] = "token-mean"
+    """Mean over all response tokens; mean over responses of each response's mean; or mean over
+    responses of its sum divided by max_new_tokens (Dr. GRPO)."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
+    gamma: Share = 1.0
+    """PPO, reinforce++: discount per token."""
+    lam: Probability = 0.95
+    """PPO: lambda of generalised advantage estimation."""
+    cliprange_value: Annotated[float, Field(gt=0)] | None = 0.1
+    """PPO: values may move so far from those before the update; None = any distance."""
+    cliprange_reward: Annotated[float, Field(gt=0)] = 100.0
+    """PPO, reinforce++: rewards are clipped to plus and minus this."""
+    overlong_buffer_len: Positive | None = None
+    """Tokens before max_new_tokens over which a penalty on length grows (DAPO); None = none."""
+    overlong_penalty_factor: NonNegative = 1.0
+    """Reward that a response of max_new_tokens loses to that penalty."""
+    dpo_weight: Annotated[float, Field(gt=0)] = 0.1
+    """DPO: beta, the strength of the tie to the reference model."""
+    use_ipo: bool = False
+    """DPO: take IPO's loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """DPO: probability that a pair is the wrong way round."""
 
 
 class PromptArgs(Section):
@@ -271,7 +320,7 @@ class UnusedArgs(Section):
     """Keys of ChatLearn that nothing here reads
 
     Accepted so that files made for ChatLearn load; one notice at start names those that are set.
-    Your own module may read them: `self.model_args["gamma"]`.
+    Your own module may read them: `self.model_args["lm_coef"]`.
     """
 
     no_effect: ClassVar[str] = "no built-in module reads them"
@@ -296,20 +345,6 @@ class UnusedArgs(Section):
     """ChatLearn: responses per prompt in reward training."""
     loss_on_prompts: bool = False
     """ChatLearn: also train on prompt tokens."""
-    target: float = 6
-    """PPO: target of the adaptive KL controller."""
-    horizon: Positive = 10000
-    """PPO: horizon of the adaptive KL controller, in samples."""
-    fix_kl_coef: bool = True
-    """PPO: keep the KL coefficient fixed."""
-    gamma: float = 1.0
-    """PPO: discount."""
-    lam: float = 0.95
-    """PPO: lambda of generalised advantage estimation."""
-    cliprange_value: float = 0.1
-    """PPO: clip range of the value loss."""
-    cliprange_reward: float = 100
-    """PPO: rewards are clipped to plus and minus this."""
     ngram_coef: float = 1
     """PPO reward: weight of the n-gram term."""
     lm_coef: float = 0
@@ -320,10 +355,6 @@ class UnusedArgs(Section):
     """PPO reward: weight of the reward model."""
     numerical_stable: bool = True
     """PPO: clamp log ratios."""
-    dpo_weight: float = 0.1
-    """DPO: beta."""
-    use_ipo: bool = False
-    """DPO: IPO loss."""
     no_load_optim: bool = True
     """Megatron: leave the optimizer's state out when loading."""
     no_load_rng: bool = True
@@ -384,6 +415,7 @@ class ModelArgs(
     WeightArgs,
     ShapeArgs,
     ParallelArgs,
+    MicroBatchArgs,
     OptimizerArgs,
     LoraArgs,
     AlgorithmArgs,

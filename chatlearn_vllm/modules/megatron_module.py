@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from chatlearn_vllm.algorithms.grpo import aggregate
+from chatlearn_vllm.algorithms.aggregation import aggregate
 from chatlearn_vllm.algorithms.mismatch import count_not_finite, mismatch_metrics, mismatch_sums
 from chatlearn_vllm.data.batch import Batch, batch_size
+from chatlearn_vllm.engines.megatron.micro_batches import put_back, take
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.mismatch_guard import MismatchError, MismatchGuard
 from chatlearn_vllm.observability.logging import get_logger
@@ -77,7 +77,8 @@ class MegatronModule(BaseModule, ABC):
         """The training loss of every token of one micro-batch.
 
         Called on the last pipeline stage. Tensors are on the device and cut to S', the longest
-        sequence of the optimizer step.
+        sequence of the optimizer step, or of the micro-batch where max_tokens_per_micro_batch or
+        sequence_packing is set.
 
         Args:
             batch: see data/batch.py; `old_logprobs` [b, S'-1] is there if the rollout sent
@@ -101,7 +102,9 @@ class MegatronModule(BaseModule, ABC):
         parallel shards.
 
         Args:
-            data: micro-batches of equal size, on the CPU.
+            data: micro-batches, on the CPU. Of equal size, in the order of the rows; or, where
+                max_tokens_per_micro_batch is set, of similar lengths, and some may be a copy of a
+                row without any token in `loss_mask` (with virtual pipeline stages only).
             iteration: number of the episode.
 
         Returns:
@@ -122,7 +125,13 @@ class MegatronModule(BaseModule, ABC):
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             mask = batch["loss_mask"][:, 1:]
             token_loss, sums = self.loss(batch, logprobs, entropy)
-            total = aggregate(token_loss, mask, how, denominator=denominator)
+            total = aggregate(
+                token_loss,
+                mask,
+                how,
+                denominator=denominator,
+                max_length=self.model_args.max_new_tokens,
+            )
             return total, {"entropy": (entropy.detach() * mask).sum(), **sums}
 
         metrics, sums = self.engine.train_step(data, loss_fn)
@@ -185,7 +194,10 @@ class MegatronModule(BaseModule, ABC):
         for _ in range(self.runtime_args.num_training_epoch):
             for start in range(0, num_rows, rows_per_step):
                 rows = {key: value[start : start + rows_per_step] for key, value in data.items()}
-                micro_batches = self._cut(rows, self.runtime_args.train_micro_batch_size)
+                groups = self.engine.group_rows(
+                    rows, self.runtime_args.train_micro_batch_size, is_optimizer_step=True
+                )
+                micro_batches = [take(rows, group) for group in groups]
                 metrics.append({**self.train_step(micro_batches, iteration), **common})
         return metrics
 
@@ -200,9 +212,9 @@ class MegatronModule(BaseModule, ABC):
             `loss_mask[:, 1:]` is 0.
         """
         inputs = {key: data[key] for key in ("all_tokens", "loss_mask") if key in data}
-        micro_batches = self._cut(inputs, self._rows_per_forward())
-        scores = torch.cat(self.engine.forward_only(micro_batches, _masked_logprobs))
-        return F.pad(scores, (0, data["all_tokens"].size(1) - 1 - scores.size(1)))
+        groups = self.engine.group_rows(inputs, self._rows_per_forward(), is_optimizer_step=False)
+        scores = self.engine.forward_only([take(inputs, rows) for rows in groups], _masked_logprobs)
+        return put_back(scores, groups, data["all_tokens"].size(1) - 1)
 
     def onload(self, weights: bool = True, optimizer: bool = True, grads: bool = True) -> None:
         """Take back what `offload` gave away, or the named parts of it."""
@@ -357,11 +369,6 @@ class MegatronModule(BaseModule, ABC):
     def _rows_per_forward(self) -> int:
         own = self.module_args.generation_batch_size
         return own if own is not None and own > 0 else self.runtime_args.generation_batch_size
-
-    def _cut(self, data: Batch, max_rows: int) -> list[Batch]:
-        from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
-
-        return cut_micro_batches(data, max_rows, multiple_of=self.engine.micro_batch_multiple)
 
     def _check_equal_rows(self, num_rows: int) -> None:
         (total,) = self.engine.all_reduce_data_parallel([float(num_rows)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chatlearn_vllm.algorithms.grpo import group_advantages
+from chatlearn_vllm.algorithms.advantages import group_advantages
 from chatlearn_vllm.config.sampling import incomparable_logprobs
 from chatlearn_vllm.config.schema import MismatchWarnConfig
 from chatlearn_vllm.data.batch import Batch, batch_size, select

@@ -196,11 +196,11 @@ def test_a_legacy_key_beside_its_new_name_is_refused(write):
 
 
 def test_keys_without_effect_are_accepted_and_named_once(job, write):
-    write("policy.yaml", "max_paddings: 512\nswap_space: 4\nsliding_window: None\ngamma: 0.9\n")
+    write("policy.yaml", "max_paddings: 512\nswap_space: 4\nsliding_window: None\nlm_coef: 0.9\n")
     notices = load_config(job, ["runtime.nsys=True", "runtime.coalesce_param=True"]).notices
     assert notices == (
         "runtime: no effect of nsys=True; nothing in this version reads them",
-        "models.policy: no effect of gamma=0.9; no built-in module reads them",
+        "models.policy: no effect of lm_coef=0.9; no built-in module reads them",
         "models.policy: no effect of max_paddings=512, swap_space=4.0; "
         "vLLM's V1 engine has no such setting",
     )

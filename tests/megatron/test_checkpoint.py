@@ -202,7 +202,5 @@ def random_numbers_after_load(path, directory, **settings):
 def learning_rate_after_resume(path, directory, **settings):
     with tiny_models.engine(path, **settings) as engine:
         engine.load_checkpoint(directory)
-        from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
-
-        micro_batches = cut_micro_batches(tiny_models.batch(), 2)
+        micro_batches = tiny_models.micro_batches(tiny_models.batch())
         return engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]

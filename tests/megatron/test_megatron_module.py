@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from chatlearn_vllm.algorithms.grpo import policy_loss
+from chatlearn_vllm.algorithms.policy import policy_loss
 from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
 from chatlearn_vllm.config.schema import MismatchStopConfig
 from chatlearn_vllm.modules.megatron_module import MegatronModule
@@ -58,6 +58,9 @@ def one_rank_metrics(ranks, llama):
         (2, {"tp": 2, "train_micro_batch_size": 2}),
         (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
         (4, {"train_micro_batch_size": 1}),
+        (1, {"max_tokens_per_micro_batch": 44}),
+        (2, {"max_tokens_per_micro_batch": 44, "sequence_packing": True}),
+        (4, {"pp": 2, "tp": 2, "max_tokens_per_micro_batch": 24, "sequence_packing": True}),
     ],
 )
 def test_metrics_depend_neither_on_micro_batches_nor_on_ranks(
@@ -138,7 +141,15 @@ def test_a_probability_that_is_not_finite_stops_whatever_the_levels(ranks, llama
         assert is_unchanged
 
 
-@pytest.mark.parametrize(("world_size", "settings"), [(1, {}), (4, {"tp": 2, "pp": 2})])
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {}),
+        (4, {"tp": 2, "pp": 2}),
+        (1, {"max_tokens_per_micro_batch": 44}),
+        (4, {"tp": 2, "pp": 2, "max_tokens_per_micro_batch": 44, "sequence_packing": True}),
+    ],
+)
 def test_scores_are_those_of_hugging_face_at_the_sampling_temperature(
     ranks, llama, world_size, settings
 ):

@@ -9,7 +9,6 @@ import transformers
 
 from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
 from chatlearn_vllm.engines.megatron.logprobs import vocab_parallel_logprobs
-from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
 from tests.megatron import tiny_models
 
 MODELS = {
@@ -120,7 +119,7 @@ def logits(path: Path, **settings) -> torch.Tensor | None:
         head = engine.chunks[-1].output_layer if engine.chunks[-1].post_process else None
         if head is not None:
             head.register_forward_hook(capture)
-        micro_batches = cut_micro_batches({"all_tokens": tiny_models.batch()["all_tokens"]}, 2)
+        micro_batches = tiny_models.micro_batches({"all_tokens": tiny_models.batch()["all_tokens"]})
         engine.forward_only(micro_batches, lambda batch, logprobs, entropy: logprobs)
         if head is None:
             return None

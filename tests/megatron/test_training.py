@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches, trim
 from tests.megatron import tiny_models
 
 LAYOUTS = {
@@ -127,21 +126,6 @@ def test_building_an_engine_leaves_torch_cuda_as_it_was(ranks, llama):
     assert ranks[1].run(cuda_functions_are_kept, llama) == [True]
 
 
-def test_micro_batches_have_one_size_and_lose_common_padding():
-    batch = tiny_models.batch(rows=6)
-    batch["logprobs"] = torch.zeros(6, tiny_models.SEQ_LENGTH - 1)
-    batch["text"] = ["a"] * 6
-    parts = cut_micro_batches(batch, 4)
-    assert [len(part["all_tokens"]) for part in parts] == [3, 3]
-    trimmed, length = trim(parts)
-    assert length == int(batch["loss_mask"].any(0).nonzero().max()) + 1
-    assert trimmed[0]["all_tokens"].shape == (3, length)
-    assert trimmed[0]["logprobs"].shape == (3, length - 1)
-    assert trimmed[0]["text"] == ["a"] * 3
-    with pytest.raises(ValueError, match="multiple of 4"):
-        cut_micro_batches(batch, 3, multiple_of=4)
-
-
 def loss_curve(path, steps=4, micro_batch_size=2, **settings):
     """[[loss, grad_norm], ...]."""
     with tiny_models.engine(path, **settings) as engine:
@@ -152,7 +136,7 @@ def decay_factors(path):
     """By which factor each parameter shrinks in a step whose gradient is zero."""
     with tiny_models.engine(path, weight_decay=0.5, clip_grad=0.0) as engine:
         before = {name: p.detach().clone() for name, p in engine.named_parameters()}
-        micro_batches = cut_micro_batches(tiny_models.batch(), 2)
+        micro_batches = tiny_models.micro_batches(tiny_models.batch())
         engine.train_step(micro_batches, lambda b, logprobs, e: (logprobs.sum() * 0.0, {}))
         return {
             name: float(p.detach().norm() / before[name].norm())
@@ -168,7 +152,7 @@ def weights_after_a_step(path, **settings):
 
 def learning_rates(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
-        micro_batches = cut_micro_batches(tiny_models.batch(), 2)
+        micro_batches = tiny_models.micro_batches(tiny_models.batch())
         return [
             engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]
             for _ in range(4)

@@ -11,7 +11,7 @@ import torch
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.engines.megatron import optimizer
 from chatlearn_vllm.engines.megatron.engine import MegatronEngine
-from chatlearn_vllm.engines.megatron.micro_batches import cut_micro_batches
+from chatlearn_vllm.engines.megatron.micro_batches import equal_groups, take
 
 VOCAB_SIZE = 99  # odd: padded for tensor parallel 2
 SEQ_LENGTH = 24
@@ -104,18 +104,39 @@ def negative_logprobs(micro_batch, logprobs, entropy):
     return -(logprobs * mask).sum() / 100.0, {"entropy": (entropy * mask).sum()}
 
 
-def shard(engine: MegatronEngine, micro_batch_size: int = 2) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of this data parallel rank's rows of `batch()`."""
-    rows = {
-        key: value[engine.data_parallel_rank :: engine.data_parallel_size]
-        for key, value in batch().items()
-    }
-    return cut_micro_batches(rows, micro_batch_size, multiple_of=engine.micro_batch_multiple)
+def micro_batches(
+    rows: dict[str, torch.Tensor], micro_batch_size: int = 2
+) -> list[dict[str, torch.Tensor]]:
+    """A batch cut into micro-batches of one size, in order."""
+    return [take(rows, group) for group in equal_groups(len(rows["all_tokens"]), micro_batch_size)]
 
 
-def train(engine: MegatronEngine, steps: int, micro_batch_size: int = 2) -> list[list[float]]:
-    """[loss, grad_norm] of some steps on this data parallel rank's share of `batch()`."""
-    micro_batches = shard(engine, micro_batch_size)
+def rows_of_rank(engine: MegatronEngine, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This data parallel rank's share of a batch."""
+    mine = slice(engine.data_parallel_rank, None, engine.data_parallel_size)
+    return {key: value[mine] for key, value in rows.items()}
+
+
+def shard(
+    engine: MegatronEngine,
+    micro_batch_size: int = 2,
+    rows: dict[str, torch.Tensor] | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of this data parallel rank's rows, by default its share of `batch()`."""
+    if rows is None:
+        rows = rows_of_rank(engine, batch())
+    groups = engine.group_rows(rows, micro_batch_size, is_optimizer_step=True)
+    return [take(rows, group) for group in groups]
+
+
+def train(
+    engine: MegatronEngine,
+    steps: int,
+    micro_batch_size: int = 2,
+    rows: dict[str, torch.Tensor] | None = None,
+) -> list[list[float]]:
+    """[loss, grad_norm] of some steps on the micro-batches of `shard`."""
+    micro_batches = shard(engine, micro_batch_size, rows)
     curve = []
     for _ in range(steps):
         metrics, _ = engine.train_step(micro_batches, negative_logprobs)

@@ -1,12 +1,54 @@
 """How is attention computed without Transformer Engine and without an s x s matrix?"""
 
 import inspect
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import MegatronModule
+
+
+def packed_seq_params(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
+    """Say to megatron-core which sequences lie behind each other, without gaps.
+
+    Args:
+        lengths: tokens of each sequence.
+        device: that of the model.
+    """
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    on_device = starts.to(device, non_blocking=True)
+    # megatron-core's rotary embedding takes the padded starts where they are given, and reads them
+    # on the host in every layer: from device memory it would wait for the device each time. It
+    # takes a maximum that equals the sum for a sign that positions go on from row to row.
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        cu_seqlens_q_padded=starts,
+        cu_seqlens_kv_padded=starts,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def check_takes_packed(modules: Iterable[torch.nn.Module]) -> None:
+    """Check that the attention of a model can keep packed sequences apart.
+
+    Raises:
+        ValueError: a user's `model_provider` chose megatron-core's own attention.
+    """
+    if any(
+        isinstance(part, DotProductAttention) for module in modules for part in module.modules()
+    ):
+        raise ValueError(
+            "sequence_packing=True: megatron-core's DotProductAttention, which model_provider() "
+            "chose, cannot keep packed sequences apart; use SDPACoreAttention of "
+            "chatlearn_vllm/engines/megatron/attention.py, or set sequence_packing: False"
+        )
 
 
 class SDPACoreAttention(MegatronModule):
@@ -59,7 +101,8 @@ class SDPACoreAttention(MegatronModule):
             attention_mask: must be None.
             attn_mask_type: not used, the mask is causal.
             attention_bias: must be None.
-            packed_seq_params: where each packed sequence starts; None for a dense batch.
+            packed_seq_params: where each packed sequence starts, see `packed_seq_params`; None for
+                a dense batch.
 
         Returns:
             [s, b, heads * d], or [t, heads * d] when packed.
@@ -93,13 +136,11 @@ class SDPACoreAttention(MegatronModule):
         packed: PackedSeqParams,
         dropout: float,
     ) -> torch.Tensor:
-        starts = packed.cu_seqlens_q_padded
-        if starts is None:
-            starts = packed.cu_seqlens_q
         is_half = query.dtype in (torch.bfloat16, torch.float16)
         if query.is_cuda and is_half and dropout == 0.0:
-            return self._varlen(query, key, value, starts, packed.max_seqlen_q)
-        lengths = starts.diff().tolist()
+            return self._varlen(query, key, value, packed.cu_seqlens_q, packed.max_seqlen_q)
+        on_host = packed.cu_seqlens_q_padded
+        lengths = (packed.cu_seqlens_q if on_host is None else on_host).diff().tolist()
         outputs = []
         for q, k, v in zip(
             query.split(lengths), key.split(lengths), value.split(lengths), strict=True

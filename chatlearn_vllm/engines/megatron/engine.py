@@ -19,6 +19,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from chatlearn_vllm.data.balance import row_lengths
+from chatlearn_vllm.data.batch import batch_size
 from chatlearn_vllm.engines.megatron import (
     checkpoint,
     hf_checkpoint,
@@ -28,12 +30,19 @@ from chatlearn_vllm.engines.megatron import (
     parallel,
 )
 from chatlearn_vllm.engines.megatron.architectures import transformer_config
+from chatlearn_vllm.engines.megatron.attention import check_takes_packed, packed_seq_params
 from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
 from chatlearn_vllm.engines.megatron.files import read_json
 from chatlearn_vllm.engines.megatron.hf_checkpoint import HFWeights, LaidOut
 from chatlearn_vllm.engines.megatron.init_weights import RandomWeights
 from chatlearn_vllm.engines.megatron.logprobs import vocab_parallel_logprobs
-from chatlearn_vllm.engines.megatron.micro_batches import to_device, trim
+from chatlearn_vllm.engines.megatron.micro_batches import (
+    ModelInput,
+    equal_groups,
+    groups_by_tokens,
+    to_device,
+    trim,
+)
 from chatlearn_vllm.engines.megatron.model import (
     ModelProvider,
     build_chunks,
@@ -107,6 +116,11 @@ class MegatronEngine:
         with cuda_means_cpu():
             parallel.seed_everything(args.seed)
         self.config = transformer_config(self.hf_config, **self._transformer_settings())
+        if self._has_own_lengths:
+            # Pipeline stages tell each other the shapes. TransformerConfig refuses this as an
+            # argument with its default dispatcher of tokens to experts, even without experts: that
+            # one needs equal shapes on ranks that share experts. `_agree_on_lengths` gives them.
+            self.config.variable_seq_lengths = True
         self.chunks: list[GPTModel] = []
         self._modules: list[torch.nn.Module] = []
         self.optimizer = None
@@ -118,6 +132,8 @@ class MegatronEngine:
     def build(self) -> None:
         """Build the model, fill its weights, and build the optimizer if it is trained."""
         self.chunks = build_chunks(self.config, self._provider, self.device)
+        if self.args.sequence_packing:
+            check_takes_packed(self.chunks)
         modules = [in_training_dtype(self.config, chunk) for chunk in self.chunks]
         for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
             parameter.requires_grad_(self.trainable)
@@ -156,9 +172,10 @@ class MegatronEngine:
         ranks, so `loss_fn` must divide by numbers of the whole global batch.
 
         Args:
-            micro_batches: this data parallel rank's, of equal size, in the form of data/batch.py;
-                the same on all its tensor and pipeline parallel ranks, and equally many on all
-                data parallel ranks.
+            micro_batches: this data parallel rank's, in the form of data/batch.py; the same on all
+                its tensor and pipeline parallel ranks, and equally many on all data parallel
+                ranks. Of equal size, unless max_tokens_per_micro_batch or sequence_packing is
+                set.
             loss_fn: called on the last pipeline stage, on trimmed micro-batches on the device.
 
         Returns:
@@ -211,6 +228,60 @@ class MegatronEngine:
         is_interleaved = bool(self.config.virtual_pipeline_model_parallel_size)
         return self.config.pipeline_model_parallel_size if is_interleaved else 1
 
+    def group_rows(
+        self, batch: Batch, max_rows: int, *, is_optimizer_step: bool
+    ) -> list[list[int]]:
+        """Decide which rows of a batch make each micro-batch.
+
+        With max_tokens_per_micro_batch, data parallel ranks group alike in an optimizer step, and
+        always where the model has experts: as if the longest row of each were as long as that of
+        any of them, the second longest likewise, and so on. So all have equally many micro-batches,
+        and the first ones have equally many rows, the second ones too, and so on. In these cases,
+        collective over the data parallel group.
+
+        Args:
+            batch: this data parallel rank's rows.
+            max_rows: most rows of a micro-batch where max_tokens_per_micro_batch is not set.
+            is_optimizer_step: whether they are for `train_step`, not for `forward_only`.
+
+        Returns:
+            The rows of each micro-batch. Some may have none, see `micro_batches.take`: virtual
+            pipeline stages ask for at least as many micro-batches as there are stages.
+
+        Raises:
+            ValueError: a row is too long, or data parallel ranks have different numbers of rows.
+        """
+        limit = self.args.max_tokens_per_micro_batch
+        if limit is None:
+            return equal_groups(batch_size(batch), max_rows, multiple_of=self.micro_batch_multiple)
+        own = [self._padded(length) for length in row_lengths(batch)]
+        longest_first = sorted(range(len(own)), key=lambda row: -own[row])
+        lengths = [own[row] for row in longest_first]
+        if is_optimizer_step or self.config.num_moe_experts:
+            lengths = self._agree_on_row_lengths(lengths)
+        if lengths[0] > limit:
+            raise ValueError(
+                f"a sequence takes {lengths[0]} tokens, more than max_tokens_per_micro_batch="
+                f"{limit}; raise that key to at least the longest sequence, seq_length"
+            )
+        groups = groups_by_tokens(
+            lengths,
+            limit,
+            is_packed=self.args.sequence_packing,
+            multiple_of=self.micro_batch_multiple,
+        )
+        return [[longest_first[place] for place in group] for group in groups]
+
+    def _agree_on_row_lengths(self, lengths: list[int]) -> list[int]:
+        """Place by place the longest of all data parallel ranks."""
+        most, fewest = self._largest_of_ranks([len(lengths), -len(lengths)])
+        if most != -fewest:
+            raise ValueError(
+                f"data parallel ranks have {-fewest} to {most} rows; each needs equally many where "
+                "max_tokens_per_micro_batch is set"
+            )
+        return self._largest_of_ranks(lengths)
+
     def _forward_backward(self, micro_batches: list[Batch], loss_fn: LossFn) -> dict[str, float]:
         """Accumulate gradients; return the sums of the statistics over all ranks."""
         # megatron-core divides the loss by the number of micro-batches (in place!) and averages
@@ -239,80 +310,109 @@ class MegatronEngine:
         self, micro_batches: list[Batch], output_fn: Callable, *, forward_only: bool
     ) -> list[Any]:
         """Drive megatron-core's pipeline schedule; results on the last stage, else empty."""
-        batches, length = trim(micro_batches)
-        if self.config.num_moe_experts:
-            length = self._agree_on_length(batches, length)
-        # Sequence parallel ranks hold equal parts of the sequence.
-        tp_size = self.config.tensor_model_parallel_size
-        padded = -(-length // tp_size) * tp_size if self.config.sequence_parallel else length
-        iterators = [iter(batches) for _ in self._modules]
+        inputs = self._model_inputs(micro_batches)
+        iterators = [iter(inputs) for _ in self._modules]
+        num_rows, length = inputs[0].shape  # of all, where stages do not tell each other
         return get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, output_fn, padded),
+            forward_step_func=partial(self._forward_step, output_fn),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._modules if len(self._modules) > 1 else self._modules[0],
-            num_microbatches=len(batches),
-            seq_length=padded,
-            micro_batch_size=len(batches[0]["all_tokens"]),
+            num_microbatches=len(inputs),
+            seq_length=length,
+            micro_batch_size=num_rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _agree_on_length(self, batches: list[Batch], length: int) -> int:
-        """The longest of all data parallel ranks, which pass tokens through each other's experts.
+    def _model_inputs(self, micro_batches: list[Batch]) -> list[ModelInput]:
+        """Micro-batches as the model takes them: trimmed, of lengths that the ranks agree on."""
+        if self._has_own_lengths:
+            batches = [trim([batch])[0][0] for batch in micro_batches]
+        else:
+            batches, _ = trim(micro_batches)
+        inputs = [
+            ModelInput.packed(batch) if self.args.sequence_packing else ModelInput.padded(batch)
+            for batch in batches
+        ]
+        if self.config.num_moe_experts:
+            inputs = self._agree_on_lengths(inputs)
+        return [each.lengthened(self._padded(each.length)) for each in inputs]
+
+    @property
+    def _has_own_lengths(self) -> bool:
+        """Whether each micro-batch has a length of its own, not that of the longest of a call."""
+        return self.args.max_tokens_per_micro_batch is not None or self.args.sequence_packing
+
+    def _padded(self, length: int) -> int:
+        """What sequence parallel ranks can hold equal parts of."""
+        size = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return -(-length // size) * size
+
+    def _agree_on_lengths(self, inputs: list[ModelInput]) -> list[ModelInput]:
+        """Lengthen to the longest of all data parallel ranks, micro-batch by micro-batch.
+
+        These ranks pass tokens through each other's experts.
 
         Raises:
             ValueError: on all ranks, if they have different numbers of micro-batches or rows: some
                 would wait for ever.
         """
-        counts = [float(len(batches)), float(len(batches[0]["all_tokens"]))]
-        numbers = [*counts, *(-count for count in counts), float(length)]
-        most, rows, fewest, least_rows, longest = (
-            int(number) for number in self.all_reduce_data_parallel(numbers, dist.ReduceOp.MAX)
+        count = len(inputs)
+        rows = [micro_batch.shape[0] for micro_batch in inputs]
+        most, fewest, most_rows, fewest_rows = self._largest_of_ranks(
+            [count, -count, max(rows), -min(rows)]
         )
-        if (most, rows) != (-fewest, -least_rows):
+        has_equal_rows = most == -fewest
+        if has_equal_rows:
+            lengths = [micro_batch.length for micro_batch in inputs]
+            largest = self._largest_of_ranks([*lengths, *rows, *(-number for number in rows)])
+            lengths, most_each, fewest_each = (
+                largest[i : i + count] for i in range(0, 3 * count, count)
+            )
+            has_equal_rows = most_each == [-number for number in fewest_each]
+        if not has_equal_rows:
             raise ValueError(
                 f"a model with experts needs equally many micro-batches of equally many rows on "
                 f"all data parallel ranks, but there are {-fewest} to {most} micro-batches of "
-                f"{-least_rows} to {rows} rows"
+                f"{-fewest_rows} to {most_rows} rows"
             )
-        return longest
+        return [each.lengthened(length) for each, length in zip(inputs, lengths, strict=True)]
 
     def _forward_step(
-        self,
-        output_fn: Callable,
-        padded_length: int,
-        iterator: Iterator[Batch],
-        module: torch.nn.Module,
+        self, output_fn: Callable, iterator: Iterator[ModelInput], module: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable]:
         """One micro-batch through one chunk; megatron-core calls it."""
-        batch = to_device(next(iterator), self.device)
-        tokens = batch["all_tokens"]  # [b, S']
-        tokens = F.pad(tokens, (0, padded_length - tokens.size(1)))
-        positions = torch.arange(padded_length, device=self.device).expand_as(tokens)
-        options = {"fp32_output": False} if self.config.bf16 or self.config.fp16 else {}
-        output = module(tokens, positions, None, **options)  # logits [b, padded, V / tp] at the end
-        return output, partial(self._finish, output_fn, batch)
+        micro_batch = next(iterator)
+        # [b, s], or [1, s] if packed
+        tokens = micro_batch.tokens().to(self.device, non_blocking=True)
+        positions = micro_batch.positions().to(self.device, non_blocking=True)
+        options: dict[str, Any] = {}
+        if self.config.bf16 or self.config.fp16:
+            options["fp32_output"] = False
+        if micro_batch.row_lengths:
+            options["packed_seq_params"] = packed_seq_params(micro_batch.part_lengths, self.device)
+        output = module(tokens, positions, None, **options)  # logits [b, s, V / tp] at the end
+        return output, partial(self._finish, output_fn, micro_batch, tokens)
 
     def _finish(
         self,
         output_fn: Callable,
-        batch: Batch,
+        micro_batch: ModelInput,
+        tokens: torch.Tensor,
         logits: torch.Tensor,
         non_loss_data: bool = False,
     ) -> Any:
         """Logits of a micro-batch -> what the caller asked for. On the last stage."""
-        num_predictions = batch["all_tokens"].size(1) - 1
-        # Targets for the padding too: cutting the logits instead would copy them.
-        padding = logits.size(1) - num_predictions
-        targets = F.pad(batch["all_tokens"][:, 1:], (0, padding))  # [b, padded]
+        # A target for each position, counting or not: cutting the logits would copy them.
         logprobs, entropy = vocab_parallel_logprobs(
             logits,
-            targets,
+            F.pad(tokens[:, 1:], (0, 1)),
             vocab_size=self.shape.vocab_size,
             temperature=self.args.temperature,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return output_fn(batch, logprobs[:, :num_predictions], entropy[:, :num_predictions])
+        batch = to_device(micro_batch.batch, self.device)
+        return output_fn(batch, micro_batch.by_row(logprobs), micro_batch.by_row(entropy))
 
     def _sync_parameters(self) -> None:
         """Let every rank see the updated weights now.
@@ -342,6 +442,14 @@ class MegatronEngine:
         """Combine numbers of the data parallel ranks; the result on all of them, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
+        return tensor.tolist()
+
+    def _largest_of_ranks(self, values: list[int]) -> list[int]:
+        """Value by value the largest of the data parallel ranks."""
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(
+            tensor, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group()
+        )
         return tensor.tolist()
 
     # ---------------------------------------------------------------- parameters

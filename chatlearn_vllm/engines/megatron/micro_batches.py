@@ -1,20 +1,26 @@
-"""How is a batch cut into equal micro-batches, no longer than their longest sequence?"""
+"""How is a batch cut into micro-batches, and how do the rows of one lie in the model's input?"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from chatlearn_vllm.data.batch import Batch, batch_size, split
+from chatlearn_vllm.data.balance import row_lengths
+from chatlearn_vllm.data.batch import Batch, select
+
+# ---- which rows go together ---------------------------------------------------------------------
 
 
-def cut_micro_batches(batch: Batch, max_rows: int, *, multiple_of: int = 1) -> list[Batch]:
-    """Cut a batch into micro-batches of one size, in order.
+def equal_groups(num_rows: int, max_rows: int, *, multiple_of: int = 1) -> list[list[int]]:
+    """Cut rows into groups of one size, in order.
 
     Pipeline stages exchange tensors of one shape, so a smaller last micro-batch is not possible:
     the number of micro-batches is the least that divides the rows evenly.
 
     Args:
-        batch: see data/batch.py.
+        num_rows: rows of the batch.
         max_rows: most rows of a micro-batch.
         multiple_of: the number of micro-batches must be a multiple of this (the interleaved
             schedule asks for the pipeline parallel size).
@@ -22,14 +28,140 @@ def cut_micro_batches(batch: Batch, max_rows: int, *, multiple_of: int = 1) -> l
     Raises:
         ValueError: no number of micro-batches fits.
     """
-    rows = batch_size(batch)
-    for count in range(-(-rows // max_rows), rows + 1):
-        if rows % count == 0 and count % multiple_of == 0:
-            return split(batch, count)
+    for count in range(-(-num_rows // max_rows), num_rows + 1):
+        if num_rows % count == 0 and count % multiple_of == 0:
+            size = num_rows // count
+            return [list(range(first, first + size)) for first in range(0, num_rows, size)]
     raise ValueError(
-        f"{rows} rows cannot be cut into equal micro-batches of at most {max_rows} rows whose "
+        f"{num_rows} rows cannot be cut into equal micro-batches of at most {max_rows} rows whose "
         f"number is a multiple of {multiple_of} (virtual pipeline stages ask for that)"
     )
+
+
+def groups_by_tokens(
+    lengths: Sequence[int], max_tokens: int, *, is_packed: bool, multiple_of: int = 1
+) -> list[list[int]]:
+    """Cut rows into few groups, none with more tokens than allowed.
+
+    Each row joins the first group that has room for it, longest first. Packed, a group has the
+    tokens of its rows, else as many as if all were as long as its longest: that is what they are
+    padded to. The first group has the longest row, so memory that does not suffice shows at once.
+
+    Args:
+        lengths: tokens of each row, longest first, none above `max_tokens`.
+        max_tokens: most tokens of a group.
+        is_packed: whether the rows of a group lie behind each other, without padding.
+        multiple_of: the number of groups becomes a multiple of this. Groups with the most rows
+            are halved for that; where rows do not suffice, groups without any are added.
+    """
+    groups: list[list[int]] = []
+    tokens: list[int] = []
+    for row, length in enumerate(lengths):
+        for index, group in enumerate(groups):
+            added = length if is_packed else lengths[group[0]]
+            if tokens[index] + added <= max_tokens:
+                group.append(row)
+                tokens[index] += added
+                break
+        else:
+            groups.append([row])
+            tokens.append(length)
+    while len(groups) % multiple_of:
+        largest = max(groups, key=len)
+        half = -(-len(largest) // 2)
+        groups.append(largest[half:])
+        del largest[half:]
+    return groups
+
+
+def take(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The micro-batch of some rows; of none: a copy of a row in which no token counts."""
+    if rows:
+        return select(batch, rows)
+    filler = select(batch, [0])
+    if "loss_mask" in filler:
+        filler["loss_mask"] = torch.zeros_like(filler["loss_mask"])
+    return filler
+
+
+def put_back(
+    parts: Sequence[torch.Tensor], groups: Sequence[Sequence[int]], width: int
+) -> torch.Tensor:
+    """Undo the cut: a result of each micro-batch [b, up to `width`] -> [B, width], 0 elsewhere."""
+    result = parts[0].new_zeros(sum(len(rows) for rows in groups), width)
+    for part, rows in zip(parts, groups, strict=True):
+        result[list(rows), : part.size(1)] = part[: len(rows)]
+    return result
+
+
+# ---- how they lie in the model's input ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One micro-batch as a model takes it."""
+
+    batch: Batch
+    """Its rows, cut to S', the longest of them (see `trim`)."""
+    length: int
+    """Tokens of the model's input [b, length], or [1, length] if packed."""
+    row_lengths: list[int] | None = None
+    """Packed: tokens of each row, which lie behind each other. None: one row below the other."""
+
+    @classmethod
+    def padded(cls, batch: Batch) -> "ModelInput":
+        """The rows of a trimmed micro-batch below each other, all S' long."""
+        return cls(batch, batch["all_tokens"].size(1))
+
+    @classmethod
+    def packed(cls, batch: Batch) -> "ModelInput":
+        """The rows of a trimmed micro-batch behind each other, each as long as it is."""
+        lengths = row_lengths(batch)
+        return cls(batch, sum(lengths), lengths)
+
+    def lengthened(self, length: int) -> "ModelInput":
+        """The same with more padding at the end."""
+        return replace(self, length=length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the model's input."""
+        return (1 if self.row_lengths else len(self.batch["all_tokens"])), self.length
+
+    @property
+    def part_lengths(self) -> list[int]:
+        """Packed: `row_lengths`, and behind them what fills up to `length`, if anything does."""
+        padding = self.length - sum(self.row_lengths)
+        return [*self.row_lengths, padding] if padding else self.row_lengths
+
+    def tokens(self) -> torch.Tensor:
+        """The model's input, padded with token 0."""
+        rows = self.batch["all_tokens"]  # [b, S']
+        if self.row_lengths:
+            parts = zip(rows, self.row_lengths, strict=True)
+            rows = torch.cat([row[:length] for row, length in parts]).unsqueeze(0)  # [1, t]
+        return F.pad(rows, (0, self.length - rows.size(1)))
+
+    def positions(self) -> torch.Tensor:
+        """The place of each token of the input in its row."""
+        if not self.row_lengths:
+            return torch.arange(self.length).expand(self.shape)
+        return torch.cat([torch.arange(length) for length in self.part_lengths]).unsqueeze(0)
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each token of the input -> [b, S'-1], those of the predictions.
+
+        Packed, it is 0 behind a row's last prediction; else it is what the padding gave.
+        """
+        num_predictions = self.batch["all_tokens"].size(1) - 1
+        if not self.row_lengths:
+            return values[:, :num_predictions]
+        lengths = torch.tensor(self.row_lengths).unsqueeze(1)  # [b, 1]
+        starts = lengths.cumsum(0) - lengths
+        places = torch.arange(num_predictions)
+        has_value = (places < lengths - 1).to(values.device)  # [b, S'-1]
+        index = (starts + places).clamp(max=self.length - 1).to(values.device)
+        return torch.where(has_value, values[0][index], 0.0)
 
 
 def trim(batches: list[Batch]) -> tuple[list[Batch], int]:
