@@ -108,6 +108,8 @@ class ModelConfig(Section):
     generation_batch_size: int | None = None
     """Rows per forward call of a model that scores (reference, reward); None or <= 0 = runtime's
     value. Not vLLM's batch, that is max_num_seqs."""
+    reward_weight: float = 1.0
+    """Factor on the rewards of this model, where an engine adds those of several."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     batch_generation: BatchGenerationConfig = BatchGenerationConfig()
@@ -205,6 +207,11 @@ class EpisodeKeys(Section):
     """Rows per forward call of the models that score, unless they have their own."""
     colocation: Strings = ()
     """Groups of models that share devices, each `"a,b,c"`."""
+    dynamic_sampling: bool = False
+    """Sample further prompts in place of those whose responses all have the same accuracy, or
+    reward where the reward module tells no accuracy (DAPO)."""
+    max_num_gen_batches: Positive = 10
+    """With dynamic_sampling: rollouts of an episode, after which it goes on with what it has."""
     seed: int = 42
     """Seed of the order of prompts."""
 

@@ -1,7 +1,9 @@
 """Where ranks run, how they are called, what one episode does; the only package that imports ray.
 
 session.py              the job of this process
-grpo_engine.py          what one episode does, in order; sft_engine.py likewise
+rollout_engine.py       what one episode does, in order
+grpo_engine.py, rlhf_engine.py, online_dpo_engine.py    what is made of its samples to train on
+sft_engine.py           training on given responses
 engine.py               what engines share: set-up, loop, tear-down
 cluster.py              from a placement plan to running ranks, and their end
 worker_group.py         one call to all ranks of a model, one failure back

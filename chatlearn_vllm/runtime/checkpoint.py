@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class DriverState:
     """Weight version that the rollouts of that episode were made with."""
     sampler: dict[str, Any]
     """`PromptSampler.state_dict()` after that episode's prompts were drawn."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """`Engine.state_dict()` after that episode."""
 
 
 def save_state(directory: Path, state: DriverState, keep: int | None = None) -> None:

@@ -119,6 +119,10 @@ class Engine(ABC):
         """Version that a checkpoint notes down."""
         return 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes down of this kind of training; JSON."""
+        return {}
+
     # ---- set-up and tear-down ---------------------------------------------------------------
 
     def setup(self) -> None:
@@ -227,15 +231,24 @@ class Engine(ABC):
         seconds = {f"time/{phase}_s": spent for phase, spent in self.timers.take().items()}
         return metrics | seconds
 
-    def save_if_due(self, trainer: WorkerGroup, episode: int) -> None:
-        """Save trainer and driver every `save_episode_interval` episodes, and after the last one.
+    def save_if_due(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
+        """Save a trainer every `save_episode_interval` episodes, and after the last one.
 
         Call it while the trainer is in device memory.
+
+        Args:
+            trainer: one of the models that are trained.
+            episode: number of the episode.
+            is_last: whether all others are saved already; then the driver's state is saved, too,
+                and makes the checkpoint complete.
         """
         interval = self.args.save_episode_interval
         if interval is None or (episode % interval and episode != self.args.num_episode):
             return
         with self.timers.phase("save"):
             trainer.call("save_checkpoint", episode)
-            state = DriverState(episode, self.weight_version, self.sampler.state_dict())
-            save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
+            if is_last:
+                state = DriverState(
+                    episode, self.weight_version, self.sampler.state_dict(), self.state_dict()
+                )
+                save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)

@@ -39,16 +39,21 @@ def reward_metrics(batch: Batch, prefix: str) -> dict[str, float]:
     return metrics
 
 
-def train_metrics(stats_of_ranks: Sequence[Sequence[StepStats] | None]) -> dict[str, float]:
+def train_metrics(
+    stats_of_ranks: Sequence[Sequence[StepStats] | None], prefix: str = "train"
+) -> dict[str, float]:
     """Mean over the optimizer steps of an episode and over the ranks that report.
 
     Args:
         stats_of_ranks: what `train` returned on each rank, one dict per optimizer step. Ranks
             without a loss, such as the first pipeline stages, return an empty list or None.
+        prefix: of the metrics' names.
     """
     steps = [step for stats in stats_of_ranks if stats for step in stats]
     names = list(dict.fromkeys(name for step in steps for name in step))
-    return {f"train/{name}": fmean(step[name] for step in steps if name in step) for name in names}
+    return {
+        f"{prefix}/{name}": fmean(step[name] for step in steps if name in step) for name in names
+    }
 
 
 def sync_metrics(report: SyncReport) -> dict[str, float]:

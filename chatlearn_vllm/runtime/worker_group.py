@@ -98,6 +98,14 @@ class WorkerGroup:
         parts = split(batch, min(len(self.replicas), batch_size(batch)))
         return concat(self.call_replicas(method, [(part, iteration) for part in parts]))
 
+    def forward_sharded(self, method: str, batch: Batch, iteration: int) -> Batch:
+        """Like `forward`, on a trainable model: rows are spread over its data parallel ranks."""
+        positions = self._data_parallel_positions()
+        parts = split(batch, positions[0][1])
+        results = self.call_sharded(method, lambda rank, size: parts[rank], iteration)
+        of_rank = {rank: result for (rank, _), result in zip(positions, results, strict=True)}
+        return concat([of_rank[rank] for rank in range(len(parts))])
+
     def call_sharded(
         self, method: str, shard_of: Callable[[int, int], Any], iteration: int
     ) -> list[Any]:

@@ -1,7 +1,8 @@
 """Make a small Llama better at arithmetic, from nothing:  python examples/megatron/demo.py
 
 Makes tokenizer and model, teaches the format by supervised fine-tuning, improves the answers with
-GRPO, draws the learning curve, and prints one line of JSON. `--preset 100m` is for a GPU.
+GRPO (or `--algorithm`), draws the learning curve, and prints one line of JSON. `--preset 100m` is
+for a GPU.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from chatlearn_vllm.observability.metrics import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs" / "llama2"
 
+ALGORITHMS = ("grpo", "online_dpo")
 PRESETS = {
     # The defaults of the yaml files: two trainer ranks and two rollout ranks, colocated.
     "demo": {},
@@ -40,6 +42,9 @@ def main() -> None:
     """Run the steps; each is a command that can be run by hand, too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the model")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="grpo", help="yaml in configs/llama2"
+    )
     parser.add_argument("--out", default="outputs/demo", help="directory, emptied first")
     arguments = parser.parse_args()
 
@@ -55,9 +60,10 @@ def main() -> None:
     step(environment, "examples/megatron/make_tiny_llama.py", "--preset", arguments.preset,
          "--out", str(out / "init"))  # fmt: skip
     step(environment, "-m", "chatlearn_vllm.cli.main", "launch", str(CONFIGS / "sft.yaml"))
-    step(environment, "-m", "chatlearn_vllm.cli.main", "launch", str(CONFIGS / "grpo.yaml"))
+    job = str(CONFIGS / f"{arguments.algorithm}.yaml")
+    step(environment, "-m", "chatlearn_vllm.cli.main", "launch", job)
 
-    history = read_metrics(out / "grpo" / "metrics.jsonl")
+    history = read_metrics(out / arguments.algorithm / "metrics.jsonl")
     draw_learning_curve(history, out / "learning_curve.png")
     print(f"learning curve: {out / 'learning_curve.png'}", flush=True)
     print(json.dumps(summary(history)), flush=True)
@@ -100,7 +106,7 @@ def draw_learning_curve(history: list[dict[str, float]], path: Path) -> None:
     for key, label in (("rollout/accuracy", "training samples"), ("eval/accuracy", "evaluation")):
         points = [(m["episode"], m[key]) for m in history if key in m]
         axes.plot(*zip(*points, strict=True), marker="o" if key[0] == "e" else None, label=label)
-    axes.set(xlabel="episode", ylabel="accuracy", ylim=(0, 1), title="GRPO on arithmetic")
+    axes.set(xlabel="episode", ylabel="accuracy", ylim=(0, 1), title="arithmetic")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -1,0 +1,89 @@
+"""What is trained on in online direct preference optimization?
+
+S. Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", arXiv:2402.04792:
+pairs of the policy's own responses; here the reward ranks them. docs/algorithms/online_dpo.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from chatlearn_vllm.algorithms.preference import best_and_worst
+from chatlearn_vllm.data.batch import Batch, batch_size, select
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
+from chatlearn_vllm.runtime.scatter import train_rows
+
+logger = get_logger(__name__)
+
+
+class OnlineDPOEngine(RolloutEngine):
+    """Trains a policy to prefer the best of its responses to a prompt to the worst.
+
+    Example:
+        chatlearn_vllm.init()
+        engine = OnlineDPOEngine(policy, reference, reward, policy_trainer)
+        engine.set_dataset(prompts)
+        engine.learn()
+    """
+
+    def __init__(
+        self,
+        policy: BaseModule,
+        reference: BaseModule,
+        reward: BaseModule | Sequence[BaseModule],
+        policy_trainer: BaseModule,
+    ) -> None:
+        """Say which module plays which role.
+
+        Args:
+            policy: a `VLLMModule`; gives at least two responses per prompt.
+            reference: returns `ref_logprobs`.
+            reward: returns `rewards`; of several they are added, each times its `reward_weight`.
+            policy_trainer: a `PreferenceModule`.
+
+        Raises:
+            ValueError: a prompt gets one response, or keys of the yaml do not fit together.
+        """
+        if policy.model_args.responses_per_prompt < 2:
+            raise ValueError(
+                f"models.{policy.name}: num_inference_per_prompt="
+                f"{policy.model_args.num_inference_per_prompt} gives one response per prompt, and "
+                "Online DPO compares at least two; set num_inference_per_prompt: 2 or more"
+            )
+        self.reference = reference
+        super().__init__(policy, reward, policy_trainer, scorers=[reference])
+        self._unit = 2 * policy_trainer.module_args.data_parallel_size
+        if self.args.train_global_batch_size % self._unit:
+            raise ValueError(
+                f"runtime.train_global_batch_size={self.args.train_global_batch_size} must be a "
+                f"multiple of {self._unit} = 2 x data parallel size of "
+                f"models.{policy_trainer.name}: rows are trained in pairs"
+            )
+
+    def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
+        """The rows of all pairs, chosen and rejected in turns, with `ref_logprobs`."""
+        chosen, rejected, margin = best_and_worst(batch["rewards"], batch["prompt_index"])
+        num_groups = len(batch["prompt_index"].unique())
+        metrics = {
+            "rollout/num_pairs": len(chosen),
+            "rollout/pair_fraction": len(chosen) / num_groups,
+            "rollout/pair_reward_margin_mean": margin.mean().item() if len(chosen) else 0.0,
+        }
+        # Data parallel ranks get equally many pairs of each optimizer step.
+        num_pairs = len(chosen) // (self._unit // 2) * (self._unit // 2)
+        rows = torch.stack([chosen[:num_pairs], rejected[:num_pairs]], dim=1).flatten()
+        batch = select(batch, rows)
+        if num_pairs:
+            with self.timers.phase("reference"):
+                batch |= self.forward(self.reference, batch, episode)
+        else:
+            logger.warning("episode %d: no pair of responses with different rewards", episode)
+        return batch, metrics
+
+    def rows_of_rank(self, batch: Batch, rank: int, size: int) -> list[int]:
+        """Consecutive rows, so that pairs stay together."""
+        return train_rows(batch_size(batch), self.args.train_global_batch_size, rank, size)

@@ -1,0 +1,116 @@
+"""What is trained on in reinforcement learning from human feedback with PPO?
+
+The flow of L. Ouyang et al. 2022, "Training language models to follow instructions with human
+feedback", arXiv:2203.02155, section 3.5; docs/algorithms/ppo.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chatlearn_vllm.algorithms.gae import gae, moments, token_rewards, whiten
+from chatlearn_vllm.algorithms.kl import AdaptiveKL, FixedKL, kl_penalty
+from chatlearn_vllm.data.batch import Batch, batch_size
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.runtime.grpo_engine import needed_reference
+from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
+
+
+class RLHFEngine(RolloutEngine):
+    """Trains a policy and a value model with PPO, on rewards less a KL penalty per token.
+
+    Example:
+        chatlearn_vllm.init()
+        engine = RLHFEngine(policy, reference, reward, value, ppo_policy, ppo_value)
+        engine.set_dataset(prompts)
+        engine.learn()
+    """
+
+    def __init__(
+        self,
+        policy: BaseModule,
+        reference: BaseModule | None,
+        reward: BaseModule | Sequence[BaseModule],
+        value: BaseModule | None,
+        ppo_policy: BaseModule,
+        ppo_value: BaseModule,
+    ) -> None:
+        """Say which module plays which role.
+
+        Args:
+            policy: a `VLLMModule`; gets the weights of `ppo_policy`.
+            reference: returns `ref_logprobs`; None if `init_kl_coef` of `ppo_policy` is 0.
+            reward: returns `rewards`; of several they are added, each times its `reward_weight`.
+            value: returns `values`; gets the weights of `ppo_value`. None lets `ppo_value` score:
+                one model less in memory.
+            ppo_policy: a `MegatronModule`, trained on `advantages`.
+            ppo_value: a `ValueModule`, trained on `returns`.
+
+        Raises:
+            ValueError: the reference is missing, or keys of the yaml do not fit together.
+        """
+        self.reference = needed_reference(self, ppo_policy, reference)
+        self.value, self.ppo_value = value, ppo_value
+        scorers = [one for one in (self.reference, value) if one is not None]
+        super().__init__(policy, reward, ppo_policy, scorers=scorers, trained={ppo_value: value})
+        args = ppo_policy.model_args
+        frequency = 1 if value is None else value.module_args.sync_frequency
+        if frequency != 1:
+            raise ValueError(
+                f"models.{value.name}: sync_frequency={frequency} must be 1: the values of an "
+                "episode are those of the weights that its training starts from"
+            )
+        if args.fix_kl_coef or self.reference is None:
+            self.kl: FixedKL | AdaptiveKL = FixedKL(args.init_kl_coef)
+        else:
+            self.kl = AdaptiveKL(args.init_kl_coef, target=args.target, horizon=args.horizon)
+
+    def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
+        """Add `values`, `advantages` and `returns`, [B, S-1] each."""
+        args = self.policy_trainer.model_args
+        mask = batch["loss_mask"][:, 1:]
+        kl = torch.zeros_like(batch["logprobs"])
+        if self.reference is not None:
+            with self.timers.phase("reference"):
+                batch |= self.forward(self.reference, batch, episode)
+            kl = kl_penalty(batch["logprobs"], batch.pop("ref_logprobs"), "k1", mask=mask)
+        with self.timers.phase("value"):
+            batch |= self._values(batch, episode)
+        rewards = token_rewards(
+            batch["rewards"], kl, mask, kl_coef=self.kl.coef, clip=args.cliprange_reward
+        )
+        advantages, batch["returns"] = gae(
+            rewards, batch["values"], mask, gamma=args.gamma, lam=args.lam
+        )
+        batch["advantages"] = whiten(advantages, mask, moments(advantages, mask))
+        kl_per_response = kl.sum(1).mean().item()
+        metrics = {
+            "rollout/kl_to_reference": kl_per_response,
+            "rollout/kl_coef": self.kl.coef,
+            "rollout/return_mean": (batch["returns"].sum() / mask.sum()).item(),
+            "rollout/value_mean": ((batch["values"] * mask).sum() / mask.sum()).item(),
+        }
+        self.kl.update(kl_per_response, batch_size(batch))
+        return batch, metrics
+
+    def _values(self, batch: Batch, episode: int) -> Batch:
+        if self.value is not None:
+            return self.forward(self.value, batch, episode)
+        memory = self._memory[self.ppo_value.name]
+        memory.onload("weights")
+        values = self.groups[self.ppo_value.name].forward_sharded("forward_step", batch, episode)
+        memory.offload("weights")
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes down: also the coefficient of the KL penalty."""
+        return {**super().state_dict(), "kl": self.kl.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        super().load_state_dict(state)
+        if "kl" in state:
+            self.kl.load_state_dict(state["kl"])

@@ -1,0 +1,331 @@
+"""What do episodes that begin with samples of a policy have in common, in order?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chatlearn_vllm.config.sampling import incomparable_logprobs
+from chatlearn_vllm.config.schema import MismatchWarnConfig
+from chatlearn_vllm.data.balance import balanced, row_lengths
+from chatlearn_vllm.data.batch import Batch, select
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.runtime.engine import Engine
+from chatlearn_vllm.runtime.episode_metrics import (
+    reward_metrics,
+    rollout_metrics,
+    sync_metrics,
+    train_metrics,
+)
+from chatlearn_vllm.runtime.memory import (
+    PolicyMemory,
+    ScorerMemory,
+    TrainerMemory,
+    gives_memory_back,
+)
+from chatlearn_vllm.runtime.rollout import check_weight_version, generate
+from chatlearn_vllm.runtime.scatter import train_rows
+from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
+
+logger = get_logger(__name__)
+
+
+class RolloutEngine(Engine):
+    """Prompts, responses, rewards, training, weight sync, evaluation.
+
+    Subclasses say what is made of the scored responses (`prepare`), and which models besides the
+    policy are trained on it.
+    """
+
+    def __init__(
+        self,
+        policy: BaseModule,
+        reward: BaseModule | Sequence[BaseModule],
+        policy_trainer: BaseModule,
+        *,
+        scorers: Sequence[BaseModule] = (),
+        trained: Mapping[BaseModule, BaseModule | None] | None = None,
+    ) -> None:
+        """Say which module plays which role.
+
+        Args:
+            policy: a `VLLMModule`.
+            reward: returns `rewards`, and `accuracy` if it can tell right from wrong; of several
+                the rewards are added, each times its `reward_weight` in the yaml.
+            policy_trainer: a `MegatronModule`, whose weights go to the policy.
+            scorers: frozen models besides the rewards.
+            trained: further `MegatronModule`s that are trained, in order, before the policy; each
+                with the scorer that gets its weights, if there is one.
+
+        Raises:
+            ValueError: keys of the yaml do not fit together.
+        """
+        self.rewards = (reward,) if isinstance(reward, BaseModule) else tuple(reward)
+        if not self.rewards:
+            raise ValueError("an engine needs at least one reward module")
+        self.policy, self.policy_trainer = policy, policy_trainer
+        self._targets = {**(trained or {}), policy_trainer: policy}
+        # The policy comes last: vLLM sizes its KV cache by what the others left free.
+        super().__init__(policy_trainer, *(trained or ()), *scorers, *self.rewards, policy)
+        self.samples_per_prompt = policy.model_args.responses_per_prompt
+        # Fails here, before anything starts, if the batch sizes do not fit together.
+        for trainer in self._targets:
+            train_rows(
+                self.args.sample_per_episode,
+                self.args.train_global_batch_size,
+                data_parallel_rank=0,
+                data_parallel_size=trainer.module_args.data_parallel_size,
+            )
+        self._check_sleep_level()
+        self._drop_levels_that_mean_nothing()
+
+    # ---- what kinds of training define ------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
+        """Make training data of an episode's responses and rewards.
+
+        Args:
+            batch: see data/batch.py; with `rewards`.
+            episode: number of the episode.
+
+        Returns:
+            The batch that is trained on, and metrics.
+        """
+
+    def rows_of_rank(self, batch: Batch, rank: int, size: int) -> list[int]:
+        """Rows that data parallel rank `rank` of `size` trains on, optimizer step by step."""
+        return balanced(row_lengths(batch), size, self.args.train_global_batch_size)[rank]
+
+    def collect(self, episode: int) -> tuple[Batch, dict[str, float]]:
+        """The episode's responses with their rewards; the policy leaves device memory."""
+        batch = self.roll_out(episode)
+        self._memory[self.policy.name].offload()
+        return batch, self.add_rewards(batch, episode)
+
+    # ---- set-up -----------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Start and build everything; plan the weight syncs."""
+        self._memory: dict[str, Any] = {}
+        self._num_samples = 0
+        super().setup()
+        if self.resumed_from is not None:
+            self._num_samples = self.finished_episodes * self.args.sample_per_episode
+            self.load_state_dict(self.resumed_from.engine)
+        version = self.resumed_from.weight_version if self.resumed_from else 0
+        self._syncs = {
+            trainer: self._plan_sync(trainer, target, version)
+            for trainer, target in self._targets.items()
+            if target is not None
+        }
+
+    def _plan_sync(
+        self, trainer: BaseModule, target: BaseModule, version: int
+    ) -> WeightSynchronizer:
+        sync = WeightSynchronizer(
+            self.groups[trainer.name],
+            self.groups[target.name],
+            version,
+            keep_open=not self._memory[trainer.name].moves_weights,
+            stride=self.args.validate_param_sync_stride if self.args.validate_param_sync else None,
+        )
+        sync.setup()
+        return sync
+
+    def model_is_built(self, module: BaseModule) -> None:
+        """Move a colocated model out of the way of the next one."""
+        memory_class: type[Any] = ScorerMemory
+        if module is self.policy:
+            memory_class = PolicyMemory
+        elif module in self._targets:
+            memory_class = TrainerMemory
+        memory = memory_class(
+            self.groups[module.name], module.module_args, self.shares_devices(module)
+        )
+        self._memory[module.name] = memory
+        memory.offload()
+
+    def shares_devices(self, module: BaseModule) -> bool:
+        """Whether another model of this job runs on the devices of this one."""
+        running = {own.name for own in self.modules}
+        return any(
+            module.name in group and len(running.intersection(group)) > 1
+            for group in self.args.colocation_groups()
+        )
+
+    def _check_sleep_level(self) -> None:
+        sleep_level = self.policy.model_args.sleep_level
+        sync_frequency = self.policy.module_args.sync_frequency
+        sleeps = gives_memory_back(self.policy.module_args, self.shares_devices(self.policy))
+        if sleeps and sync_frequency != 1 and sleep_level != 1:
+            raise ValueError(
+                f"models.{self.policy.name}: sync_frequency={sync_frequency} leaves "
+                f"episodes without a weight sync, and sleep_level={sleep_level} drops the weights "
+                "in between; set sleep_level: 1"
+            )
+
+    def _drop_levels_that_mean_nothing(self) -> None:
+        """Tell once, not in every episode, that the two sides' log-probabilities must differ."""
+        policy, runtime = self.policy, self.args
+        reasons = incomparable_logprobs(policy.model_args, self.policy_trainer.model_args)
+        if not reasons:
+            return
+        why = (
+            f"the log-probabilities of models.{policy.name} are not those of "
+            f"models.{self.policy_trainer.name} even with equal weights ({'; '.join(reasons)})"
+        )
+        if stop := runtime.mismatch_stop.set_levels():
+            raise ValueError(
+                f"runtime.mismatch_stop={stop} means nothing here: {why}; sample from the whole "
+                "softmax at the trainer's temperature, or leave mismatch_stop out"
+            )
+        logger.warning("no mismatch_warn in this job: %s", why)
+        none = MismatchWarnConfig(**dict.fromkeys(MismatchWarnConfig.model_fields))
+        self.args = runtime.model_copy(update={"mismatch_warn": none})
+        self.job = self.job.model_copy(update={"runtime": self.args})
+
+    def count_prompts(self, records: Sequence[Any]) -> int:
+        """Hand the prompts to the policy's ranks."""
+        return self.groups[self.policy.name].call("build_prompts", records)[0]
+
+    @property
+    def weight_sync(self) -> WeightSynchronizer:
+        """What copies the trainer's weights into the policy; there from `setup` on."""
+        return self._syncs[self.policy_trainer]
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the policy's weights."""
+        return self.weight_sync.version
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes down of this kind of training."""
+        return {"num_samples": self._num_samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; an older one may lack keys."""
+        self._num_samples = state.get("num_samples", self._num_samples)
+
+    # ---- the episode ------------------------------------------------------------------------
+
+    def before_episodes(self) -> dict[str, float]:
+        """First weight syncs, then the first evaluation if the yaml asks for it."""
+        metrics = {}
+        for trainer in self._syncs:
+            self._memory[trainer.name].onload("weights")
+            metrics |= self._leave(trainer, sync=True)
+        if self.args.enable_eval_before_training:
+            metrics |= self._evaluate(episode=0)
+        return metrics
+
+    def run_episode(self, episode: int) -> dict[str, float]:
+        """Prompts, rollouts, rewards, training, weight sync, evaluation."""
+        batch, metrics = self.collect(episode)
+        batch, prepared = self.prepare(batch, episode)
+        metrics |= prepared
+        for trainer, target in self._targets.items():
+            metrics |= self._train(trainer, batch, episode)
+            frequency = target.module_args.sync_frequency if target is not None else 0
+            metrics |= self._leave(trainer, sync=self._is_due(frequency, episode))
+        if self._is_due(self.args.eval_episode_interval, episode):
+            metrics |= self._evaluate(episode)
+        return metrics
+
+    def roll_out(self, episode: int) -> Batch:
+        """Responses of the policy, which is awake, to the next prompts of the data."""
+        prompts = self.sampler.next(self.args.sample_per_episode // self.samples_per_prompt)
+        with self.timers.phase("rollout"):
+            batch = generate(
+                self.groups[self.policy.name],
+                prompts,
+                first_sample=self._num_samples,
+                samples_per_prompt=self.samples_per_prompt,
+                iteration=episode,
+            )
+        self._num_samples += self.args.sample_per_episode
+        check_weight_version(batch, self.weight_version)
+        return batch
+
+    def add_rewards(self, batch: Batch, episode: int) -> dict[str, float]:
+        """Add `rewards`, and what else the reward modules return, to the batch; returns metrics."""
+        metrics = rollout_metrics(batch, self.timers.seconds("rollout"))
+        metrics["rollout/weight_version"] = self.weight_version
+        total: torch.Tensor | float = 0.0
+        with self.timers.phase("reward"):
+            for module in self.rewards:
+                found = self.forward(module, batch, episode)
+                rewards = found.pop("rewards").float()
+                if len(self.rewards) > 1:
+                    metrics[f"rollout/{module.name}_mean"] = rewards.mean().item()
+                total = total + module.module_args.reward_weight * rewards
+                batch |= found
+        batch["rewards"] = total
+        return metrics | reward_metrics(batch, "rollout")
+
+    def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:
+        """What a frozen model's `forward_step` returns for all rows."""
+        memory = self._memory[module.name]
+        memory.onload()
+        result = self.groups[module.name].forward("forward_step", batch, episode)
+        memory.offload()
+        return result
+
+    def _train(self, module: BaseModule, batch: Batch, episode: int) -> dict[str, float]:
+        trainer = self.groups[module.name]
+        with self.timers.phase("onload"):
+            self._memory[module.name].onload()
+        with self.timers.phase("train"):
+            stats = trainer.call_sharded(
+                "train",
+                lambda rank, size: select(batch, self.rows_of_rank(batch, rank, size)),
+                episode,
+            )
+        self.save_if_due(trainer, episode, is_last=module is self.policy_trainer)
+        return train_metrics(stats, "train" if module is self.policy_trainer else module.name)
+
+    def _leave(self, trainer: BaseModule, sync: bool) -> dict[str, float]:
+        """A trainer leaves device memory; the model that uses its weights gets them if `sync`.
+
+        Of the policy, which works next, weights and KV cache come back to the device.
+        """
+        target = self._targets[trainer]
+        memory = self._memory[trainer.name]
+        with self.timers.phase("offload"):
+            memory.offload("grads", "optimizer")
+        metrics = {}
+        if target is self.policy:
+            metrics = self._wake_policy(trainer, sync)
+        elif sync and target is not None:
+            self._memory[target.name].onload()
+            with self.timers.phase("sync"):
+                self._syncs[trainer].sync()
+            self._memory[target.name].offload()
+        with self.timers.phase("offload"):
+            memory.offload("weights")
+            if target is self.policy:
+                self._memory[target.name].wake_kv_cache()
+        return metrics
+
+    def _wake_policy(self, trainer: BaseModule, sync: bool) -> dict[str, float]:
+        with self.timers.phase("offload"):
+            self._memory[self.policy.name].wake_weights()
+        metrics = {}
+        if sync:
+            with self.timers.phase("sync"):
+                metrics = sync_metrics(self._syncs[trainer].sync())
+        return metrics | {"sync/weight_version": self.weight_version}
+
+    def _evaluate(self, episode: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        with self.timers.phase("eval"):
+            return self.evaluator.evaluate(self.groups, episode, self.run_dir)
+
+    @staticmethod
+    def _is_due(interval: int, episode: int) -> bool:
+        return interval > 0 and episode % interval == 0
