@@ -17,6 +17,7 @@ from chatlearn_vllm.observability.timers import PhaseTimers
 from chatlearn_vllm.runtime.checkpoint import DriverState, load_state, save_state
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
+from chatlearn_vllm.runtime.stop_request import StopRequest
 from chatlearn_vllm.runtime.worker_group import WorkerGroup
 
 logger = get_logger(__name__)
@@ -50,6 +51,8 @@ class Engine(ABC):
         """Running ranks by model name; empty before `setup`."""
         self.resumed_from: DriverState | None = None
         """Where an earlier run of this job stopped; None starts at the beginning."""
+        self._saved_episode: int | None = None
+        self._stop = StopRequest()
         self._records: Sequence[Any] | None = None
         self._cluster: Cluster | None = None
 
@@ -106,6 +109,10 @@ class Engine(ABC):
     def before_episodes(self) -> dict[str, float]:
         """Do what comes before the first episode; metrics, if any, are those of episode 0."""
         return {}
+
+    @abstractmethod
+    def save_all(self, episode: int) -> None:
+        """Save everything that is trained, between two episodes, before the job ends."""
 
     def model_is_built(self, module: BaseModule) -> None:
         """Called after the ranks of `module` are set up and before those of the next one."""
@@ -206,6 +213,7 @@ class Engine(ABC):
         with (
             MetricWriter(self.run_dir, first_episode=done + 1) as writer,
             EpisodeProgress(total, done) as progress,
+            self._stop,
         ):
             before = self.before_episodes()
             self.timers.take()
@@ -219,6 +227,9 @@ class Engine(ABC):
                 history.append({"episode": episode, **metrics})
                 if episode % self.args.log_interval == 0 or episode == total:
                     progress.update(episode, metrics)
+                if self._stop.is_made:
+                    self._end_early(episode)
+                    break
         return history
 
     def _run_timed_episode(self, episode: int) -> dict[str, float]:
@@ -243,8 +254,11 @@ class Engine(ABC):
                 and makes the checkpoint complete.
         """
         interval = self.args.save_episode_interval
-        if interval is None or (episode % interval and episode != self.args.num_episode):
-            return
+        if interval is not None and (episode % interval == 0 or episode == self.args.num_episode):
+            self.save(trainer, episode, is_last=is_last)
+
+    def save(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
+        """Save a trainer now; see `save_if_due`."""
         with self.timers.phase("save"):
             trainer.call("save_checkpoint", episode)
             if is_last:
@@ -252,3 +266,14 @@ class Engine(ABC):
                     episode, self.weight_version, self.sampler.state_dict(), self.state_dict()
                 )
                 save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
+                self._saved_episode = episode
+
+    def _end_early(self, episode: int) -> None:
+        """Save, unless that has been done, or nothing is to be saved."""
+        if self.args.save_episode_interval is not None and self._saved_episode != episode:
+            self.save_all(episode)
+        logger.warning(
+            "ended by SIGTERM after episode %d of %d%s", episode, self.args.num_episode,
+            "" if self._saved_episode is None
+            else f"; enable_resume_training: True goes on after episode {self._saved_episode}",
+        )  # fmt: skip

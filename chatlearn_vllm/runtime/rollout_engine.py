@@ -113,6 +113,7 @@ class RolloutEngine(Engine):
         """Start and build everything; plan the weight syncs."""
         self._memory: dict[str, Any] = {}
         self._num_samples = 0
+        self._rollout_version = 0
         super().setup()
         if self.resumed_from is not None:
             self._num_samples = self.finished_episodes * self.args.sample_per_episode
@@ -200,8 +201,8 @@ class RolloutEngine(Engine):
 
     @property
     def weight_version(self) -> int:
-        """Version of the policy's weights."""
-        return self.weight_sync.version
+        """Version of the weights that made the last responses; a resumed job syncs to the next."""
+        return self._rollout_version
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint notes down of this kind of training."""
@@ -236,6 +237,15 @@ class RolloutEngine(Engine):
             metrics |= self._evaluate(episode)
         return metrics
 
+    def save_all(self, episode: int) -> None:
+        """Save all trainers; the policy makes room and does not come back."""
+        self._memory[self.policy.name].offload()
+        for trainer in self._targets:
+            self._memory[trainer.name].onload()
+            is_last = trainer is self.policy_trainer
+            self.save(self.groups[trainer.name], episode, is_last=is_last)
+            self._memory[trainer.name].offload()
+
     def roll_out(self, episode: int) -> Batch:
         """Responses of the policy, which is awake, to the next prompts of the data."""
         prompts = self.sampler.next(self.args.sample_per_episode // self.samples_per_prompt)
@@ -248,7 +258,8 @@ class RolloutEngine(Engine):
                 iteration=episode,
             )
         self._num_samples += self.args.sample_per_episode
-        check_weight_version(batch, self.weight_version)
+        self._rollout_version = self.weight_sync.version
+        check_weight_version(batch, self._rollout_version)
         return batch
 
     def add_rewards(self, batch: Batch, episode: int) -> dict[str, float]:
@@ -318,7 +329,7 @@ class RolloutEngine(Engine):
         if sync:
             with self.timers.phase("sync"):
                 metrics = sync_metrics(self._syncs[trainer].sync())
-        return metrics | {"sync/weight_version": self.weight_version}
+        return metrics | {"sync/weight_version": self.weight_sync.version}
 
     def _evaluate(self, episode: int) -> dict[str, float]:
         if self.evaluator is None:

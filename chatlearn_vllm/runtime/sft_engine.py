@@ -52,3 +52,7 @@ class SFTEngine(Engine):
             )
         self.save_if_due(trainer, episode)
         return train_metrics(stats)
+
+    def save_all(self, episode: int) -> None:
+        """Save the model that is trained."""
+        self.save(self.groups[self.policy_trainer.name], episode)

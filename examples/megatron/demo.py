@@ -19,7 +19,7 @@ from chatlearn_vllm.observability.metrics import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs" / "llama2"
 
-ALGORITHMS = ("grpo", "online_dpo")
+ALGORITHMS = ("grpo", "online_dpo", "rlhf")
 PRESETS = {
     # The defaults of the yaml files: two trainer ranks and two rollout ranks, colocated.
     "demo": {},
@@ -81,7 +81,7 @@ def summary(history: list[dict[str, float]]) -> dict[str, float]:
     accuracy = [metrics["eval/accuracy"] for metrics in history if "eval/accuracy" in metrics]
     trained = [metrics for metrics in history if metrics["episode"] > 0]
     last = history[-1]
-    return {
+    numbers = {
         "episodes": last["episode"],
         "accuracy_first": accuracy[0],
         "accuracy_last": accuracy[-1],
@@ -89,10 +89,11 @@ def summary(history: list[dict[str, float]]) -> dict[str, float]:
         "sync_bytes": last["sync/bytes"],
         "sync_seconds_median": statistics.median(m["sync/seconds"] for m in trained),
         "rollout_tokens_per_s": statistics.median(m["rollout/tokens_per_s"] for m in trained),
-        "logprob_abs_diff_mean": statistics.fmean(
-            m["train/logprob_abs_diff_mean"] for m in trained
-        ),
     }
+    difference = "train/logprob_abs_diff_mean"  # training on pairs does not compare
+    if difference in last:
+        numbers["logprob_abs_diff_mean"] = statistics.fmean(m[difference] for m in trained)
+    return numbers
 
 
 def draw_learning_curve(history: list[dict[str, float]], path: Path) -> None:
