@@ -15,6 +15,7 @@ sync, so the two cannot disagree.
 """
 
 from chatlearn_vllm.layouts.blocks import Block, ParamLayout
+from chatlearn_vllm.layouts.families import SCORE, Head
 from chatlearn_vllm.layouts.megatron import MegatronShards
 from chatlearn_vllm.layouts.model import ModelShape
 from chatlearn_vllm.layouts.parallel import RolloutParallel, TrainParallel
@@ -22,20 +23,24 @@ from chatlearn_vllm.layouts.shards import (
     Holder,
     ListedShards,
     LowRank,
+    ReplicatedShards,
     ShardedModel,
     check_live_parameters,
 )
 from chatlearn_vllm.layouts.vllm import CheckpointShards, VLLMShards
 
 __all__ = [
+    "SCORE",
     "Block",
     "CheckpointShards",
+    "Head",
     "Holder",
     "ListedShards",
     "LowRank",
     "MegatronShards",
     "ModelShape",
     "ParamLayout",
+    "ReplicatedShards",
     "RolloutParallel",
     "ShardedModel",
     "TrainParallel",

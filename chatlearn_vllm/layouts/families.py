@@ -7,9 +7,15 @@ what each `Cut` means on their side; so a new dense family is a table of names.
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Literal
+
+Head = Literal["lm", "scalar"]
+"""What a model ends with: logits of the vocabulary, or one number per token (a value or reward
+model, Hugging Face's `*ForSequenceClassification` with one label)."""
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
+SCORE = "score.weight"
 FINAL_NORM = "model.norm.weight"
 
 

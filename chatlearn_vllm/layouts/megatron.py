@@ -13,7 +13,7 @@ from chatlearn_vllm.layouts.blocks import (
     vocab_shard,
     whole,
 )
-from chatlearn_vllm.layouts.families import EMBEDDING, FINAL_NORM, Cut, LayerParam
+from chatlearn_vllm.layouts.families import EMBEDDING, FINAL_NORM, SCORE, Cut, LayerParam
 from chatlearn_vllm.layouts.model import ModelShape, layer_tensor
 from chatlearn_vllm.layouts.parallel import TrainParallel
 from chatlearn_vllm.layouts.shards import (
@@ -110,6 +110,9 @@ class MegatronShards(CutShards):
 
     def _head(self, tp_rank: int) -> Iterator[ParamLayout]:
         yield replicated("decoder.final_layernorm.weight", FINAL_NORM, (self.model.hidden_size,))
+        if self.model.head == "scalar":
+            yield replicated("output_layer.weight", SCORE, self.model.tensor_shape(SCORE))
+            return
         # Tied on one stage, the output layer is the embedding; on two, the last has its own copy.
         if not self.model.tie_word_embeddings or self.parallel.pipeline > 1:
             yield self._vocab("output_layer.weight", self.model.output_tensor, tp_rank)

@@ -12,8 +12,10 @@ from chatlearn_vllm.layouts.families import (
     FAMILIES,
     FINAL_NORM,
     OUTPUT,
+    SCORE,
     Experts,
     Family,
+    Head,
     LayerParam,
 )
 
@@ -44,10 +46,16 @@ class ModelShape:
     """Of one expert."""
     dense_layers: frozenset[int] = frozenset()
     """Layers without experts, in a model that has experts elsewhere."""
+    head: Head = "lm"
+    """What it ends with. A scalar head is never tied to the embedding."""
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShape":
+    def from_hf_config(cls, config: Mapping[str, Any], head: Head = "lm") -> "ModelShape":
         """Read the sizes from a parsed config.json.
+
+        Args:
+            config: that of either kind of model; both have the same keys here.
+            head: what the model ends with.
 
         Raises:
             ValueError: the model type has no layout, or a needed key is missing.
@@ -85,7 +93,7 @@ class ModelShape:
             num_query_groups=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=head == "lm" and bool(config.get("tie_word_embeddings", False)),
             model_type=model_type,
             num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
             moe_ffn_hidden_size=(
@@ -94,6 +102,7 @@ class ModelShape:
                 else 0
             ),
             dense_layers=dense,
+            head=head,
         )
 
     @property
@@ -103,7 +112,9 @@ class ModelShape:
 
     @property
     def output_tensor(self) -> str:
-        """Logical name of the output projection: the embedding itself where they are tied."""
+        """Logical name of what the head holds: the embedding itself where they are tied."""
+        if self.head == "scalar":
+            return SCORE
         return EMBEDDING if self.tie_word_embeddings else OUTPUT
 
     def experts_of(self, layer: int) -> Experts | None:
@@ -127,8 +138,8 @@ class ModelShape:
                 for name in (experts.gate, experts.up, experts.down):
                     yield layer_tensor(layer, name.format(expert=expert))
         yield FINAL_NORM
-        if not self.tie_word_embeddings:
-            yield OUTPUT
+        if self.output_tensor != EMBEDDING:
+            yield self.output_tensor
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a logical tensor.
@@ -155,6 +166,7 @@ class ModelShape:
         return {
             "embed_tokens": (self.vocab_size, hidden),
             "lm_head": (self.vocab_size, hidden),
+            "score": (1, hidden),
             "q_proj": (q_rows, hidden),
             "k_proj": (kv_rows, hidden),
             "v_proj": (kv_rows, hidden),

@@ -169,6 +169,40 @@ class ListedShards(ShardedModel):
         return self._holders.get(tensor, ())
 
 
+class ReplicatedShards(ShardedModel):
+    """Several replicas of the ranks of a model; ranks are counted over all replicas."""
+
+    def __init__(self, replica: ShardedModel, num_replicas: int) -> None:
+        self.replica, self.num_replicas = replica, num_replicas
+        self.low_rank = replica.low_rank
+
+    @property
+    def num_ranks(self) -> int:
+        """See ShardedModel."""
+        return self.num_replicas * self.replica.num_ranks
+
+    def rank_layouts(self, rank: int) -> list[ParamLayout]:
+        """See ShardedModel."""
+        return self.replica.rank_layouts(rank % self.replica.num_ranks)
+
+    def holders(self, tensor: str) -> Sequence[Holder]:
+        """See ShardedModel."""
+        firsts = range(0, self.num_ranks, self.replica.num_ranks)
+        return [
+            holder._replace(ranks=tuple(first + rank for first in firsts for rank in holder.ranks))
+            for holder in self.replica.holders(tensor)
+        ]
+
+    @property
+    def num_batches(self) -> int:
+        """See ShardedModel."""
+        return self.replica.num_batches
+
+    def batch_of(self, param: str) -> int:
+        """See ShardedModel."""
+        return self.replica.batch_of(param)
+
+
 def group_holders(
     shards: Iterable[tuple[tuple[int, ...], ParamLayout]],
 ) -> dict[str, list[Holder]]:

@@ -246,7 +246,9 @@ class CheckpointShards(LayeredShards):
 
 
 def _check_divisible(model: ModelShape, parallel: RolloutParallel) -> None:
-    """Raise ValueError where vLLM could not cut the model."""
+    """Raise ValueError where vLLM could not cut the model, or could not generate with it."""
+    if model.head != "lm":
+        raise ValueError(f"rollout: a model with head {model.head!r} cannot generate, must be 'lm'")
     tp = parallel.tensor
     rules = [
         ("attention heads", model.num_attention_heads),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from chatlearn_vllm.config import ModelArgs
-    from chatlearn_vllm.engines.megatron.engine import MegatronEngine
-    from chatlearn_vllm.layouts import ShardedModel
+    from chatlearn_vllm.engines.megatron.engine import LossFn, MegatronEngine, ScoreFn
+    from chatlearn_vllm.layouts import Head, ShardedModel
 
 
 logger = get_logger(__name__)
@@ -46,6 +46,10 @@ class MegatronModule(BaseModule, ABC):
     All methods that take data are called on every rank; the ranks of one data parallel copy get
     the same rows.
     """
+
+    head: ClassVar[Head] = "lm"
+    """What the model ends with. What says logprobs and entropy below is for "lm"; classes with a
+    scalar head are in value_module.py and reward_module.py."""
 
     engine: MegatronEngine
     """Owns the model; there from `init` on."""
@@ -110,6 +114,18 @@ class MegatronModule(BaseModule, ABC):
         Returns:
             Metrics of the step, the same on all ranks.
         """
+
+        def with_entropy(
+            batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            token_loss, sums = self.loss(batch, logprobs, entropy)
+            mask = batch["loss_mask"][:, 1:]
+            return token_loss, {"entropy": (entropy.detach() * mask).sum(), **sums}
+
+        return self._step_on_tokens(data, with_entropy)
+
+    def _step_on_tokens(self, data: list[Batch], token_loss_fn: LossFn) -> dict[str, float]:
+        """One optimizer step on a loss [b, S'-1]; otherwise as `train_step`."""
         masks = [batch["loss_mask"][:, 1:] != 0 for batch in data]
         num_tokens, num_sequences = self.engine.all_reduce_data_parallel(
             [
@@ -121,18 +137,17 @@ class MegatronModule(BaseModule, ABC):
         denominator = max(1.0, num_tokens if how == "token-mean" else num_sequences)
 
         def loss_fn(
-            batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
+            batch: Batch, *outputs: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            mask = batch["loss_mask"][:, 1:]
-            token_loss, sums = self.loss(batch, logprobs, entropy)
+            token_loss, sums = token_loss_fn(batch, *outputs)
             total = aggregate(
                 token_loss,
-                mask,
+                batch["loss_mask"][:, 1:],
                 how,
                 denominator=denominator,
                 max_length=self.model_args.max_new_tokens,
             )
-            return total, {"entropy": (entropy.detach() * mask).sum(), **sums}
+            return total, sums
 
         metrics, sums = self.engine.train_step(data, loss_fn)
         means = {name: value / max(1.0, num_tokens) for name, value in sums.items()}
@@ -147,6 +162,7 @@ class MegatronModule(BaseModule, ABC):
         self.engine = MegatronEngine(
             self._engine_args(),
             trainable=self.module_args.trainable,
+            head=self.head,
             model_provider=self.model_provider,
         )
         if self._global_batch_size() % self.data_parallel_size:
@@ -183,23 +199,29 @@ class MegatronModule(BaseModule, ABC):
             MismatchError: on all ranks, before the first step: that comparison is above a level of
                 `runtime.mismatch_stop`, or one side has log-probabilities that are not finite.
         """
-        num_rows = batch_size(data)
-        self._check_equal_rows(num_rows)
+        self._check_equal_rows(batch_size(data))
         common: dict[str, float] = {}
         if "logprobs" in data:
             data = {**data, "old_logprobs": self.compute_logprobs(data)}
             common = self._compare_with_rollout(data, iteration)
+        return [{**metrics, **common} for metrics in self._train_epochs(data, iteration)]
+
+    def _train_epochs(self, data: Batch, iteration: int) -> list[dict[str, float]]:
+        """Metrics of all optimizer steps on this rank's rows."""
         rows_per_step = self._global_batch_size() // self.data_parallel_size
         metrics = []
         for _ in range(self.runtime_args.num_training_epoch):
-            for start in range(0, num_rows, rows_per_step):
+            for start in range(0, batch_size(data), rows_per_step):
                 rows = {key: value[start : start + rows_per_step] for key, value in data.items()}
-                groups = self.engine.group_rows(
-                    rows, self.runtime_args.train_micro_batch_size, is_optimizer_step=True
-                )
-                micro_batches = [take(rows, group) for group in groups]
-                metrics.append({**self.train_step(micro_batches, iteration), **common})
+                metrics.append(self.train_step(self._micro_batches(rows), iteration))
         return metrics
+
+    def _micro_batches(self, rows: Batch) -> list[Batch]:
+        """Cut this rank's rows of one optimizer step."""
+        groups = self.engine.group_rows(
+            rows, self.runtime_args.train_micro_batch_size, is_optimizer_step=True
+        )
+        return [take(rows, group) for group in groups]
 
     def compute_logprobs(self, data: Batch) -> torch.Tensor:
         """Log-probabilities of the batch's tokens under softmax(logits / temperature).
@@ -211,10 +233,14 @@ class MegatronModule(BaseModule, ABC):
             [B, S-1] float32 on the CPU of every rank, entry t for token t+1; 0.0 where
             `loss_mask[:, 1:]` is 0.
         """
+        return self._score_rows(data, _masked_logprobs, data["all_tokens"].size(1) - 1)
+
+    def _score_rows(self, data: Batch, score_fn: ScoreFn, width: int) -> torch.Tensor:
+        """Run the model on all rows: what `score_fn` returns, [b, up to width] -> [B, width]."""
         inputs = {key: data[key] for key in ("all_tokens", "loss_mask") if key in data}
         groups = self.engine.group_rows(inputs, self._rows_per_forward(), is_optimizer_step=False)
-        scores = self.engine.forward_only([take(inputs, rows) for rows in groups], _masked_logprobs)
-        return put_back(scores, groups, data["all_tokens"].size(1) - 1)
+        scores = self.engine.forward_only([take(inputs, rows) for rows in groups], score_fn)
+        return put_back(scores, groups, width)
 
     def onload(self, weights: bool = True, optimizer: bool = True, grads: bool = True) -> None:
         """Take back what `offload` gave away, or the named parts of it."""

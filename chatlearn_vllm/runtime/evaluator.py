@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ class Evaluator:
         )[0]
 
     def evaluate(
-        self, groups: Mapping[str, WorkerGroup], episode: int, output_dir: Path
+        self,
+        groups: Mapping[str, WorkerGroup],
+        episode: int,
+        output_dir: Path,
+        in_memory: Callable[[BaseModule], AbstractContextManager[None]] = nullcontext,
     ) -> dict[str, float]:
         """Answer and score all prompts; one response each.
 
@@ -57,6 +62,8 @@ class Evaluator:
             groups: the running models by name.
             episode: how many episodes the weights have been trained for.
             output_dir: the samples go to `eval/episode_<episode>.jsonl` in it.
+            in_memory: the reward module scores in a block of this, where it may have to be brought
+                to its device; the policy stays awake beside it.
 
         Returns:
             `eval/reward_mean`, `eval/accuracy` (if the reward model reports one), and
@@ -70,7 +77,8 @@ class Evaluator:
             iteration=episode,
             is_eval=True,
         )
-        batch |= groups[self.reward.name].forward("eval_forward", batch, episode)
+        with in_memory(self.reward):
+            batch |= groups[self.reward.name].forward("eval_forward", batch, episode)
         write_samples(output_dir / "eval" / f"episode_{episode:06d}.jsonl", batch)
         return {**reward_metrics(batch, "eval"), "eval/num_samples": batch_size(batch)}
 

@@ -87,11 +87,13 @@ class GRPOEngine(RolloutEngine):
                 "batches (max_num_gen_batches); the others have no advantage",
                 episode, num_kept, wanted, len(kept),
             )  # fmt: skip
+        everything = concat([*kept, *left_out])
         metrics |= {
+            **self.sample_metrics(everything),
             "rollout/num_gen_batches": len(kept),
-            "rollout/informative_fraction": num_kept / (len(kept) * wanted),
+            "rollout/informative_fraction": num_kept / batch_size(everything),
         }
-        return select(concat([*kept, *left_out]), range(wanted)), metrics
+        return select(everything, range(wanted)), metrics
 
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
         """Add `advantages`, and `ref_logprobs` if the loss has a KL penalty."""

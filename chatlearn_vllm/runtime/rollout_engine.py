@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,7 +106,16 @@ class RolloutEngine(Engine):
         """The episode's responses with their rewards; the policy leaves device memory."""
         batch = self.roll_out(episode)
         self._memory[self.policy.name].offload()
-        return batch, self.add_rewards(batch, episode)
+        metrics = self.add_rewards(batch, episode)
+        return batch, metrics | self.sample_metrics(batch)
+
+    def sample_metrics(self, batch: Batch) -> dict[str, float]:
+        """What describes all responses of an episode, with their rewards."""
+        return {
+            **rollout_metrics(batch, self.timers.seconds("rollout")),
+            "rollout/weight_version": self.weight_version,
+            **reward_metrics(batch, "rollout"),
+        }
 
     # ---- set-up -----------------------------------------------------------------------------
 
@@ -263,28 +273,35 @@ class RolloutEngine(Engine):
         return batch
 
     def add_rewards(self, batch: Batch, episode: int) -> dict[str, float]:
-        """Add `rewards`, and what else the reward modules return, to the batch; returns metrics."""
-        metrics = rollout_metrics(batch, self.timers.seconds("rollout"))
-        metrics["rollout/weight_version"] = self.weight_version
+        """Add `rewards`, and what else the reward modules return, to the batch.
+
+        Returns:
+            Of several modules the mean reward of each, before its weight.
+        """
+        metrics = {}
         total: torch.Tensor | float = 0.0
         with self.timers.phase("reward"):
             for module in self.rewards:
                 found = self.forward(module, batch, episode)
                 rewards = found.pop("rewards").float()
                 if len(self.rewards) > 1:
-                    metrics[f"rollout/{module.name}_mean"] = rewards.mean().item()
+                    metrics[f"rollout/rewards/{module.name}_mean"] = rewards.mean().item()
                 total = total + module.module_args.reward_weight * rewards
                 batch |= found
         batch["rewards"] = total
-        return metrics | reward_metrics(batch, "rollout")
+        return metrics
 
     def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:
         """What a frozen model's `forward_step` returns for all rows."""
-        memory = self._memory[module.name]
-        memory.onload()
-        result = self.groups[module.name].forward("forward_step", batch, episode)
-        memory.offload()
-        return result
+        with self.in_memory(module):
+            return self.groups[module.name].forward("forward_step", batch, episode)
+
+    @contextmanager
+    def in_memory(self, module: BaseModule) -> Iterator[None]:
+        """Within the block a frozen model is on its device."""
+        self._memory[module.name].onload()
+        yield
+        self._memory[module.name].offload()
 
     def _train(self, module: BaseModule, batch: Batch, episode: int) -> dict[str, float]:
         trainer = self.groups[module.name]
@@ -335,7 +352,7 @@ class RolloutEngine(Engine):
         if self.evaluator is None:
             return {}
         with self.timers.phase("eval"):
-            return self.evaluator.evaluate(self.groups, episode, self.run_dir)
+            return self.evaluator.evaluate(self.groups, episode, self.run_dir, self.in_memory)
 
     @staticmethod
     def _is_due(interval: int, episode: int) -> bool:

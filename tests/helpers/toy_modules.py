@@ -91,14 +91,62 @@ class ToyModule(BaseModule):
             dist.destroy_process_group()
 
 
-class ToyPolicy(ToyModule):
-    """Samples tokens from softmax(scores); each rank holds a slice of the scores."""
+class ToyTarget(ToyModule):
+    """Gets a trainer's scores; each rank of a replica holds a slice of them."""
 
     def model_setup(self):
         super().model_setup()
         self.width = VOCABULARY // self.world_size
         self.scores = torch.full((self.width,), float("nan"))
         self.version = None
+
+    def weight_gpu(self):
+        return None, frozenset()
+
+    def weight_shards(self, num_replicas):
+        layouts = {}
+        for rank in range(num_replicas * self.world_size):
+            first = rank % self.world_size * self.width
+            block = Block("scores", ((first, first + self.width),), ((0, self.width),))
+            layouts[rank] = [ParamLayout("scores", (self.width,), (block,))]
+        return ListedShards(layouts)
+
+    def weight_dtypes(self):
+        return {"scores": self.scores.dtype}
+
+    def plan_weight_sync(self, rank, sources, targets, links):
+        self.receiver = WeightReceiver(rank)
+        return self.receiver.plan(sources, targets, links)
+
+    def connect_weight_links(self, addresses):
+        self.receiver.connect(
+            open_links(addresses, is_sender=False, device=CPU, timeout_s=LINK_TIMEOUT_S)
+        )
+
+    def import_weights(self, source_ranks, keep_open, sample, *exports):
+        self.note("import_weights")
+        self.version = None
+        with self.receiver.all_or_none():
+            self.receiver.open(dict(zip(source_ranks, exports, strict=True)))
+            self.receiver.pull({"scores": self.scores}, sample=sample)
+
+    def finish_weight_sync(self, version, source_ranks, *sent):
+        self.note(f"finish_weight_sync {version}")
+        arrival = self.receiver.compare(dict(zip(source_ranks, sent, strict=True)))
+        if arrival.is_good:
+            self.version = version
+        return arrival
+
+    def revoke_weight_sync(self, version):
+        if self.version == version:
+            self.version = None
+
+
+class ToyPolicy(ToyTarget):
+    """Samples tokens from softmax(scores)."""
+
+    def model_setup(self):
+        super().model_setup()
         self.records = {}
 
     def build_prompts(self, prompts, is_eval=False):
@@ -147,46 +195,35 @@ class ToyPolicy(ToyModule):
     def wake_kv_cache(self):
         self.note("wake_kv_cache")
 
-    def weight_gpu(self):
-        return None, frozenset()
 
-    def weight_shards(self, num_replicas):
-        layouts = {}
-        for rank in range(num_replicas * self.world_size):
-            first = rank % self.world_size * self.width
-            block = Block("scores", ((first, first + self.width),), ((0, self.width),))
-            layouts[rank] = [ParamLayout("scores", (self.width,), (block,))]
-        return ListedShards(layouts)
+class UnevenPolicy(ToyPolicy):
+    """Responses of one to five tokens; `sample` is the ordinal of each, from which seeds derive."""
 
-    def weight_dtypes(self):
-        return {"scores": self.scores.dtype}
+    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False):
+        batch = super().generate(prompt_indices, first_sample, iteration, is_eval)
+        if batch is None:
+            return None
+        batch["sample"] = first_sample + torch.arange(len(batch["all_tokens"]))
+        ends = 3 + batch["sample"] % 5
+        is_padding = torch.arange(self.model_args.seq_length) >= ends[:, None]
+        for key in ("all_tokens", "loss_mask"):
+            batch[key] = batch[key].masked_fill(is_padding, 0)
+        batch["logprobs"] = batch["logprobs"].masked_fill(is_padding[:, 1:], 0.0)
+        return batch
 
-    def plan_weight_sync(self, rank, sources, targets, links):
-        self.receiver = WeightReceiver(rank)
-        return self.receiver.plan(sources, targets, links)
 
-    def connect_weight_links(self, addresses):
-        self.receiver.connect(
-            open_links(addresses, is_sender=False, device=CPU, timeout_s=LINK_TIMEOUT_S)
-        )
+def predicted_values(scores, data):
+    """[B, S-1]: entry t is the score of token t, the last one before token t+1 is sampled."""
+    return scores[data["all_tokens"]][:, :-1] * data["loss_mask"][:, 1:]
 
-    def import_weights(self, source_ranks, keep_open, sample, *exports):
-        self.note("import_weights")
-        self.version = None
-        with self.receiver.all_or_none():
-            self.receiver.open(dict(zip(source_ranks, exports, strict=True)))
-            self.receiver.pull({"scores": self.scores}, sample=sample)
 
-    def finish_weight_sync(self, version, source_ranks, *sent):
-        self.note(f"finish_weight_sync {version}")
-        arrival = self.receiver.compare(dict(zip(source_ranks, sent, strict=True)))
-        if arrival.is_good:
-            self.version = version
-        return arrival
+class ToyValue(ToyTarget):
+    """A value model: predicts the score of the last token."""
 
-    def revoke_weight_sync(self, version):
-        if self.version == version:
-            self.version = None
+    def forward_step(self, data, iteration=0):
+        self.note(f"forward_step {len(data['all_tokens'])}")
+        assert self.version is not None, "a weight sync is half done"
+        return {"values": predicted_values(self.scores, data)}
 
 
 class ToyTrainer(ToyModule):
@@ -219,7 +256,10 @@ class ToyTrainer(ToyModule):
         scores = self.scores.clone().requires_grad_()
         mask = batch["loss_mask"][:, 1:]
         logprobs = scores.log_softmax(0)[batch["all_tokens"]][:, 1:] * mask
-        loss = -(batch["advantages"][:, None] * logprobs).sum() / mask.sum()
+        advantages = batch["advantages"]
+        if advantages.dim() == 1:
+            advantages = advantages[:, None]  # [B] -> [B, 1]
+        loss = -(advantages * logprobs).sum() / mask.sum()
         loss.backward()
         dist.all_reduce(scores.grad)
         self.scores -= self.model_args.lr * scores.grad / self.data_parallel_size
@@ -265,12 +305,60 @@ class ToyTrainer(ToyModule):
     def save_checkpoint(self, iteration):
         self.note(f"save_checkpoint {iteration}")
         if self.rank == 0:
-            torch.save(self.scores, self.runtime_args.run_dir / f"scores_{iteration}.pt")
+            torch.save(self.scores, self.runtime_args.run_dir / f"{self.name}_{iteration}.pt")
 
     def load_checkpoint(self, iteration=None):
         self.note(f"load_checkpoint {iteration}")
-        self.scores = torch.load(self.runtime_args.run_dir / f"scores_{iteration}.pt")
+        self.scores = torch.load(self.runtime_args.run_dir / f"{self.name}_{iteration}.pt")
         return iteration
+
+
+class ToyValueTrainer(ToyTrainer):
+    """Least squares on the values, data parallel; can also score."""
+
+    def model_setup(self):
+        super().model_setup()
+        self.scores = torch.linspace(-0.5, 0.5, VOCABULARY)
+
+    def forward_step(self, data, iteration=0):
+        self.note(f"forward_step {len(data['all_tokens'])}")
+        return {"values": predicted_values(self.scores, data)}
+
+    def _step(self, batch):
+        scores = self.scores.clone().requires_grad_()
+        num_tokens = batch["loss_mask"].sum()
+        errors = predicted_values(scores, batch) - batch["returns"]
+        loss = errors.square().sum() / num_tokens
+        loss.backward()
+        dist.all_reduce(scores.grad)
+        self.scores -= self.model_args.lr * scores.grad / self.data_parallel_size
+        return {"loss": loss.item()}
+
+
+class KeepsRows:
+    """Mixed into a trainer: `rows_trained_on` reads what each rank was trained on."""
+
+    def train(self, data, iteration=0):
+        path = self.runtime_args.run_dir / f"{self.name}_rows_{iteration}_{self.rank}.pt"
+        torch.save({"rows": data, "scores": self.scores}, path)
+        return super().train(data, iteration)
+
+
+def rows_trained_on(run_dir, name, episode):
+    """Rows by rank of a trainer that `KeepsRows`, and its scores before it was trained on them."""
+    paths = sorted(run_dir.glob(f"{name}_rows_{episode}_*.pt"))
+    kept = [torch.load(path) for path in paths]
+    return [one["rows"] for one in kept], kept[0]["scores"]
+
+
+def calls_of(run_dir, *, replica=0, rank=0):
+    """`<model> <call>` of one rank of each model, in order."""
+    lines = [line.split() for line in (run_dir / "calls.txt").read_text().splitlines()]
+    return [
+        " ".join((name, *call))
+        for name, own_replica, own_rank, *call in lines
+        if (own_replica, own_rank) == (str(replica), str(rank))
+    ]
 
 
 class ToyReference(ToyModule):

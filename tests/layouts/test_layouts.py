@@ -1,5 +1,6 @@
 """Are both layouts right? Compared with parameters assembled by hand and with upstream's rules."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from chatlearn_vllm.layouts import (
     MegatronShards,
     ModelShape,
     ParamLayout,
+    ReplicatedShards,
     RolloutParallel,
     ShardedModel,
     TrainParallel,
@@ -131,6 +133,59 @@ def test_the_model_knows_its_checkpoints_tensors_and_their_shapes(name: str) -> 
     model = MODELS[name]
     shapes = {tensor: model.tensor_shape(tensor) for tensor in model.tensor_names()}
     assert shapes == {name: tuple(t.shape) for name, t in logical_tensors(model).items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_scalar_head_is_whole_on_the_last_stage_and_never_tied(family: str) -> None:
+    tied = tiny_shape(family, tied=True)
+    model = dataclasses.replace(tied, head="scalar")
+    assert set(model.tensor_names()) == {*tied.tensor_names(), "score.weight"}
+    assert model.tensor_shape("score.weight") == (1, 8)
+    shards = MegatronShards(model, TrainParallel(8, tensor=2, pipeline=2))
+    whole = ((0, 1), (0, 8))
+    for rank in range(8):
+        layouts = {layout.name: layout for layout in shards.rank_layouts(rank)}
+        head = layouts.pop("output_layer.weight", None)
+        assert (head is None) == (rank < 4)
+        if head:
+            assert head.blocks == (Block("score.weight", whole, whole),)
+        of_policy = MegatronShards(tied, shards.parallel).rank_layouts(rank)
+        assert layouts == {
+            layout.name: layout for layout in of_policy if layout.name != "output_layer.weight"
+        }
+    (holder,) = shards.holders("score.weight")
+    assert holder.ranks == (4, 5, 6, 7)
+    assert not shards.holders("lm_head.weight")
+
+
+def test_the_head_is_no_matter_of_config_json() -> None:
+    config = dict(
+        model_type="llama", num_hidden_layers=2, hidden_size=8, intermediate_size=16,
+        num_attention_heads=2, vocab_size=50, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert ModelShape.from_hf_config(config).output_tensor == "model.embed_tokens.weight"
+    scalar = ModelShape.from_hf_config(config, "scalar")
+    assert scalar.output_tensor == "score.weight" and not scalar.tie_word_embeddings
+
+
+def test_replicas_are_counted_one_after_the_other() -> None:
+    model = tiny_shape()
+    one = MegatronShards(model, TrainParallel(4, tensor=2, pipeline=2))
+    copies = ReplicatedShards(one, 3)
+    assert copies.num_ranks == 12
+    for rank in range(12):
+        assert copies.rank_layouts(rank) == one.rank_layouts(rank % 4)
+    for tensor in model.tensor_names():
+        held = {
+            (rank, layout.name, block)
+            for rank in range(12)
+            for layout in copies.rank_layouts(rank)
+            for block in layout.blocks
+            if block.tensor == tensor
+        }
+        holders = copies.holders(tensor)
+        assert {(rank, h.param, h.block) for h in holders for rank in h.ranks} == held
+        assert all(list(h.ranks) == sorted(h.ranks) for h in holders)
 
 
 def test_the_vocabulary_may_be_padded_further_than_needed() -> None:
@@ -261,6 +316,7 @@ def test_a_trainer_that_cannot_cut_the_model_is_refused(family, sizes, problem) 
         (tiny_shape(heads=12, groups=3, vocab=150), {"tensor": 2}, "3 key/value heads cannot"),
         (tiny_shape(), {"expert": True}, "enable_expert_parallel: the model has no experts"),
         (tiny_shape(), {"pipeline": 5}, "4 layers cannot be spread over 5 stages"),
+        (dataclasses.replace(tiny_shape(), head="scalar"), {}, "a model with head 'scalar' cannot"),
     ],
 )
 def test_a_rollout_that_cannot_cut_the_model_is_refused(model, sizes, problem) -> None:

@@ -152,6 +152,25 @@ def test_unequal_rows_are_refused_instead_of_waiting(ranks, llama):
         assert "data parallel ranks have 3 to 4 rows" in message
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_pairs_stay_together_within_the_limit(ranks, llama, is_packed):
+    limit = 2 * MAX_TOKENS
+    settings = {"max_tokens_per_micro_batch": limit, "sequence_packing": is_packed}
+    (groups,) = ranks[1].run(groups_of_pairs, llama, 1, **settings)
+    pairs = [(group[i], group[i + 1]) for group in groups for i in range(0, len(group), 2)]
+    assert sorted(pairs) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    lengths = row_lengths(tiny_models.batch())
+    tokens = [[lengths[row] for row in group] for group in groups]
+    sizes = [sum(t) if is_packed else len(t) * max(t) for t in tokens]
+    assert max(sizes) <= limit
+    assert len(groups) == 2
+
+
+def test_pairs_count_as_one_row(ranks, llama):
+    (groups,) = ranks[1].run(groups_of_pairs, llama, 3)
+    assert groups == [[0, 1, 2, 3], [4, 5, 6, 7]]  # two pairs each, of at most three
+
+
 def test_attention_that_cannot_keep_packed_sequences_apart_is_refused(ranks, llama):
     (message,) = ranks[1].run(error_of_stock_attention, llama, sequence_packing=True)
     assert "sequence_packing=True: megatron-core's DotProductAttention" in message
@@ -199,6 +218,13 @@ def steps_and_scores(path, order=None, **settings):
             "data_parallel": (engine.data_parallel_rank, engine.data_parallel_size),
             "shapes": shapes,
         }
+
+
+def groups_of_pairs(path, max_rows, **settings):
+    """How rows of 9 to 21 tokens are grouped where neighbours stay together."""
+    with tiny_models.engine(path, trainable=False, **settings) as engine:
+        rows = tiny_models.batch()
+        return engine.group_rows(rows, max_rows, is_optimizer_step=True, together=2)
 
 
 def error_of_grouping(path, num_rows=(4, 4), **settings):
@@ -289,6 +315,7 @@ def test_results_of_groups_return_to_their_rows():
 def test_no_token_of_a_filler_counts():
     batch = {"all_tokens": torch.ones(2, 3, dtype=torch.int64), "loss_mask": torch.ones(2, 3)}
     assert not take(batch, [])["loss_mask"].any()
+    assert take(batch, [], together=2)["loss_mask"].shape == (2, 3)
     assert batch["loss_mask"].all(), "the batch itself stays as it is"
 
 
@@ -337,11 +364,18 @@ def test_values_of_packed_tokens_return_to_their_rows():
     assert values.grad.tolist() == [[1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0]]
 
 
+def test_values_of_all_packed_tokens_return_to_their_rows():
+    packed = ModelInput.packed(rows_of_lengths(3, 2, 6)).lengthened(12)
+    found = packed.by_row(torch.arange(12.0).unsqueeze(0), num_left_out=0)
+    assert found.tolist() == [[0, 1, 2, 0, 0, 0], [3, 4, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10]]
+
+
 def test_padded_rows_keep_their_form():
     padded = ModelInput.padded(rows_of_lengths(3, 2)).lengthened(8)
     assert padded.tokens().shape == padded.positions().shape == padded.shape == (2, 8)
     values = torch.arange(16.0).view(2, 8)
     assert padded.by_row(values).tolist() == values[:, :5].tolist()
+    assert padded.by_row(values, num_left_out=0).tolist() == values[:, :6].tolist()
 
 
 # ---- yaml ---------------------------------------------------------------------------------------

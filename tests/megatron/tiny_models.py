@@ -31,7 +31,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path:
+def save_model(directory: Path, family: str = "llama", head: str = "lm", **overrides: Any) -> Path:
     """Write a four-layer checkpoint with norms and biases that are not trivial."""
     import transformers  # not at the top: the ranks do without
 
@@ -42,9 +42,13 @@ def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path
         rms_norm_eps=1e-5, initializer_range=0.2, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
+    auto_class = transformers.AutoModelForCausalLM
+    if head == "scalar":
+        auto_class = transformers.AutoModelForSequenceClassification
+        sizes["num_labels"] = 1
     config = getattr(transformers, class_name)(**{**sizes, **own, **overrides})
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = auto_class.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -55,7 +59,12 @@ def save_model(directory: Path, family: str = "llama", **overrides: Any) -> Path
 
 @contextmanager
 def engine(
-    directory: Path, *, trainable: bool = True, bucket_size: int | None = None, **settings: Any
+    directory: Path,
+    *,
+    trainable: bool = True,
+    head: str = "lm",
+    bucket_size: int | None = None,
+    **settings: Any,
 ) -> Iterator[MegatronEngine]:
     """A built engine on the calling ranks; its parallel groups end with the block.
 
@@ -74,7 +83,7 @@ def engine(
     settings = {short.get(key, key): value for key, value in settings.items()}
     defaults = dict(lr=1e-2, weight_decay=0.1, clip_grad=0.5, dtype="float32")
     made = MegatronEngine(
-        ModelArgs(load=str(directory), **{**defaults, **settings}), trainable=trainable
+        ModelArgs(load=str(directory), **{**defaults, **settings}), trainable=trainable, head=head
     )
     ddp_config = optimizer.DistributedDataParallelConfig
     try:
@@ -104,6 +113,18 @@ def negative_logprobs(micro_batch, logprobs, entropy):
     return -(logprobs * mask).sum() / 100.0, {"entropy": (entropy * mask).sum()}
 
 
+def squared_errors(micro_batch, values):
+    """Loss of a value model: squared distance to the targets of `batch_with_returns`."""
+    error = (values[:, :-1] - micro_batch["returns"]) * micro_batch["loss_mask"][:, 1:]
+    return error.square().sum() / 100.0, {"error": error.sum()}
+
+
+def batch_with_returns() -> dict[str, torch.Tensor]:
+    """`batch()` with targets for a value model."""
+    generator = torch.Generator().manual_seed(3)
+    return {**batch(), "returns": torch.randn(8, SEQ_LENGTH - 1, generator=generator)}
+
+
 def micro_batches(
     rows: dict[str, torch.Tensor], micro_batch_size: int = 2
 ) -> list[dict[str, torch.Tensor]]:
@@ -124,7 +145,7 @@ def shard(
 ) -> list[dict[str, torch.Tensor]]:
     """Micro-batches of this data parallel rank's rows, by default its share of `batch()`."""
     if rows is None:
-        rows = rows_of_rank(engine, batch())
+        rows = rows_of_rank(engine, batch() if engine.head == "lm" else batch_with_returns())
     groups = engine.group_rows(rows, micro_batch_size, is_optimizer_step=True)
     return [take(rows, group) for group in groups]
 
@@ -137,8 +158,9 @@ def train(
 ) -> list[list[float]]:
     """[loss, grad_norm] of some steps on the micro-batches of `shard`."""
     micro_batches = shard(engine, micro_batch_size, rows)
+    loss_fn = negative_logprobs if engine.head == "lm" else squared_errors
     curve = []
     for _ in range(steps):
-        metrics, _ = engine.train_step(micro_batches, negative_logprobs)
+        metrics, _ = engine.train_step(micro_batches, loss_fn)
         curve.append([metrics["loss"], metrics["grad_norm"]])
     return curve

@@ -49,6 +49,14 @@ def existing_cluster(ray_address, monkeypatch):
     return ray_address
 
 
+@pytest.fixture(scope="module")
+def shared_cluster(ray_address):
+    """The same for jobs that run once for several tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_address)
+        yield ray_address
+
+
 def rank_processes(address):
     """The running ranks of any job in the cluster of `existing_cluster`, with their children."""
     port = address.split(":")[1]

@@ -7,6 +7,7 @@ The only package that imports megatron.core. In reading order:
     architectures.py    Hugging Face config.json -> TransformerConfig
     model.py            GPTModel chunks of this rank
     norm.py, attention.py   the two modules put in place of megatron-core's own
+    scalar_head.py      what a value or reward model has in place of the vocabulary projection
     init_weights.py     reproducible weights for a policy made from nothing
     hf_checkpoint.py    Hugging Face safetensors in and out
     logprobs.py         log-probabilities and entropy from vocabulary-parallel logits

@@ -33,6 +33,7 @@ from chatlearn_vllm.engines.megatron.files import (
     read_json,
     write_text_atomically,
 )
+from chatlearn_vllm.layouts import Head
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
@@ -61,6 +62,8 @@ class Resumable(NamedTuple):
     chunks: list[GPTModel]
     optimizer: MegatronOptimizer | None
     scheduler: OptimizerParamScheduler | None
+    head: Head = "lm"
+    """What the model ends with."""
 
 
 def save(directory: Path, iteration: int, state: Resumable, args: ModelArgs) -> None:
@@ -71,7 +74,7 @@ def save(directory: Path, iteration: int, state: Resumable, args: ModelArgs) -> 
     """
     if importlib.util.find_spec("psutil") is None:
         raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
-    about = _describe(args, iteration)
+    about = {**_describe(args, iteration), "head": state.head}
     name = _name(iteration)
     with atomic_directory(directory / name) as temporary:
         sharded = _sharded_state(state, about["optimizer_format"], is_loading=False)
@@ -104,6 +107,7 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     if not (path / _ABOUT).is_file():
         raise ValueError(f"{path}: no complete checkpoint there (no {_ABOUT})")
     about = read_json(path / _ABOUT)
+    _check_head(path, about, state.head)
     _check_readable(path, about, args)
     wanted = _sharded_state(state, about["optimizer_format"], is_loading=True)
     loaded = dist_checkpointing.load(wanted, str(path))
@@ -146,6 +150,16 @@ def _describe(args: ModelArgs, iteration: int) -> dict[str, Any]:
         "optimizer_format": optimizer_format,
         "adapters": _describe_adapters(args),
     }
+
+
+def _check_head(path: Path, about: dict[str, Any], head: Head) -> None:
+    """Raise ValueError where megatron-core would read a part of one head into the other."""
+    saved = about.get("head", "lm")  # files of older versions have no other
+    if saved != head:
+        raise ValueError(
+            f"{path}: holds a model with head {saved!r}, which cannot resume one with head "
+            f"{head!r}; give each model a directory of its own with the key save"
+        )
 
 
 def _check_readable(path: Path, about: dict[str, Any], args: ModelArgs) -> None:

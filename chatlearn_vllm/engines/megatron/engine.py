@@ -52,8 +52,14 @@ from chatlearn_vllm.engines.megatron.model import (
     named_parameters,
 )
 from chatlearn_vllm.engines.megatron.peft_checkpoint import save_peft
+from chatlearn_vllm.engines.megatron.scalar_head import (
+    hf_config_with_scalar_head,
+    with_scalar_head,
+)
 from chatlearn_vllm.engines.process_group import join_process_group
 from chatlearn_vllm.layouts import (
+    SCORE,
+    Head,
     LowRank,
     MegatronShards,
     ModelShape,
@@ -68,10 +74,14 @@ if TYPE_CHECKING:
     from chatlearn_vllm.data.batch import Batch
 
 Stats = dict[str, torch.Tensor]
-LossFn = Callable[["Batch", torch.Tensor, torch.Tensor], tuple[torch.Tensor, Stats]]
-"""(micro-batch, logprobs [b, S'-1], entropy [b, S'-1]) -> loss to be summed, sums to be summed."""
-ScoreFn = Callable[["Batch", torch.Tensor, torch.Tensor], torch.Tensor]
-"""(micro-batch, logprobs [b, S'-1], entropy [b, S'-1]) -> [b, ...]."""
+LossFn = Callable[..., tuple[torch.Tensor, Stats]]
+"""(micro-batch, logprobs [b, S'-1], entropy [b, S'-1]) -> loss to be summed, sums to be summed.
+With a scalar head: (micro-batch, values [b, S']), entry t computed from the tokens up to t."""
+ScoreFn = Callable[..., torch.Tensor]
+"""The same arguments -> [b, ...]."""
+
+_SCORE_BIAS = "score.bias"
+"""What a head with a bias has besides `SCORE`."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +93,12 @@ class MegatronEngine:
     """
 
     def __init__(
-        self, args: ModelArgs, *, trainable: bool, model_provider: ModelProvider | None = None
+        self,
+        args: ModelArgs,
+        *,
+        trainable: bool,
+        head: Head = "lm",
+        model_provider: ModelProvider | None = None,
     ) -> None:
         """Join the process group, cut it into parallel groups and read config.json.
 
@@ -92,18 +107,23 @@ class MegatronEngine:
         Args:
             args: settings of the model, parallel sizes included.
             trainable: whether gradients and an optimizer are needed.
-            model_provider: builds a chunk of the model; None for `default_model_provider`.
+            head: what the model ends with; decides what loss and score functions are given.
+            model_provider: builds a chunk of the model; None for `default_model_provider`. A scalar
+                head takes the place of the output layer that it builds.
 
         Raises:
             ValueError: a setting contradicts the number of ranks, config.json or another setting.
         """
         self.args = args
         self.trainable = trainable
+        self.head: Head = head
+        self.is_head_new = False
+        """Whether `build` found no weights of the scalar head."""
         self._provider = model_provider or self.default_model_provider
         self._check_settings()
         self.hf_directory = self._find_hf_directory()
         self.hf_config = read_json(self.hf_directory / "config.json")
-        self.shape = ModelShape.from_hf_config(self.hf_config)
+        self.shape = ModelShape.from_hf_config(self.hf_config, head)
         join_process_group(args.distributed_timeout_minutes)
         parallel.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,
@@ -131,7 +151,8 @@ class MegatronEngine:
     @cuda_means_cpu()
     def build(self) -> None:
         """Build the model, fill its weights, and build the optimizer if it is trained."""
-        self.chunks = build_chunks(self.config, self._provider, self.device)
+        provider = with_scalar_head(self._provider) if self.head == "scalar" else self._provider
+        self.chunks = build_chunks(self.config, provider, self.device)
         if self.args.sequence_packing:
             check_takes_packed(self.chunks)
         modules = [in_training_dtype(self.config, chunk) for chunk in self.chunks]
@@ -155,6 +176,7 @@ class MegatronEngine:
         return build_gpt_model(
             self.config,
             self.hf_config,
+            share_embeddings_and_output_weights=self.shape.tie_word_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -229,7 +251,7 @@ class MegatronEngine:
         return self.config.pipeline_model_parallel_size if is_interleaved else 1
 
     def group_rows(
-        self, batch: Batch, max_rows: int, *, is_optimizer_step: bool
+        self, batch: Batch, max_rows: int, *, is_optimizer_step: bool, together: int = 1
     ) -> list[list[int]]:
         """Decide which rows of a batch make each micro-batch.
 
@@ -241,8 +263,11 @@ class MegatronEngine:
 
         Args:
             batch: this data parallel rank's rows.
-            max_rows: most rows of a micro-batch where max_tokens_per_micro_batch is not set.
+            max_rows: most rows of a micro-batch where max_tokens_per_micro_batch is not set;
+                counts so many rows `together` as one.
             is_optimizer_step: whether they are for `train_step`, not for `forward_only`.
+            together: so many rows, one after the other, stay in one micro-batch; divides the number
+                of rows. 2 where each row is compared with its neighbour.
 
         Returns:
             The rows of each micro-batch. Some may have none, see `micro_batches.take`: virtual
@@ -253,16 +278,23 @@ class MegatronEngine:
         """
         limit = self.args.max_tokens_per_micro_batch
         if limit is None:
-            return equal_groups(batch_size(batch), max_rows, multiple_of=self.micro_batch_multiple)
-        own = [self._padded(length) for length in row_lengths(batch)]
-        longest_first = sorted(range(len(own)), key=lambda row: -own[row])
-        lengths = [own[row] for row in longest_first]
+            units = equal_groups(
+                batch_size(batch) // together, max_rows, multiple_of=self.micro_batch_multiple
+            )
+            return _rows_of_units(units, together)
+        own = self._unit_lengths(batch, together)
+        longest_first = sorted(range(len(own)), key=lambda unit: -own[unit])
+        lengths = [own[unit] for unit in longest_first]
         if is_optimizer_step or self.config.num_moe_experts:
             lengths = self._agree_on_row_lengths(lengths)
         if lengths[0] > limit:
+            what, least = "a sequence takes", "seq_length"
+            if together > 1:
+                what = f"{together} sequences that belong together take"
+                least = f"{together} x {least}"
             raise ValueError(
-                f"a sequence takes {lengths[0]} tokens, more than max_tokens_per_micro_batch="
-                f"{limit}; raise that key to at least the longest sequence, seq_length"
+                f"{what} {lengths[0]} tokens, more than max_tokens_per_micro_batch={limit}; "
+                f"raise that key to at least {least}"
             )
         groups = groups_by_tokens(
             lengths,
@@ -270,7 +302,16 @@ class MegatronEngine:
             is_packed=self.args.sequence_packing,
             multiple_of=self.micro_batch_multiple,
         )
-        return [[longest_first[place] for place in group] for group in groups]
+        units = [[longest_first[place] for place in group] for group in groups]
+        return _rows_of_units(units, together)
+
+    def _unit_lengths(self, batch: Batch, together: int) -> list[int]:
+        """Tokens that each unit of `together` rows takes in a micro-batch that it begins."""
+        lengths = [self._padded(length) for length in row_lengths(batch)]
+        units = [lengths[first : first + together] for first in range(0, len(lengths), together)]
+        if self.args.sequence_packing:
+            return [sum(unit) for unit in units]
+        return [together * max(unit) for unit in units]
 
     def _agree_on_row_lengths(self, lengths: list[int]) -> list[int]:
         """Place by place the longest of all data parallel ranks."""
@@ -288,10 +329,8 @@ class MegatronEngine:
         # gradients over data parallel ranks; `loss_fn` is summed, so undo both.
         scale = len(micro_batches) * parallel_state.get_data_parallel_world_size()
 
-        def scaled(
-            batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
-        ) -> tuple[torch.Tensor, Stats]:
-            loss, stats = loss_fn(batch, logprobs, entropy)
+        def scaled(batch: Batch, *outputs: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+            loss, stats = loss_fn(batch, *outputs)
             stats = {**stats, "loss": loss}
             return loss * scale, {
                 key: value.detach().to(torch.float32, copy=True) for key, value in stats.items()
@@ -391,7 +430,8 @@ class MegatronEngine:
             options["fp32_output"] = False
         if micro_batch.row_lengths:
             options["packed_seq_params"] = packed_seq_params(micro_batch.part_lengths, self.device)
-        output = module(tokens, positions, None, **options)  # logits [b, s, V / tp] at the end
+        # at the end logits [b, s, V / tp], or values [b, s, 1]
+        output = module(tokens, positions, None, **options)
         return output, partial(self._finish, output_fn, micro_batch, tokens)
 
     def _finish(
@@ -399,19 +439,21 @@ class MegatronEngine:
         output_fn: Callable,
         micro_batch: ModelInput,
         tokens: torch.Tensor,
-        logits: torch.Tensor,
+        output: torch.Tensor,
         non_loss_data: bool = False,
     ) -> Any:
-        """Logits of a micro-batch -> what the caller asked for. On the last stage."""
+        """The model's output on a micro-batch -> what the caller asked for. On the last stage."""
+        batch = to_device(micro_batch.batch, self.device)
+        if self.head == "scalar":
+            return output_fn(batch, micro_batch.by_row(output.squeeze(-1), num_left_out=0))
         # A target for each position, counting or not: cutting the logits would copy them.
         logprobs, entropy = vocab_parallel_logprobs(
-            logits,
+            output,
             F.pad(tokens[:, 1:], (0, 1)),
             vocab_size=self.shape.vocab_size,
             temperature=self.args.temperature,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        batch = to_device(micro_batch.batch, self.device)
         return output_fn(batch, micro_batch.by_row(logprobs), micro_batch.by_row(entropy))
 
     def _sync_parameters(self) -> None:
@@ -508,10 +550,13 @@ class MegatronEngine:
         here, assumed = parallel.coordinates(), sizes.coordinates(dist.get_rank())
         if here != assumed:
             raise ValueError(f"rank {dist.get_rank()} is {here}, the layouts assume {assumed}")
+        of_vocabulary = {"embedding.word_embeddings.weight"}
+        if self.head == "lm":
+            of_vocabulary.add("output_layer.weight")
         rows = [
             len(parameter) * sizes.tensor
             for name, parameter in self.named_parameters()
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            if name in of_vocabulary
         ]
         low_rank = None
         if self.adapters():
@@ -548,6 +593,7 @@ class MegatronEngine:
         unreadable = [*self.hf_directory.glob("*.bin"), *self.hf_directory.glob("*.pt")]
         if self.args.load and HFWeights.exist_in(self.hf_directory):
             source = HFWeights(self.hf_directory)
+            parameters = self._without_new_head(parameters, source)
             hf_checkpoint.check_complete(parameters, source, self.shape)
             hf_checkpoint.fill_parameters(parameters, source)
             return
@@ -562,7 +608,32 @@ class MegatronEngine:
                 self.hf_directory,
                 self.args.seed,
             )
+        parameters = self._without_new_head(parameters, None)
         hf_checkpoint.fill_parameters(parameters, RandomWeights(self.hf_config, self.args.seed))
+
+    def _without_new_head(
+        self, parameters: list[LaidOut], source: HFWeights | None
+    ) -> list[LaidOut]:
+        """The parameters to be filled: a scalar head without weights keeps those it was made with.
+
+        Raises:
+            ValueError: the head has a bias, which would be lost.
+        """
+        if self.head == "lm":
+            return parameters
+        if source is not None and _SCORE_BIAS in source:
+            raise ValueError(
+                f"{self.hf_directory}: {_SCORE_BIAS} is not supported, a scalar head has no bias "
+                "(*ForTokenClassification models have); load a *ForSequenceClassification model"
+            )
+        self.is_head_new = source is None or SCORE not in source
+        if not self.is_head_new:
+            return parameters
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s has no %s: the scalar head starts from zeros", self.hf_directory, SCORE
+            )
+        return [one for one in parameters if one.layout.name != "output_layer.weight"]
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -571,6 +642,8 @@ class MegatronEngine:
     ) -> None:
         """Write the weights, config.json and the tokenizer for transformers and vLLM.
 
+        With a scalar head it is a *ForSequenceClassification model.
+
         Adapters are merged into the weights that are written, not into those in memory. They are
         also written by themselves, for the PEFT library, to <directory>/adapter.
         """
@@ -578,6 +651,9 @@ class MegatronEngine:
         sources = [self.hf_directory]
         if self.args.tokenizer:
             sources.append(Path(self.args.tokenizer))
+        hf_config = self.hf_config
+        if self.head == "scalar":
+            hf_config = hf_config_with_scalar_head(hf_config, sources)
         parameters = [
             one for one in self.laid_out_parameters() if self._is_first_copy(one.layout.name)
         ]
@@ -586,7 +662,7 @@ class MegatronEngine:
             Path(directory),
             parameters,
             self.shape,
-            self.hf_config,
+            hf_config,
             side_files_from=sources,
             max_file_bytes=max_file_bytes,
             value_of=partial(_merged, adapters, self.lora_scale),
@@ -621,7 +697,7 @@ class MegatronEngine:
         return checkpoint.load(Path(directory), iteration, self._resumable(), self.args)
 
     def _resumable(self) -> checkpoint.Resumable:
-        return checkpoint.Resumable(self.chunks, self.optimizer, self.scheduler)
+        return checkpoint.Resumable(self.chunks, self.optimizer, self.scheduler, self.head)
 
     # ---------------------------------------------------------------- memory
 
@@ -713,7 +789,12 @@ class MegatronEngine:
 
     def _check_settings(self) -> None:
         args = self.args
-        if args.temperature <= 0:
+        if self.head == "scalar" and self.trainable and args.lora_r:
+            raise ValueError(
+                f"lora_r={args.lora_r} is not supported for a model with a scalar head: adapters "
+                "leave all other weights as they are, and the head has to learn; set lora_r: 0"
+            )
+        if self.head == "lm" and args.temperature <= 0:
             raise ValueError(
                 f"temperature={args.temperature} must be > 0 here: the model scores tokens under "
                 "softmax(logits / temperature), as the rollout sampled them"
@@ -745,6 +826,14 @@ class MegatronEngine:
                 recompute_num_layers=args.recompute_num_layers or 1,
             )
         return {**settings, **args.transformer_args}
+
+
+def _rows_of_units(groups: list[list[int]], together: int) -> list[list[int]]:
+    """Groups of units of so many rows -> groups of rows."""
+    return [
+        [row for unit in units for row in range(unit * together, (unit + 1) * together)]
+        for units in groups
+    ]
 
 
 def _merged(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chatlearn_vllm.engines.megatron.files import atomic_directory
-from chatlearn_vllm.layouts import ModelShape, ParamLayout
+from chatlearn_vllm.layouts import SCORE, ModelShape, ParamLayout
 from chatlearn_vllm.layouts.blocks import Rect
 
 MAX_FILE_BYTES = 5 * 2**30
@@ -74,12 +74,17 @@ class HFWeights:
         """Whether the directory holds weights in safetensors."""
         return any(directory.glob("*.safetensors"))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def problem_with(self, name: str, shape: tuple[int, ...]) -> str | None:
         """What is wrong with a tensor that should be there with this shape, or None."""
-        if name not in self._file_of:
+        if name not in self:
             return f"{name}: not in the checkpoint"
         found = tuple(self._slice(name).get_shape())
-        return None if found == shape else f"{name}: is {found}, config.json says {shape}"
+        # The number of labels is what this side decides, not config.json.
+        who = "a head with one label is" if name == SCORE else "config.json says"
+        return None if found == shape else f"{name}: is {found}, {who} {shape}"
 
     def read(self, name: str, rect: Rect) -> torch.Tensor:
         """See LogicalTensors."""

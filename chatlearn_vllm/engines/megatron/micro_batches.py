@@ -74,11 +74,11 @@ def groups_by_tokens(
     return groups
 
 
-def take(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The micro-batch of some rows; of none: a copy of a row in which no token counts."""
+def take(batch: Batch, rows: Sequence[int], together: int = 1) -> Batch:
+    """The micro-batch of some rows; of none: copies of `together` rows in which no token counts."""
     if rows:
         return select(batch, rows)
-    filler = select(batch, [0])
+    filler = select(batch, range(together))
     if "loss_mask" in filler:
         filler["loss_mask"] = torch.zeros_like(filler["loss_mask"])
     return filler
@@ -148,18 +148,23 @@ class ModelInput:
             return torch.arange(self.length).expand(self.shape)
         return torch.cat([torch.arange(length) for length in self.part_lengths]).unsqueeze(0)
 
-    def by_row(self, values: torch.Tensor) -> torch.Tensor:
-        """One value for each token of the input -> [b, S'-1], those of the predictions.
+    def by_row(self, values: torch.Tensor, *, num_left_out: int = 1) -> torch.Tensor:
+        """One value for each token of the input -> [b, S' - num_left_out].
 
-        Packed, it is 0 behind a row's last prediction; else it is what the padding gave.
+        Packed, it is 0 behind a row's last value; else it is what the padding gave.
+
+        Args:
+            values: [b, length], or [1, length] if packed.
+            num_left_out: so many last tokens of a row have no value: 1 for what predicts the next
+                token, 0 for what belongs to the token itself.
         """
-        num_predictions = self.batch["all_tokens"].size(1) - 1
+        width = self.batch["all_tokens"].size(1) - num_left_out
         if not self.row_lengths:
-            return values[:, :num_predictions]
+            return values[:, :width]
         lengths = torch.tensor(self.row_lengths).unsqueeze(1)  # [b, 1]
         starts = lengths.cumsum(0) - lengths
-        places = torch.arange(num_predictions)
-        has_value = (places < lengths - 1).to(values.device)  # [b, S'-1]
+        places = torch.arange(width)
+        has_value = (places < lengths - num_left_out).to(values.device)  # [b, width]
         index = (starts + places).clamp(max=self.length - 1).to(values.device)
         return torch.where(has_value, values[0][index], 0.0)
 

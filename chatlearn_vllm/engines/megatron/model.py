@@ -30,6 +30,7 @@ def build_gpt_model(
     config: TransformerConfig,
     hf_config: Mapping[str, Any],
     *,
+    share_embeddings_and_output_weights: bool,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
@@ -51,7 +52,7 @@ def build_gpt_model(
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,
-        share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
+        share_embeddings_and_output_weights=share_embeddings_and_output_weights,
         vp_stage=vp_stage,
         **rope_settings(hf_config),
     )
