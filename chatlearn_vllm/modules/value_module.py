@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from chatlearn_vllm.algorithms.value import explained_variance
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.weight_target import WeightTargetModule
 
@@ -52,8 +53,16 @@ class ValueModule(WeightTargetModule):
         )
 
     def train_step(self, data: list[Batch], iteration: int) -> dict[str, float]:
-        """One optimizer step on this rank's micro-batches; see `MegatronModule.train_step`."""
-        return self._step_on_tokens(data, lambda batch, values: self.loss(batch, values[:, :-1]))
+        """One optimizer step on this rank's micro-batches; see `MegatronModule.train_step`.
+
+        Returns:
+            Also `explained_variance`, if `loss` gives the sums of `algorithms.value.value_loss`.
+        """
+        metrics = self._step_on_tokens(data, lambda batch, values: self.loss(batch, values[:, :-1]))
+        if "returns_squared" in metrics:
+            means = {**metrics, "tokens": 1.0}
+            metrics["explained_variance"] = explained_variance(means)
+        return metrics
 
     def forward_step(self, data: Batch, iteration: int = 0) -> dict[str, Any]:
         """Score a batch.
