@@ -109,7 +109,12 @@ def start(directory: Path, job: Path) -> subprocess.Popen:
 
 
 def finish(directory: Path, job: Path) -> list[dict[str, float]]:
-    assert start(directory, job).wait(timeout=900) == 0, (directory / "output.txt").read_text()
+    process = start(directory, job)
+    try:
+        assert process.wait(timeout=900) == 0, (directory / "output.txt").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return read_metrics(directory / "run" / "metrics.jsonl")[1:]  # of episode 0: the first sync
 
 
