@@ -236,10 +236,34 @@ class Cluster:
         pending = []
         for rank in self._ranks:
             master = first_rank[rank.id.module, rank.id.replica].location
-            rendezvous = Rendezvous(master.host, master.free_port, self._local_rank(rank))
+            rendezvous = Rendezvous(master.host, self._local_rank(rank))
             build = rank.actor.build.remote(rendezvous, pickled[rank.id.module])
             pending.append(PendingCall(rank, "build", build))
         gather(pending)
+        self._choose_ports(first_rank)
+
+    def _choose_ports(self, first_rank: dict[tuple[str, int], RankHandle]) -> None:
+        """Give each replica a port of its own; late, so that few others can take it before."""
+        taken: set[tuple[str, int]] = set()
+        port_of = {}
+        for replica, rank in first_rank.items():
+            while True:
+                call = PendingCall(rank, "free_port", rank.actor.free_port.remote())
+                (port,) = gather([call])
+                if (rank.location.host, port) not in taken:
+                    break
+            taken.add((rank.location.host, port))
+            port_of[replica] = port
+        gather(
+            [
+                PendingCall(
+                    rank,
+                    "meet_at",
+                    rank.actor.meet_at.remote(port_of[rank.id.module, rank.id.replica]),
+                )
+                for rank in self._ranks
+            ]
+        )
 
     def _local_rank(self, rank: RankHandle) -> int:
         """The GPU's index on its host; on CPU the rank's place in its replica on its host."""

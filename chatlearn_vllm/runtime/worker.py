@@ -28,8 +28,6 @@ class RankLocation:
     pid: int
     device: int | None
     """Index of the rank's GPU among those its process sees; None without a GPU."""
-    free_port: int
-    """A TCP port that was free on the host when it was asked for."""
 
 
 RENDEZVOUS_PORTS = range(20000, 32000)
@@ -40,7 +38,6 @@ class Rendezvous:
     """What a rank needs to join the process group of its replica."""
 
     master_addr: str
-    master_port: int
     local_rank: int
     """Index of the rank among those of its replica on this host; on a GPU, the GPU's index."""
 
@@ -64,10 +61,18 @@ class Worker:
         return f"{self._rank.module} {self._rank.replica} {self._rank.rank}"
 
     def locate(self) -> RankLocation:
-        """Say where this process runs, with a port for a rendezvous here."""
+        """Say where this process runs."""
         host = ray.util.get_node_ip_address()
         node_id = ray.get_runtime_context().get_node_id()
-        return RankLocation(host, node_id, os.getpid(), _device_index(), _free_port())
+        return RankLocation(host, node_id, os.getpid(), _device_index())
+
+    def free_port(self) -> int:
+        """A TCP port for a rendezvous on this host; to be used soon."""
+        return _free_port()
+
+    def meet_at(self, master_port: int) -> None:
+        """Take the port of this replica's rendezvous; the module's `init` comes next."""
+        os.environ["MASTER_PORT"] = str(master_port)
 
     def build(self, rendezvous: Rendezvous, pickled_class_and_job: bytes) -> None:
         """Complete the environment, then import and make the module.
@@ -81,7 +86,6 @@ class Worker:
             WORLD_SIZE=str(self._rank.world_size),
             LOCAL_RANK=str(rendezvous.local_rank),
             MASTER_ADDR=rendezvous.master_addr,
-            MASTER_PORT=str(rendezvous.master_port),
         )
         try:
             module_class, job = cloudpickle.loads(pickled_class_and_job)
