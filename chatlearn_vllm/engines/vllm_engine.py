@@ -372,7 +372,7 @@ class VLLMEngine:
             ValueError: they are not those that config.json describes (quantised, another
                 architecture); lists what differs.
         """
-        live = {name: tuple(param.shape) for name, param in self.parameters().items()}
+        live = {name: tuple(param.shape) for name, param in self.model.named_parameters()}
         check_live_parameters(layouts, live, "vLLM")
 
     def metrics(self) -> dict[str, float]:

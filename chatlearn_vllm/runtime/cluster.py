@@ -52,6 +52,7 @@ LOCAL_RAY_SETTINGS = {
 RELEASE_TIMEOUT_S = 10.0
 PLACEMENT_TIMEOUT_S = 60.0
 PROCESS_EXIT_TIMEOUT_S = 10.0
+SIGNAL_WAIT_S = 1.0
 
 
 class Cluster:
@@ -85,6 +86,8 @@ class Cluster:
         """Ray's id of this host."""
         self._connected_here = False
         self._started_ray = False
+        self._ray_processes: list[int] = []
+        """Of a Ray that was started here."""
         self._previous_handler: Any = None
         """Of SIGTERM, if `start` set its own."""
 
@@ -138,6 +141,15 @@ class Cluster:
             signal.signal(signal.SIGTERM, self._previous_handler)
             self._previous_handler = None
 
+    def outlives_signal(self) -> bool:
+        """Whether Ray goes on running after this process has got a signal.
+
+        A Ray that was started here is in this process's group; of a SIGTERM to the whole group its
+        helpers die at once, its main processes seconds later.
+        """
+        time.sleep(SIGNAL_WAIT_S if self._ray_processes else 0)
+        return all(_is_running(process) for process in self._ray_processes)
+
     # ---- start ------------------------------------------------------------------------------
 
     def _connect(self) -> None:
@@ -159,7 +171,9 @@ class Cluster:
             logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
         else:
             self._started_ray = True
+            before = _children()
             _start_local_ray(max(os.cpu_count() or 1, self._num_cpus_needed()), options)
+            self._ray_processes = sorted(_children() - before)
 
     def _num_cpus_needed(self) -> int:
         """Logical CPUs: one per process that has a device, and what CPU models ask for."""
@@ -296,6 +310,10 @@ class Cluster:
                     os.kill(rank.location.pid, signal.SIGKILL)
                     break
                 time.sleep(0.05)
+            if self._started_ray:
+                # Its children are in its group; Ray ends them unless it was killed itself.
+                with suppress(ProcessLookupError):
+                    os.killpg(rank.location.pid, signal.SIGKILL)
 
 
 def existing_cluster() -> bool:
@@ -400,6 +418,10 @@ def _remove_sessions(keep_logs_in: Path | None) -> None:
     latest = _ray_dir() / "session_latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink(missing_ok=True)
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
 
 
 def _is_running(pid: int) -> bool:

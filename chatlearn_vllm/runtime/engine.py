@@ -52,7 +52,7 @@ class Engine(ABC):
         self.resumed_from: DriverState | None = None
         """Where an earlier run of this job stopped; None starts at the beginning."""
         self._saved_episode: int | None = None
-        self._stop = StopRequest()
+        self._stop = StopRequest(self._can_go_on)
         self._records: Sequence[Any] | None = None
         self._cluster: Cluster | None = None
 
@@ -267,6 +267,9 @@ class Engine(ABC):
                 )
                 save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
                 self._saved_episode = episode
+
+    def _can_go_on(self) -> bool:
+        return self._cluster is not None and self._cluster.outlives_signal()
 
     def _end_early(self, episode: int) -> None:
         """Save, unless that has been done, or nothing is to be saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,8 +16,8 @@ logger = get_logger(__name__)
 class StopRequest:
     """Within the block SIGTERM asks for an end at the next good moment, instead of ending at once.
 
-    A second SIGTERM ends at once. Outside the main thread, where Python allows no handlers, the
-    block changes nothing.
+    A second SIGTERM ends at once, and so does one after which the job cannot go on. Outside the
+    main thread, where Python allows no handlers, the block changes nothing.
 
     Example:
         with StopRequest() as stop:
@@ -24,9 +25,16 @@ class StopRequest:
                 work()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, can_go_on: Callable[[], bool] = lambda: True) -> None:
+        """Make a request that nobody has made yet.
+
+        Args:
+            can_go_on: asked when SIGTERM comes: whether what the job needs has outlived it. A
+                signal to a whole process group, as `timeout` sends it, reaches Ray, too.
+        """
         self.is_made = False
         """Whether SIGTERM has come."""
+        self._can_go_on = can_go_on
         self._before: Any = None
 
     def __enter__(self) -> StopRequest:
@@ -46,4 +54,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, self._before)
         self.is_made = True
+        if not self._can_go_on():
+            logger.warning(
+                "SIGTERM to all processes: Ray has ended, so nothing can be saved. "
+                "Send it to the driver's process alone (timeout --foreground; kill PID)"
+            )
+            raise SystemExit(128 + number)
         logger.warning("SIGTERM: the job saves and ends as soon as this step is over")

@@ -46,11 +46,20 @@ class TokenReference(ToyReference):
         return {"ref_logprobs": reference_logprobs(data)}
 
 
-class PolicyTrainer(KeepsRows, ToyTrainer):
+class CountsCheckpoints:
+    """Notes how many checkpoints the driver calls complete when this one is saved."""
+
+    def save_checkpoint(self, iteration):
+        states = list((self.runtime_args.run_dir / "checkpoints" / "driver").glob("*.json"))
+        self.note(f"sees {len(states)} complete checkpoints")
+        super().save_checkpoint(iteration)
+
+
+class PolicyTrainer(CountsCheckpoints, KeepsRows, ToyTrainer):
     pass
 
 
-class ValueTrainer(KeepsRows, ToyValueTrainer):
+class ValueTrainer(CountsCheckpoints, KeepsRows, ToyValueTrainer):
     pass
 
 
@@ -182,24 +191,28 @@ def test_a_reward_model_is_in_memory_whenever_it_scores(colocated_job):
     ]
 
 
-def test_without_a_value_model_its_trainer_scores_and_leaves_memory_again(job_of_five):
+def test_without_a_value_model_its_trainer_scores_and_both_trainers_save_before_the_driver(
+    job_of_five,
+):
     calls = calls_of(job_of_five.run_dir)
 
     set_up = calls.index("ppo_policy onload weights")  # no sync into a value model before it
     assert "ppo_value onload weights" not in calls[:set_up]
     scored = calls.index("ppo_value forward_step 8")
-    assert calls[scored - 2 : scored + 12] == [
+    assert calls[scored - 2 : scored + 14] == [
         "reference offload",
         "ppo_value onload weights",
         "ppo_value forward_step 8",
         "ppo_value offload weights",
         "ppo_value onload weights grads optimizer",
         "ppo_value train 8",
+        "ppo_value sees 0 complete checkpoints",
         "ppo_value save_checkpoint 1",
         "ppo_value offload grads optimizer",
         "ppo_value offload weights",
         "ppo_policy onload weights grads optimizer",
         "ppo_policy train 16",
+        "ppo_policy sees 0 complete checkpoints",
         "ppo_policy save_checkpoint 1",
         "ppo_policy offload grads optimizer",
         "policy wake_weights",
