@@ -19,7 +19,7 @@ _EXPORTS = {
     "ValueModule": "chatlearn_vllm.modules.value_module",
     "RewardModule": "chatlearn_vllm.modules.reward_module",
     "HFRewardModule": "chatlearn_vllm.modules.hf_reward_module",
-    "Engine": "chatlearn_vllm.runtime.engine",
+    "BaseEngine": "chatlearn_vllm.runtime.base_engine",
     "RLHFEngine": "chatlearn_vllm.runtime.rlhf_engine",
     "OnlineDPOEngine": "chatlearn_vllm.runtime.online_dpo_engine",
     "GRPOEngine": "chatlearn_vllm.runtime.grpo_engine",

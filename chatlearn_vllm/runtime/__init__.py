@@ -4,7 +4,7 @@ session.py              the job of this process
 rollout_engine.py       what one episode does, in order
 grpo_engine.py, rlhf_engine.py, online_dpo_engine.py    what is made of its samples to train on
 sft_engine.py           training on given responses
-engine.py               what engines share: set-up, loop, tear-down
+base_engine.py          what engines share: set-up, loop, tear-down
 cluster.py              from a placement plan to running ranks, and their end
 worker_group.py         one call to all ranks of a model, one failure back
 worker.py               inside a rank

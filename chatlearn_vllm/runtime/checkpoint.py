@@ -24,7 +24,7 @@ class DriverState:
     sampler: dict[str, Any]
     """`PromptSampler.state_dict()` after that episode's prompts were drawn."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """`Engine.state_dict()` after that episode."""
+    """`BaseEngine.state_dict()` after that episode."""
 
 
 def save_state(directory: Path, state: DriverState, keep: int | None = None) -> None:

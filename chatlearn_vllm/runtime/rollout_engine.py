@@ -15,7 +15,7 @@ from chatlearn_vllm.data.balance import balanced, row_lengths
 from chatlearn_vllm.data.batch import Batch, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
-from chatlearn_vllm.runtime.engine import Engine
+from chatlearn_vllm.runtime.base_engine import BaseEngine
 from chatlearn_vllm.runtime.episode_metrics import (
     reward_metrics,
     rollout_metrics,
@@ -35,7 +35,7 @@ from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
 logger = get_logger(__name__)
 
 
-class RolloutEngine(Engine):
+class RolloutEngine(BaseEngine):
     """Prompts, responses, rewards, training, weight sync, evaluation.
 
     Subclasses say what is made of the scored responses (`prepare`), and which models besides the
@@ -45,7 +45,7 @@ class RolloutEngine(Engine):
     def __init__(
         self,
         policy: BaseModule,
-        reward: BaseModule | Sequence[BaseModule],
+        reward: BaseModule | Sequence[BaseModule] | None,
         policy_trainer: BaseModule,
         *,
         scorers: Sequence[BaseModule] = (),
@@ -56,7 +56,8 @@ class RolloutEngine(Engine):
         Args:
             policy: a `VLLMModule`.
             reward: returns `rewards`, and `accuracy` if it can tell right from wrong; of several
-                the rewards are added, each times its `reward_weight` in the yaml.
+                the rewards are added, each times its `reward_weight` in the yaml. None if the
+                subclass has no such role.
             policy_trainer: a `MegatronModule`, whose weights go to the policy.
             scorers: frozen models besides the rewards.
             trained: further `MegatronModule`s that are trained, in order, before the policy; each
@@ -65,9 +66,12 @@ class RolloutEngine(Engine):
         Raises:
             ValueError: keys of the yaml do not fit together.
         """
-        self.rewards = (reward,) if isinstance(reward, BaseModule) else tuple(reward)
-        if not self.rewards:
-            raise ValueError("an engine needs at least one reward module")
+        if reward is None:
+            self.rewards: tuple[BaseModule, ...] = ()
+        else:
+            self.rewards = (reward,) if isinstance(reward, BaseModule) else tuple(reward)
+            if not self.rewards:
+                raise ValueError("an engine needs at least one reward module")
         self.policy, self.policy_trainer = policy, policy_trainer
         self._targets = {**(trained or {}), policy_trainer: policy}
         # The policy comes last: vLLM sizes its KV cache by what the others left free.
@@ -114,7 +118,7 @@ class RolloutEngine(Engine):
         return {
             **rollout_metrics(batch, self.timers.seconds("rollout")),
             "rollout/weight_version": self.weight_version,
-            **reward_metrics(batch, "rollout"),
+            **(reward_metrics(batch, "rollout") if "rewards" in batch else {}),
         }
 
     # ---- set-up -----------------------------------------------------------------------------
@@ -288,7 +292,8 @@ class RolloutEngine(Engine):
                     metrics[f"rollout/rewards/{module.name}_mean"] = rewards.mean().item()
                 total = total + module.module_args.reward_weight * rewards
                 batch |= found
-        batch["rewards"] = total
+        if self.rewards:
+            batch["rewards"] = total
         return metrics
 
     def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from chatlearn_vllm.modules.base import BaseModule
-from chatlearn_vllm.runtime.engine import Engine
+from chatlearn_vllm.runtime.base_engine import BaseEngine
 from chatlearn_vllm.runtime.episode_metrics import train_metrics
 from chatlearn_vllm.runtime.scatter import train_rows
 
 
-class SFTEngine(Engine):
+class SFTEngine(BaseEngine):
     """Trains a model on given responses.
 
     Records are dicts with `prompt` and `response`. Per episode, `sample_per_episode` of them are
@@ -33,7 +33,7 @@ class SFTEngine(Engine):
         )
 
     def setup(self) -> None:
-        """See `Engine.setup`; also remembers the records."""
+        """See `BaseEngine.setup`; also remembers the records."""
         self.records = self._training_records()
         super().setup()
 

@@ -23,7 +23,7 @@ from chatlearn_vllm.runtime.worker_group import WorkerGroup
 logger = get_logger(__name__)
 
 
-class Engine(ABC):
+class BaseEngine(ABC):
     """Runs a job: places the modules' ranks, loops over episodes, leaves nothing behind.
 
     Episodes are numbered from 1; "episode 0" is what is measured before training.
