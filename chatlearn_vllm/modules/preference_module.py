@@ -6,8 +6,9 @@ import torch
 
 from chatlearn_vllm.algorithms.preference import preference_loss, sequence_logprobs
 from chatlearn_vllm.data.batch import Batch, batch_size
-from chatlearn_vllm.engines.megatron.micro_batches import equal_groups, take
+from chatlearn_vllm.engines.megatron.micro_batches import take
 from chatlearn_vllm.modules.megatron_module import MegatronModule
+from chatlearn_vllm.modules.pairs import check_room_for_pairs, is_pair
 
 
 class PreferenceModule(MegatronModule):
@@ -21,13 +22,14 @@ class PreferenceModule(MegatronModule):
         """Join the process group and the parallel groups. All ranks; once.
 
         Raises:
-            ValueError: a key of the yaml is not for pairs.
+            ValueError: a micro-batch has no room for a pair, or an optimizer step would part one.
         """
-        limit = self.model_args.max_tokens_per_micro_batch
-        if limit is not None:
+        check_room_for_pairs(self)
+        rows, unit = self._global_batch_size(), 2 * self.module_args.data_parallel_size
+        if rows % unit:
             raise ValueError(
-                f"models.{self.name}: max_tokens_per_micro_batch={limit} would part the two rows "
-                "of a pair; leave it out and set runtime.train_micro_batch_size"
+                f"runtime.train_global_batch_size={rows} must be a multiple of {unit} = 2 x data "
+                f"parallel size of models.{self.name}: rows are trained in pairs"
             )
         super().init()
 
@@ -41,49 +43,47 @@ class PreferenceModule(MegatronModule):
         Returns:
             Metrics of each optimizer step, the same on all ranks; none without rows.
         """
-        num_rows = batch_size(data)
-        if not num_rows:
-            return []
-        rows_per_step = self.runtime_args.train_global_batch_size // self.data_parallel_size
-        pairs_per_micro_batch = max(1, self.runtime_args.train_micro_batch_size // 2)
-        metrics = []
-        for _ in range(self.runtime_args.num_training_epoch):
-            for start in range(0, num_rows, rows_per_step):
-                step = range(start, min(start + rows_per_step, num_rows))
-                groups = equal_groups(
-                    len(step) // 2,
-                    pairs_per_micro_batch,
-                    multiple_of=self.engine.micro_batch_multiple,
-                )
-                micro_batches = [
-                    take(data, [step[0] + 2 * pair + side for pair in pairs for side in (0, 1)])
-                    for pairs in groups
-                ]
-                metrics.append(self.train_step(micro_batches, iteration))
-        return metrics
+        self._check_equal_rows(batch_size(data))
+        return self._train_epochs(data, iteration)
+
+    def _micro_batches(self, rows: Batch) -> list[Batch]:
+        groups = self.engine.group_rows(
+            rows,
+            max(1, self.runtime_args.train_micro_batch_size // 2),
+            is_optimizer_step=True,
+            together=2,
+        )
+        return [take(rows, group, together=2) for group in groups]
 
     def train_step(self, data: list[Batch], iteration: int) -> dict[str, float]:
-        """One optimizer step on this rank's micro-batches of whole pairs."""
-        (num_pairs,) = self.engine.all_reduce_data_parallel([sum(map(batch_size, data)) / 2])
+        """One optimizer step on this rank's micro-batches of whole pairs.
+
+        The loss is the mean over the pairs of the global batch. A filler without any token in
+        `loss_mask` counts nowhere.
+        """
+        own = sum(int(is_pair(batch).sum()) for batch in data)
+        (num_pairs,) = self.engine.all_reduce_data_parallel([float(own)])
         args = self.model_args
 
         def loss_fn(
             batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             mask = batch["loss_mask"][:, 1:]
+            counts = is_pair(batch)
             ours = sequence_logprobs(logprobs, mask)
             theirs = sequence_logprobs(batch["ref_logprobs"], mask)
             loss, sums = preference_loss(
-                ours[0::2],
-                ours[1::2],
-                theirs[0::2],
-                theirs[1::2],
+                ours[0::2][counts],
+                ours[1::2][counts],
+                theirs[0::2][counts],
+                theirs[1::2][counts],
                 beta=args.dpo_weight,
                 kind="ipo" if args.use_ipo else "dpo",
                 label_smoothing=args.label_smoothing,
             )
-            return loss.sum() / num_pairs, sums
+            return loss.sum() / max(1.0, num_pairs), sums
 
         metrics, sums = self.engine.train_step(data, loss_fn)
         pairs = sums.pop("pairs")
-        return {**{name: value / pairs for name, value in sums.items()}, **metrics, "pairs": pairs}
+        means = {name: value / max(1.0, pairs) for name, value in sums.items()}
+        return {**means, **metrics, "pairs": pairs}

@@ -10,14 +10,18 @@ import torch.nn.functional as F
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.engines.megatron.micro_batches import take
 from chatlearn_vllm.modules.megatron_module import MegatronModule
+from chatlearn_vllm.modules.pairs import (
+    CHOSEN,
+    REJECTED,
+    check_room_for_pairs,
+    interleave_pairs,
+    is_pair,
+)
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from chatlearn_vllm.layouts import Head
-
-CHOSEN, REJECTED = "chosen_", "rejected_"
-"""What the keys of a pair's two rows begin with."""
 
 
 class RewardModule(MegatronModule):
@@ -74,7 +78,7 @@ class RewardModule(MegatronModule):
         Returns:
             Metrics of the step, the same on all ranks.
         """
-        own = sum(int(_is_pair(batch).sum()) for batch in data)
+        own = sum(int(is_pair(batch).sum()) for batch in data)
         (num_pairs,) = self.engine.all_reduce_data_parallel([float(own)])
 
         def loss_fn(
@@ -82,7 +86,7 @@ class RewardModule(MegatronModule):
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             rewards = at_last_token(values, batch["loss_mask"])
             pair_loss, sums = self.loss(batch, rewards[::2], rewards[1::2])
-            return torch.where(_is_pair(batch), pair_loss, 0.0).sum() / max(1.0, num_pairs), sums
+            return torch.where(is_pair(batch), pair_loss, 0.0).sum() / max(1.0, num_pairs), sums
 
         metrics, sums = self.engine.train_step(data, loss_fn)
         means = {name: value / max(1.0, num_pairs) for name, value in sums.items()}
@@ -94,13 +98,8 @@ class RewardModule(MegatronModule):
         Raises:
             ValueError: a micro-batch has no room for a pair.
         """
-        args = self.model_args
-        limit, least = args.max_tokens_per_micro_batch, 2 * args.seq_length
-        if self.module_args.trainable and limit is not None and limit < least:
-            raise ValueError(
-                f"models.{self.name}: max_tokens_per_micro_batch={limit} must be at least "
-                f"2 x seq_length = {least}: the two rows of a pair go through the model together"
-            )
+        if self.module_args.trainable:
+            check_room_for_pairs(self)
         super().init()
 
     def model_setup(self) -> None:
@@ -185,32 +184,6 @@ class RewardModule(MegatronModule):
             )
 
 
-def interleave_pairs(data: Batch) -> Batch:
-    """[P, ...] with keys `chosen_<key>`, `rejected_<key>` -> [2 P, ...] with keys `<key>`.
-
-    Rows 2 i and 2 i + 1 are those of pair i. Other keys are left out.
-
-    Raises:
-        ValueError: the two sides differ in keys or shapes.
-    """
-    chosen, rejected = (
-        {key.removeprefix(side): value for key, value in data.items() if key.startswith(side)}
-        for side in (CHOSEN, REJECTED)
-    )
-    shapes = [
-        {key: tuple(value.shape) for key, value in side.items()} for side in (chosen, rejected)
-    ]
-    if shapes[0] != shapes[1] or not chosen:
-        raise ValueError(
-            f"pairs need the same keys and shapes on both sides: {CHOSEN}... are {shapes[0]}, "
-            f"{REJECTED}... are {shapes[1]}"
-        )
-    return {
-        key: torch.stack([value, rejected[key]], dim=1).flatten(0, 1)
-        for key, value in chosen.items()
-    }
-
-
 def at_last_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The value of each row at the last token that its mask marks; 0.0 where it marks none.
 
@@ -225,8 +198,3 @@ def at_last_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     last = ((mask != 0) * places).amax(1)  # counted from 1
     found = values.gather(1, (last - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
     return torch.where(last > 0, found, 0.0)
-
-
-def _is_pair(batch: Batch) -> torch.Tensor:
-    """[p] whether both rows of a pair have tokens; those of a filler have none."""
-    return (batch["loss_mask"] != 0).any(1).view(-1, 2).all(1)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from chatlearn_vllm.modules.reward_module import RewardModule, at_last_token, interleave_pairs
+from chatlearn_vllm.modules.pairs import interleave_pairs
+from chatlearn_vllm.modules.reward_module import RewardModule, at_last_token
 from tests.megatron import tiny_models
 from tests.megatron.test_megatron_module import job
 
