@@ -1,4 +1,4 @@
-"""From a job description to what runs where; pure Python."""
+"""What is known of a job before it runs: where its ranks go, which models a flow calls; pure Python."""
 
 from chatlearn_vllm.job.placement import PlacementPlan, RankPlacement, place
 

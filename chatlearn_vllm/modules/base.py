@@ -6,10 +6,13 @@ import os
 from abc import ABC
 from typing import TYPE_CHECKING, Any
 
+from chatlearn_vllm.job.flow import records_calls
+
 if TYPE_CHECKING:
     from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
 
 
+@records_calls
 class BaseModule(ABC):
     """One role of a job (policy, reference, reward, policy_trainer, …), by its name in the yaml.
 
@@ -18,7 +21,14 @@ class BaseModule(ABC):
     `init`, `model_setup`, `validate`, and per episode `before_episode`, the role's work
     (`forward_step`, or what a subclass adds), `after_episode`. Colocated roles are asked to give
     their device memory back with `offload` and to take it with `onload`.
+
+    On the driver, in the function of a flow (see job/flow.py), `forward_step`, `eval_forward` and
+    `train_step` get handles in place of data and only note the call.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        records_calls(cls)
 
     def __init__(self, name: str, job: JobConfig | None = None, replica_id: int = 0) -> None:
         """Keep the job description; cheap, so that the driver can do it without a device.
@@ -110,6 +120,13 @@ class BaseModule(ABC):
     def eval_forward(self, data: dict[str, Any], iteration: int = 0) -> Any:
         """Like `forward_step`, for evaluation; the same unless overridden."""
         return self.forward_step(data, iteration)
+
+    def train_step(self, data: Any, iteration: int = 0) -> Any:
+        """One optimizer step of a role that is trained; see the subclass.
+
+        In a flow: train on the whole batch, as the `runtime` section says.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no train_step")
 
     def onload(self) -> None:
         """Take device memory back. All ranks."""
