@@ -1,4 +1,4 @@
-"""What is known of a job before it runs: where its ranks go, which models a flow calls; pure Python."""
+"""What is known before a job runs: where ranks go, which models a flow calls; pure Python."""
 
 from chatlearn_vllm.job.placement import PlacementPlan, RankPlacement, place
 
