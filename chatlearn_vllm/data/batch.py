@@ -17,6 +17,7 @@ Every rollout batch has (`VLLMModule.decode_internal` makes it):
 Added on the way, by:
 
     prompt_index    int64 [B]         framework: row in the prompt data set, equal in a GRPO group
+    sample_index    int64 [B]         framework: ordinal of the row over the whole job
     weight_version  int64 [B]         framework: version of the weights that sampled the row
     rewards         float32 [B]       reward: of the whole response
     ref_logprobs    float32 [B, S-1]  reference: as `logprobs`, under the frozen model
@@ -60,6 +61,7 @@ ROLLOUT_KEYS = (
 
 ADDED_KEYS = (
     "prompt_index",
+    "sample_index",
     "weight_version",
     "rewards",
     "ref_logprobs",
@@ -189,6 +191,7 @@ def _tensor_problems(batch: Batch, size: int, seq_length: int) -> list[str]:
         "logprobs": (torch.float32, per_prediction),
         "loss_mask": (torch.float32, per_position),
         "prompt_index": (torch.int64, per_row),
+        "sample_index": (torch.int64, per_row),
         "weight_version": (torch.int64, per_row),
         "rewards": (torch.float32, per_row),
         "ref_logprobs": (torch.float32, per_prediction),

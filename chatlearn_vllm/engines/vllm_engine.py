@@ -7,7 +7,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -154,14 +154,20 @@ class VLLMEngine:
             raise ValueError(f"request {request_id}: {error}") from error
         self._order.append(request_id)
 
-    def run(self, on_finished: Callable[[], None] | None = None) -> list[Any]:
-        """Step until all queued requests are done.
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Ids of the queued and running requests, in the order in which they were added."""
+        return tuple(self._order)
+
+    def run(self, min_finished: int | None = None) -> list[Any]:
+        """Step until requests are done.
 
         Args:
-            on_finished: called after each finished request.
+            min_finished: return as soon as so many requests are done; the others go on with the
+                next call. None: all of them.
 
         Returns:
-            One `vllm.RequestOutput` per request, in the order in which they were added.
+            One `vllm.RequestOutput` per finished request, in the order in which they were added.
 
         Raises:
             EngineStateError: the engine is not READY.
@@ -173,20 +179,17 @@ class VLLMEngine:
                 "Weights arrive by a weight sync; a sleeping engine is woken by wake_weights(), "
                 "a sync (sleep level 2) and wake_kv_cache()"
             )
+        wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
         outputs: dict[str, Any] = {}
         try:
-            # step() may return nothing while batches are in flight, so ask for unfinished ones.
-            while self._engine.has_unfinished_requests():
+            # step() may return nothing while batches are in flight.
+            while len(outputs) < wanted:
                 stepped = self._engine.step()
                 if self._error_in_step is not None:
                     raise self._error_in_step
-                for output in stepped:
-                    if output.finished:
-                        outputs[output.request_id] = output
-                        if on_finished is not None:
-                            on_finished()
+                outputs |= {output.request_id: output for output in stepped if output.finished}
         except BaseException:
             self.abort()
             raise
@@ -194,8 +197,9 @@ class VLLMEngine:
             self._error_in_step = None
             self._rng = vllm_compat.RandomState.capture()
             outer.restore()
-        order, self._order = self._order, []
-        return [outputs[request_id] for request_id in order]
+        finished = [outputs[request_id] for request_id in self._order if request_id in outputs]
+        self._order = [request_id for request_id in self._order if request_id not in outputs]
+        return finished
 
     def on_step(self, step: Step) -> Any:
         """Pass a scheduled batch to the owner; called by the executor.

@@ -39,16 +39,30 @@ class TokenizerGroup:
     tokenizer: Any
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a request in the engine stands for."""
+
+    prompt_index: int
+    first_sample: int
+    """Ordinal of its first response."""
+    record: dict[str, Any]
+    """Of the dataset."""
+
+
 class VLLMModule(BaseModule, ABC):
     """A policy that generates with vLLM.
 
     A subclass writes five hooks; each has a usable default, reached with `super()`. Per episode
     and on every rank of a replica the framework calls `generate`, which calls
 
-        _add_request(prompts)              once     prompts enter the engine
+        _add_request(prompts)              prompts enter the engine
         forward_step(data, iteration)      per scheduler step, between scheduler and model
             execute_step(data)             hands the scheduled batch to vLLM
-        decode_internal(request_outputs)   once, on the replica's first rank
+        decode_internal(request_outputs)   on the replica's first rank
+
+    first and last of these once per call: a call may bring further prompts while earlier ones are
+    being answered, and return before all are.
 
     For evaluation `eval_forward` is called instead of `forward_step`.
     """
@@ -71,6 +85,8 @@ class VLLMModule(BaseModule, ABC):
         self._iteration = 0
         self._is_eval = False
         self._first_sample = 0
+        self._asked: dict[str, _Asked] = {}
+        """By the ids of the requests in the engine."""
 
     # ---- what users write -------------------------------------------------------------------
 
@@ -109,6 +125,8 @@ class VLLMModule(BaseModule, ABC):
     @abstractmethod
     def _add_request(self, data: dict[str, list], is_eval: bool = False) -> Any:
         """Pass collated prompts to the engine. Every rank, once per batch of prompts.
+
+        Adds one request per prompt, in order.
 
         Args:
             data: what the dataset's `collate_fn` made; lists of equal length.
@@ -185,7 +203,8 @@ class VLLMModule(BaseModule, ABC):
                 )
             seed = sample_seed(args.seed, self._first_sample + row * sampling["n"], is_eval)
             request = {"max_tokens": room, "seed": seed} | sampling
-            self.engine.add_request(str(row), prompt, ids, request)
+            request_id = str(self._first_sample + row * sampling["n"])
+            self.engine.add_request(request_id, prompt, ids, request)
 
     def execute_step(
         self,
@@ -283,46 +302,75 @@ class VLLMModule(BaseModule, ABC):
         first_sample: int,
         iteration: int = 0,
         is_eval: bool = False,
+        min_finished: int | None = None,
     ) -> dict[str, Any] | None:
         """Answer prompts. Collective over the replica: all its ranks, with equal arguments.
 
         Args:
-            prompt_indices: rows of the dataset.
+            prompt_indices: rows of the dataset; may be empty to go on with earlier ones.
             first_sample: ordinal, over the whole job, of the first response; makes seeds unique.
             iteration: episode, for logs.
             is_eval: use the evaluation dataset, sampling keys and `eval_forward`.
+            min_finished: return when so many prompts are answered, those of earlier calls
+                included; the others go on with the next call. None: all of them.
 
         Returns:
-            On the first rank the batch, with `prompt_index`, `weight_version` and the dataset's
-            extra fields added; None on the others.
+            On the first rank the batch of the answered prompts in the order in which they were
+            given, with `prompt_index`, `sample_index`, `weight_version` and the dataset's extra
+            fields added; None on the others, and if there was nothing left to answer.
         """
-        import torch
-
-        dataset = self._datasets[is_eval]
-        records = [dataset[index] for index in prompt_indices]
-        data = dataset.collate_fn(records)
-        self._is_eval, self._first_sample, self._iteration = is_eval, first_sample, 0
+        if not self.engine.requests:
+            self._asked = {}
+            self._iteration = 0
+        self._is_eval = is_eval
         try:
-            self._add_request(data, is_eval=is_eval)
-            outputs = self.engine.run()
+            if prompt_indices:
+                self._ask(prompt_indices, first_sample, is_eval)
+            outputs = self.engine.run(min_finished)
         except BaseException:
             self.engine.abort()
             raise
         if self.model_args.log_metrics and self.is_last_rank():
             logger.info("%s: %s", self.name, self.engine.metrics())
-        if self.rank != 0:
+        asked = [self._asked.pop(output.request_id) for output in outputs]
+        if self.rank != 0 or not outputs:
             return None
+        return self._batch_of(outputs, asked)
+
+    def _ask(self, prompt_indices: list[int], first_sample: int, is_eval: bool) -> None:
+        """Pass prompts to the engine, and remember which request stands for which of them."""
+        dataset = self._datasets[is_eval]
+        records = [dataset[index] for index in prompt_indices]
+        num_before = len(self.engine.requests)
+        self._first_sample = first_sample
+        self._add_request(dataset.collate_fn(records), is_eval=is_eval)
+        added = self.engine.requests[num_before:]
+        if len(added) != len(records):
+            raise ValueError(
+                f"{type(self).__name__}._add_request() added {len(added)} requests for "
+                f"{len(records)} prompts; it must add one for each, in order"
+            )
+        copies = 1 if is_eval else self.model_args.responses_per_prompt
+        for row, (request_id, index) in enumerate(zip(added, prompt_indices, strict=True)):
+            first = first_sample + row * copies
+            self._asked[request_id] = _Asked(index, first, records[row])
+
+    def _batch_of(self, outputs: list[Any], asked: list[_Asked]) -> dict[str, Any]:
+        """The user's batch of finished requests, with what the framework adds to it."""
+        import torch
+
         batch = self.decode_internal(outputs)
-        responses = [len(output.outputs) for output in outputs]
-        repeat = torch.tensor(responses)
-        batch["prompt_index"] = torch.tensor(prompt_indices).repeat_interleave(repeat)
-        batch["weight_version"] = torch.full((sum(responses),), self.engine.state.version)
-        for key in records[0].keys() - batch.keys() - {"input_ids", "prompt"}:
-            batch[key] = [
-                record[key]
-                for record, count in zip(records, responses, strict=True)
-                for _ in range(count)
-            ]
+        counts = [len(output.outputs) for output in outputs]
+        rows = [
+            (one, number)
+            for one, count in zip(asked, counts, strict=True)
+            for number in range(count)
+        ]
+        batch["prompt_index"] = torch.tensor([one.prompt_index for one, _ in rows])
+        batch["sample_index"] = torch.tensor([one.first_sample + number for one, number in rows])
+        batch["weight_version"] = torch.full((len(rows),), self.engine.state.version)
+        for key in asked[0].record.keys() - batch.keys() - {"input_ids", "prompt"}:
+            batch[key] = [one.record[key] for one, _ in rows]
         return batch
 
     def on_step(self, step: Step) -> None:

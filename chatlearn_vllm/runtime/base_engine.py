@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from chatlearn_vllm.data.prompts import PromptSampler, load_prompts
 from chatlearn_vllm.modules.base import BaseModule
@@ -58,13 +59,17 @@ class BaseEngine(ABC):
 
     # ---- what users call --------------------------------------------------------------------
 
-    def set_dataset(self, prompts: Sequence[Any]) -> None:
+    def set_dataset(self, prompts: Sequence[Any]) -> Self:
         """Say what to train on; without it, `runtime.data_path` is read.
 
         Args:
             prompts: strings, or dicts as read from a jsonl file by `load_prompts`.
+
+        Returns:
+            This engine.
         """
         self._records = prompts
+        return self
 
     def set_evaluator(self, evaluator: Evaluator) -> None:
         """Evaluate as `runtime.eval_episode_interval` and `enable_eval_before_training` say.
@@ -72,7 +77,7 @@ class BaseEngine(ABC):
         Raises:
             ValueError: the evaluator uses a module that is not part of this engine.
         """
-        for module in (evaluator.policy, evaluator.reward):
+        for module in evaluator.modules:
             if module not in self.modules:
                 raise ValueError(
                     f"the evaluator's module {module.name!r} is not one of this engine's: "
@@ -89,16 +94,25 @@ class BaseEngine(ABC):
         Raises:
             RankError: a rank failed; every process of the job has ended when it arrives.
         """
+        with self.running():
+            return self._run_episodes()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block all models run; however it ends, no process is left.
+
+        Raises:
+            RankError: a rank failed.
+        """
         try:
             self.setup()
-            history = self._run_episodes()
+            yield
             for group in self.groups.values():
                 group.call("shutdown")
         except BaseException:
             self.teardown(failed=True)
             raise
         self.teardown()
-        return history
 
     # ---- what kinds of training define ------------------------------------------------------
 
@@ -139,19 +153,37 @@ class BaseEngine(ABC):
             self.resumed_from = load_state(
                 self._state_dir, self.args.load_data_checkpoint_iteration
             )
-        self._cluster = Cluster(self.job, self.modules)
-        self.groups = self._cluster.start()
-        for module in self.modules:
-            self._build_model(module)
+        self.start_models()
         self.sampler = PromptSampler(
             self.count_prompts(records), self.args.seed, self.args.data_shuffle
         )
         self.sampler.next(self.args.consumed_samples // self.samples_per_prompt)
-        if self.evaluator is not None:
-            self.evaluator.setup(self.groups)
         if self.resumed_from is not None:
             self.sampler.load_state_dict(self.resumed_from.sampler)
             logger.info("resumed after episode %d", self.finished_episodes)
+
+    def start_models(self) -> None:
+        """Start all ranks, build the models in order, hand out the evaluation's prompts.
+
+        Raises:
+            ValueError: the evaluator has no prompts; nothing is started then.
+        """
+        if self.evaluator is not None:
+            self.evaluator.require_prompts()
+        self._cluster = Cluster(self.job, self.modules)
+        self.groups = self._cluster.start()
+        for module in self.modules:
+            self._build_model(module)
+        if self.evaluator is not None:
+            self.evaluator.setup(self.groups)
+
+    def shares_devices(self, module: BaseModule) -> bool:
+        """Whether another model of this job runs on the devices of this one."""
+        running = {own.name for own in self.modules}
+        return any(
+            module.name in group and len(running.intersection(group)) > 1
+            for group in self.args.colocation_groups()
+        )
 
     def teardown(self, failed: bool = False) -> None:
         """End every process of the job; safe at any point of `setup` or `learn`, and twice.
@@ -239,8 +271,10 @@ class BaseEngine(ABC):
             metrics = self.run_episode(episode)
             for group in self.groups.values():
                 group.call("after_episode")
-        seconds = {f"time/{phase}_s": spent for phase, spent in self.timers.take().items()}
-        return metrics | seconds
+        seconds = self.timers.take()
+        # What no phase accounts for: the driver's own work, and hooks before and after.
+        seconds["other"] = 2 * seconds["episode"] - sum(seconds.values())
+        return metrics | {f"time/{phase}_s": spent for phase, spent in seconds.items()}
 
     def save_if_due(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
         """Save a trainer every `save_episode_interval` episodes, and after the last one.

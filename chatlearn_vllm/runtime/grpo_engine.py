@@ -95,6 +95,12 @@ class GRPOEngine(RolloutEngine):
         }
         return select(everything, range(wanted)), metrics
 
+    def scorers_of_all_samples(self) -> Sequence[BaseModule]:
+        """Rewards, and the reference unless some samples are left out."""
+        if self.reference is None or self.args.dynamic_sampling:
+            return self.rewards
+        return (*self.rewards, self.reference)
+
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
         """Add `advantages`, and `ref_logprobs` if the loss has a KL penalty."""
         args = self.policy_trainer.model_args

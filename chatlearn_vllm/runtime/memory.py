@@ -80,6 +80,11 @@ class ScorerMemory:
         self._group = group
         self._moves = gives_memory_back(config, shares_devices)
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether the model is always in memory."""
+        return not self._moves
+
     def onload(self) -> None:
         """Bring the model to the device."""
         if self._moves:

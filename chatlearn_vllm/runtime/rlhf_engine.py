@@ -68,6 +68,10 @@ class RLHFEngine(RolloutEngine):
         else:
             self.kl = AdaptiveKL(args.init_kl_coef, target=args.target, horizon=args.horizon)
 
+    def scorers_of_all_samples(self) -> Sequence[BaseModule]:
+        """Rewards, reference and value."""
+        return [*self.rewards, *(one for one in (self.reference, self.value) if one is not None)]
+
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
         """Add `values`, `advantages` and `returns`, [B, S-1] each."""
         args = self.policy_trainer.model_args

@@ -1,12 +1,189 @@
-"""How do prompts become scored samples, over all replicas of a policy?"""
+"""How do prompts become scored samples, over all replicas of a policy and of what scores them?
+
+What the replicas can work on at once is split evenly; further prompts are handed to whichever
+replica has room. Scoring models that are in memory get samples while the policy makes more.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from chatlearn_vllm.data.batch import Batch, concat
+import torch
+
+from chatlearn_vllm.data.batch import Batch, batch_size, concat, select
 from chatlearn_vllm.runtime.scatter import split_evenly
-from chatlearn_vllm.runtime.worker_group import WorkerGroup
+from chatlearn_vllm.runtime.worker_group import CallPool, WorkerGroup
+
+PARTS_PER_REPLICA = 8
+"""In so many parts a replica hands over its samples, if somebody waits for them."""
+
+
+@dataclass
+class _Replica:
+    """What a replica of the policy has been asked for."""
+
+    number: int
+    num_open: int = 0
+    """Prompts given to it that it has not answered yet."""
+    num_calls: int = 0
+    """Calls that it has not ended yet."""
+
+
+@dataclass
+class _Scorer:
+    """A model that scores samples while others are being made."""
+
+    group: WorkerGroup
+    parts: deque[tuple[int, Any]] = field(default_factory=deque)
+    """Numbers of, and references to, samples that wait for a replica."""
+    idle: list[int] = field(default_factory=list)
+    """Replicas without work."""
+    scores: dict[int, Batch] = field(default_factory=dict)
+    """By the number of the part."""
+
+
+class Rollout:
+    """One pass of prompts through a policy.
+
+    Example:
+        rollout = Rollout(groups["policy"], max_open=32, scorers=[groups["reward"]])
+        batch = rollout.generate(prompts, first_sample=0, samples_per_prompt=8, iteration=1)
+        batch |= rollout.scores("reward")
+    """
+
+    def __init__(
+        self,
+        policy: WorkerGroup,
+        max_open: int | None = None,
+        scorers: Sequence[WorkerGroup] = (),
+    ) -> None:
+        """Say who works.
+
+        Args:
+            policy: ranks of a `VLLMModule`.
+            max_open: prompts that one replica works on at once; the others of an episode wait for
+                a free place on any replica. None: no limit, all are split beforehand.
+            scorers: models that get samples as they come. All they see is in the rollout's batch.
+        """
+        self._policy = policy
+        self._max_open = max_open
+        self._pool = CallPool()
+        self._scorers = {
+            group.name: _Scorer(group, idle=list(range(len(group.replicas)))) for group in scorers
+        }
+        self._parts: list[Batch] = []
+        self._order: torch.Tensor | None = None
+        """Of all samples, part after part; None if they are in the order of the prompts."""
+        self._iteration = 0
+
+    def generate(
+        self,
+        prompt_indices: Sequence[int],
+        first_sample: int,
+        samples_per_prompt: int,
+        iteration: int,
+        is_eval: bool = False,
+    ) -> Batch:
+        """Answer prompts.
+
+        Args:
+            prompt_indices: rows of the training or evaluation prompts.
+            first_sample: ordinal of the first sample; episodes must not share ordinals, because
+                seeds derive from them.
+            samples_per_prompt: responses that each prompt gets.
+            iteration: episode.
+            is_eval: evaluation prompts and sampling keys.
+
+        Returns:
+            One batch; samples in the order of `prompt_indices`, those of a prompt adjacent.
+
+        Raises:
+            RankError: a rank failed, of the policy or of a scorer.
+        """
+        self._iteration = iteration
+        replicas = self._policy.replicas[: len(prompt_indices)]
+        waiting = deque(
+            (index, first_sample + number * samples_per_prompt)
+            for number, index in enumerate(prompt_indices)
+        )
+        share = math.ceil(len(prompt_indices) / len(replicas))
+        part: int | None = None  # the whole share in one call
+        if self._scorers or (self._max_open is not None and share > self._max_open):
+            part = max(1, min(share, self._max_open or share) // PARTS_PER_REPLICA)
+        # Beyond what a replica works on it has work for two calls, so that it never waits for us.
+        window = share if part is None or self._max_open is None else self._max_open + 2 * part
+        shares = split_evenly(range(min(len(waiting), window * len(replicas))), len(replicas))
+        states = [_Replica(number) for number in range(len(replicas))]
+
+        def hand_out(state: _Replica, num_prompts: int) -> None:
+            given = [waiting.popleft() for _ in range(min(num_prompts, len(waiting)))]
+            if not given and state.num_open <= state.num_calls * (part or state.num_open):
+                return  # what runs there is awaited already
+            ordinal = given[0][1] if given else 0
+            arguments = [[index for index, _ in given], ordinal, iteration, is_eval]
+            if part is not None:
+                arguments.append(part)
+            state.num_open += len(given)
+            state.num_calls += 1
+            ranks = self._policy.replicas[state.number]
+            self._pool.start(state.number, ranks, "generate", arguments)
+
+        for state, share_of_it in zip(states, shares, strict=True):
+            hand_out(state, len(share_of_it))
+        for state in states:
+            hand_out(state, 0)
+        while any(state.num_calls for state in states):
+            key, batch, reference = self._pool.next()
+            if isinstance(key, tuple):
+                self._note_scores(key, batch)
+                continue
+            state = states[key]
+            state.num_calls -= 1
+            if batch is not None:
+                state.num_open -= batch_size(batch) // samples_per_prompt
+                self._note_part(batch, reference)
+            hand_out(state, window - state.num_open)
+        return self._in_order(concat(self._parts))
+
+    def scores(self, name: str) -> Batch:
+        """Wait for what a scorer returned for all samples; in the order of the batch."""
+        scorer = self._scorers[name]
+        while len(scorer.scores) < len(self._parts):
+            key, batch, _ = self._pool.next()
+            self._note_scores(key, batch)
+        return self._in_order(concat([scorer.scores[part] for part in range(len(self._parts))]))
+
+    def _note_part(self, batch: Batch, reference: Any) -> None:
+        for scorer in self._scorers.values():
+            scorer.parts.append((len(self._parts), reference))
+            self._hand_to(scorer)
+        self._parts.append(batch)
+
+    def _note_scores(self, key: tuple[str, int, int], batch: Batch) -> None:
+        name, replica, part = key
+        scorer = self._scorers[name]
+        scorer.scores[part] = batch
+        scorer.idle.append(replica)
+        self._hand_to(scorer)
+
+    def _hand_to(self, scorer: _Scorer) -> None:
+        while scorer.parts and scorer.idle:
+            part, reference = scorer.parts.popleft()
+            replica = scorer.idle.pop(0)
+            key = (scorer.group.name, replica, part)
+            ranks = scorer.group.replicas[replica]
+            self._pool.start(key, ranks, "forward_step", (reference, self._iteration))
+
+    def _in_order(self, batch: Batch) -> Batch:
+        """Rows of all parts in the order of the prompts."""
+        if self._order is None:
+            samples = concat([{"sample_index": part["sample_index"]} for part in self._parts])
+            self._order = samples["sample_index"].argsort(stable=True)
+        return select(batch, self._order)
 
 
 def generate(
@@ -17,26 +194,9 @@ def generate(
     iteration: int,
     is_eval: bool = False,
 ) -> Batch:
-    """Answer prompts, each replica a consecutive share of them.
-
-    Args:
-        policy: ranks of a `VLLMModule`.
-        prompt_indices: rows of the training or evaluation prompts.
-        first_sample: ordinal of the first sample; replicas and episodes must not share ordinals,
-            because seeds derive from them.
-        samples_per_prompt: responses that each prompt gets.
-        iteration: episode.
-        is_eval: evaluation prompts and sampling keys.
-
-    Returns:
-        One batch; samples in the order of `prompt_indices`, those of a prompt adjacent.
-    """
-    shares = split_evenly(prompt_indices, min(len(policy.replicas), len(prompt_indices)))
-    arguments = []
-    for share in shares:
-        arguments.append((list(share), first_sample, iteration, is_eval))
-        first_sample += len(share) * samples_per_prompt
-    return concat(policy.call_replicas("generate", arguments))
+    """Answer prompts that nobody scores meanwhile; see `Rollout.generate`."""
+    rollout = Rollout(policy)
+    return rollout.generate(prompt_indices, first_sample, samples_per_prompt, iteration, is_eval)
 
 
 def check_weight_version(batch: Batch, expected: int) -> None:

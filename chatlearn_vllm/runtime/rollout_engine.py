@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from chatlearn_vllm.runtime.memory import (
     TrainerMemory,
     gives_memory_back,
 )
-from chatlearn_vllm.runtime.rollout import check_weight_version, generate
+from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
 from chatlearn_vllm.runtime.scatter import train_rows
 from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
 
@@ -165,14 +166,6 @@ class RolloutEngine(BaseEngine):
         self._memory[module.name] = memory
         memory.offload()
 
-    def shares_devices(self, module: BaseModule) -> bool:
-        """Whether another model of this job runs on the devices of this one."""
-        running = {own.name for own in self.modules}
-        return any(
-            module.name in group and len(running.intersection(group)) > 1
-            for group in self.args.colocation_groups()
-        )
-
     def _check_sleep_level(self) -> None:
         sleep_level = self.policy.model_args.sleep_level
         sync_frequency = self.policy.module_args.sync_frequency
@@ -263,9 +256,14 @@ class RolloutEngine(BaseEngine):
     def roll_out(self, episode: int) -> Batch:
         """Responses of the policy, which is awake, to the next prompts of the data."""
         prompts = self.sampler.next(self.args.sample_per_episode // self.samples_per_prompt)
+        args = self.policy.model_args
+        self._rollout = Rollout(
+            self.groups[self.policy.name],
+            max_open=math.ceil(args.max_num_seqs / self.samples_per_prompt),
+            scorers=[self.groups[module.name] for module in self._scoring_meanwhile()],
+        )
         with self.timers.phase("rollout"):
-            batch = generate(
-                self.groups[self.policy.name],
+            batch = self._rollout.generate(
                 prompts,
                 first_sample=self._num_samples,
                 samples_per_prompt=self.samples_per_prompt,
@@ -296,8 +294,21 @@ class RolloutEngine(BaseEngine):
             batch["rewards"] = total
         return metrics
 
+    def scorers_of_all_samples(self) -> Sequence[BaseModule]:
+        """Frozen models that score every sample as it comes from the policy.
+
+        Where they are in memory beside the policy, they work while it does.
+        """
+        return self.rewards
+
+    def _scoring_meanwhile(self) -> list[BaseModule]:
+        modules = self.scorers_of_all_samples()
+        return [module for module in modules if self._memory[module.name].is_resident]
+
     def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:
         """What a frozen model's `forward_step` returns for all rows."""
+        if module in self._scoring_meanwhile():
+            return self._rollout.scores(module.name)
         with self.in_memory(module):
             return self.groups[module.name].forward("forward_step", batch, episode)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,16 +148,76 @@ def gather(pending: Sequence[PendingCall], inputs: Sequence[PendingCall] = ()) -
     results: dict[ray.ObjectRef, Any] = {}
     waiting = {call.result: call for call in pending}
     while waiting:
-        ray.wait(list(waiting), num_returns=1)
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        for reference in ready:
-            outcome = _outcome(waiting.pop(reference))
-            if isinstance(outcome, RankError):
-                raise _failed_input(inputs) or _root_cause(
-                    outcome, waiting | {call.result: call for call in inputs}
-                )
-            results[reference] = outcome
+        results |= _take_done(waiting, inputs)
     return [results[call.result] for call in pending]
+
+
+class CallPool:
+    """Calls on whole replicas, taken up as they end.
+
+    Example:
+        pool.start("first", replicas[0], "generate", ([0, 1], 0))
+        pool.start("second", replicas[1], "generate", ([2, 3], 2))
+        name, batch, reference = pool.next()
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Hashable, list[PendingCall]]] = []
+        self._waiting: dict[ray.ObjectRef, PendingCall] = {}
+        self._results: dict[ray.ObjectRef, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def start(
+        self, key: Hashable, replica: Sequence[RankHandle], method: str, args: Sequence[Any]
+    ) -> None:
+        """Start a method on all ranks of a replica; it waits for earlier calls on it."""
+        args = _stored_once(args)
+        calls = [_start(rank, method, args, {}) for rank in replica]
+        self._calls.append((key, calls))
+        self._waiting |= {call.result: call for call in calls}
+
+    def next(self) -> tuple[Hashable, Any, ray.ObjectRef | None]:
+        """Wait for a call that has ended on all ranks of its replica.
+
+        Returns:
+            The key it was started with; what its first rank returned which returned something;
+            and a reference to that, for calls that take it.
+
+        Raises:
+            RankError: a rank failed, whichever call that was part of.
+        """
+        while True:
+            for number, (key, calls) in enumerate(self._calls):
+                if all(call.result in self._results for call in calls):
+                    del self._calls[number]
+                    results = {call.result: self._results.pop(call.result) for call in calls}
+                    found = [one for one in results.items() if one[1] is not None]
+                    reference, result = found[0] if found else (None, None)
+                    return key, result, reference
+            self._results |= _take_done(self._waiting)
+
+
+def _take_done(
+    waiting: dict[ray.ObjectRef, PendingCall], inputs: Sequence[PendingCall] = ()
+) -> dict[ray.ObjectRef, Any]:
+    """Wait for at least one call; take those that have ended out of `waiting`; their results.
+
+    Raises:
+        RankError: a rank failed; see `gather` about `inputs`.
+    """
+    ray.wait(list(waiting), num_returns=1)
+    ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+    results = {}
+    for reference in ready:
+        outcome = _outcome(waiting.pop(reference))
+        if isinstance(outcome, RankError):
+            raise _failed_input(inputs) or _root_cause(
+                outcome, waiting | {call.result: call for call in inputs}
+            )
+        results[reference] = outcome
+    return results
 
 
 def _stored_once(args: Sequence[Any]) -> list[Any]:

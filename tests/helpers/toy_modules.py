@@ -153,7 +153,9 @@ class ToyPolicy(ToyTarget):
         self.records[is_eval] = prompts
         return len(prompts)
 
-    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False):
+    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False, min_finished=None):
+        if not prompt_indices:
+            return None
         self.note(f"generate {'eval' if is_eval else 'train'} {first_sample}")
         slices = [torch.empty(self.width) for _ in range(self.world_size)]
         dist.all_gather(slices, self.scores)
@@ -182,6 +184,7 @@ class ToyPolicy(ToyTarget):
             "str_outputs": [str(row) for row in tokens[:, num_prompt:].tolist()],
             "answer": [self.records[is_eval][index]["answer"] for index in rows],
             "prompt_index": torch.tensor(rows),
+            "sample_index": first_sample + torch.arange(len(rows)),
             "weight_version": torch.full((len(rows),), self.version),
         }
 
@@ -197,14 +200,13 @@ class ToyPolicy(ToyTarget):
 
 
 class UnevenPolicy(ToyPolicy):
-    """Responses of one to five tokens; `sample` is the ordinal of each, from which seeds derive."""
+    """Responses of one to five tokens."""
 
-    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False):
+    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False, min_finished=None):
         batch = super().generate(prompt_indices, first_sample, iteration, is_eval)
         if batch is None:
             return None
-        batch["sample"] = first_sample + torch.arange(len(batch["all_tokens"]))
-        ends = 3 + batch["sample"] % 5
+        ends = 3 + batch["sample_index"] % 5
         is_padding = torch.arange(self.model_args.seq_length) >= ends[:, None]
         for key in ("all_tokens", "loss_mask"):
             batch[key] = batch[key].masked_fill(is_padding, 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chatlearn_vllm import VLLMModule
-from chatlearn_vllm.data.batch import check_batch
+from chatlearn_vllm.data.batch import check_batch, concat, select
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
@@ -141,9 +141,10 @@ def test_generating_before_any_weights_arrived_is_refused(policy) -> None:
 def test_batch_follows_the_contract_in_request_order(ready) -> None:
     batch = ready.generate([4, 0, 2], first_sample=0)
     check_batch(batch, SEQ_LENGTH)
-    assert ready.request_ids == ["0", "1", "2"]
+    assert ready.request_ids == ["0", "3", "6"]
     assert batch["str_prompts"] == [PROMPTS[i] for i in (4, 0, 2) for _ in range(3)]
     assert batch["prompt_index"].tolist() == [4, 4, 4, 0, 0, 0, 2, 2, 2]
+    assert batch["sample_index"].tolist() == list(range(9))
     assert batch["weight_version"].tolist() == [1] * 9
     tokenizer = ready.tokenizer.tokenizer
     for row in range(9):
@@ -234,6 +235,36 @@ def test_a_sample_depends_on_its_ordinal_and_not_on_its_batch(ready) -> None:
     alone = ready.generate([0], first_sample=6)
     assert torch.equal(together["all_tokens"][6:], alone["all_tokens"])
     assert len({tuple(row.tolist()) for row in together["all_tokens"]}) > 1
+
+
+def test_prompts_can_come_and_answers_leave_while_others_are_being_answered(ready) -> None:
+    whole = ready.generate([0, 3, 1, 4, 2], first_sample=0)
+    parts = [
+        ready.generate([0, 3], 0, min_finished=1),
+        ready.generate([1, 4, 2], 6, min_finished=1),
+    ]
+    while part := ready.generate([], 0, min_finished=2):
+        parts.append(part)
+    assert [len(part["sample_index"]) for part in parts[:2]] != [6, 9]
+    assert len(parts) > 2
+    joined = concat(parts)
+    joined = select(joined, joined["sample_index"].argsort())
+    # bfloat16 products round differently in batches of other sizes.
+    torch.testing.assert_close(joined.pop("logprobs"), whole.pop("logprobs"), atol=0.02, rtol=0)
+    for key in whole.keys() - {"no_padded_query_ids"}:
+        same = torch.equal if isinstance(whole[key], torch.Tensor) else list.__eq__
+        assert same(whole[key], joined[key]), key
+    assert ready.engine.requests == ()
+
+
+def test_a_prompt_that_add_request_leaves_out_is_an_error(ready, monkeypatch) -> None:
+    def without_the_last(data, is_eval=False):
+        ready._add_request_internal(data["prompt"][:-1], data["input_ids"][:-1], is_eval=is_eval)
+
+    monkeypatch.setattr(ready, "_add_request", without_the_last)
+    with pytest.raises(ValueError, match=r"_add_request\(\) added 2 requests for 3 prompts"):
+        ready.generate([0, 1, 2], first_sample=0)
+    assert ready.engine.requests == ()
 
 
 def test_no_two_samples_of_a_job_share_a_seed() -> None:

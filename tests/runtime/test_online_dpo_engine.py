@@ -39,7 +39,7 @@ class Ranking(ToyModule):
     """Rewards in the first episode are those above; in the second all are equal; then they rise."""
 
     def forward_step(self, data, iteration=0):
-        places = (data["sample"] % 4).tolist()
+        places = (data["sample_index"] % 4).tolist()
         rewards = {
             1: [
                 REWARDS[prompt][place] for prompt, place in zip(data["answer"], places, strict=True)
@@ -112,8 +112,8 @@ def test_each_rank_gets_the_best_and_the_worst_of_whole_prompts_side_by_side(job
     # Seven prompts give a pair, of which six are spread evenly: four in one step, two in the next.
     # (chosen, rejected) by prompt: 0 (1, 0), 1 (6, 5), 2 (11, 10), 4 (16, 19), 5 (20, 23),
     # 6 (26, 24), and 7, which is left out.
-    assert ranks[0]["sample"].tolist() == [1, 0, 6, 5, 20, 23]
-    assert ranks[1]["sample"].tolist() == [11, 10, 16, 19, 26, 24]
+    assert ranks[0]["sample_index"].tolist() == [1, 0, 6, 5, 20, 23]
+    assert ranks[1]["sample_index"].tolist() == [11, 10, 16, 19, 26, 24]
     for rows in ranks:
         assert rows["prompt_index"][0::2].tolist() == rows["prompt_index"][1::2].tolist()
         assert (rows["rewards"][0::2] > rows["rewards"][1::2]).all()
@@ -147,8 +147,8 @@ def test_an_episode_without_pairs_trains_nothing_and_goes_on(job):
 def test_the_next_episode_trains_on_all_its_pairs(job):
     ranks, _ = rows_trained_on(job.run_dir, "policy_trainer", 3)
 
-    assert ranks[0]["sample"].tolist() == [67, 64, 71, 68, 83, 80, 87, 84]
-    assert ranks[1]["sample"].tolist() == [75, 72, 79, 76, 91, 88, 95, 92]
+    assert ranks[0]["sample_index"].tolist() == [67, 64, 71, 68, 83, 80, 87, 84]
+    assert ranks[1]["sample_index"].tolist() == [75, 72, 79, 76, 91, 88, 95, 92]
 
 
 def test_the_reference_scores_only_where_there_are_pairs(job):

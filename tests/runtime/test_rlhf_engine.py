@@ -338,10 +338,10 @@ def whole_batch(job, name, episode):
     """An episode's rows of all ranks, in the order in which they were sampled; scores before it."""
     rows_of_ranks, scores = rows_trained_on(job.run_dir, name, episode)
     batch = concat(rows_of_ranks)
-    assert sorted(batch["sample"].tolist()) == list(
+    assert sorted(batch["sample_index"].tolist()) == list(
         range(NUM_SAMPLES * (episode - 1), NUM_SAMPLES * episode)
     )
-    return select(batch, batch["sample"].argsort()), scores
+    return select(batch, batch["sample_index"].argsort()), scores
 
 
 def without_times(metrics):

@@ -1,0 +1,114 @@
+"""Who answers which prompts, and what do scorers get to see while others are being answered?"""
+
+import time
+
+import pytest
+import torch
+
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.runtime import session
+from chatlearn_vllm.runtime.cluster import Cluster
+from chatlearn_vllm.runtime.errors import RankError
+from chatlearn_vllm.runtime.rollout import Rollout
+from tests.helpers.toy_modules import write_job
+
+SECONDS_PER_PROMPT = (0.02, 0.3)
+"""By replica."""
+
+
+class Answerer(BaseModule):
+    """Answers one prompt after the other, twice each; replica 1 is slow."""
+
+    open_prompts = ()
+
+    def generate(self, prompt_indices, first_sample, iteration=0, is_eval=False, min_finished=None):
+        given = [(index, first_sample + 2 * row) for row, index in enumerate(prompt_indices)]
+        self.open_prompts = [*self.open_prompts, *given]
+        num_open = len(self.open_prompts)
+        num_done = num_open if min_finished is None else min(min_finished, num_open)
+        # The last comes first, as if it were the shortest.
+        done = self.open_prompts[::-1][:num_done]
+        self.open_prompts = self.open_prompts[: num_open - num_done]
+        if not done:
+            return None
+        time.sleep(SECONDS_PER_PROMPT[self.replica_id] * len(done))
+        rows = sorted((first + copy, index) for index, first in done for copy in range(2))
+        return {
+            "sample_index": torch.tensor([sample for sample, _ in rows]),
+            "prompt_index": torch.tensor([index for _, index in rows]),
+            "replica": torch.full((len(rows),), self.replica_id),
+            "num_open": torch.full((len(rows),), num_open),
+            "time": torch.full((len(rows),), time.time(), dtype=torch.float64),
+        }
+
+
+class Scorer(BaseModule):
+    """Ten times the ordinal, and when."""
+
+    def forward_step(self, data, iteration=0):
+        if iteration == 13:
+            raise ValueError("an unlucky episode")
+        now = torch.full((len(data["sample_index"]),), time.time(), dtype=torch.float64)
+        return {"rewards": 10.0 * data["sample_index"] + iteration, "scored": now}
+
+
+@pytest.fixture(scope="module")
+def groups(shared_cluster, tmp_path_factory):
+    session.init(str(write_job(tmp_path_factory.mktemp("rollout"))), ["models.reward.num_cpu=2"])
+    modules = [Answerer("policy"), Scorer("reward")]
+    cluster = Cluster(modules[0].job, modules)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+PROMPTS = [7, 3, 9, 3, 1, 0, 5, 8, 2, 2, 6, 4, 11, 10, 13, 12, 15, 14, 17, 16]
+
+
+def assert_in_order(batch, first_sample):
+    count = 2 * len(PROMPTS)
+    assert batch["sample_index"].tolist() == list(range(first_sample, first_sample + count))
+    assert batch["prompt_index"].tolist() == [index for index in PROMPTS for _ in range(2)]
+
+
+def test_what_all_replicas_can_work_on_is_split_beforehand_and_answered_in_one_call(groups):
+    batch = Rollout(groups["policy"], max_open=10).generate(PROMPTS[:12], 100, 2, 1)
+
+    assert batch["replica"].tolist() == [0] * 12 + [1] * 12
+    assert batch["num_open"].unique().tolist() == [6]
+    assert batch["sample_index"].tolist() == list(range(100, 124))
+
+
+def test_a_replica_that_is_free_gets_the_prompts_that_wait(groups):
+    batch = Rollout(groups["policy"], max_open=3).generate(PROMPTS, 40, 2, 1)
+
+    assert_in_order(batch, 40)
+    of_fast, of_slow = ((batch["replica"] == replica).sum().item() for replica in (0, 1))
+    assert of_slow >= 2 and of_fast >= 2 * of_slow
+    assert batch["num_open"].max() <= 3 + 2  # and work for two calls of one prompt
+
+
+def test_samples_are_scored_while_others_are_being_made(groups):
+    rollout = Rollout(groups["policy"], max_open=3, scorers=[groups["reward"]])
+    batch = rollout.generate(PROMPTS, 0, 2, 5)
+    scores = rollout.scores("reward")
+
+    assert_in_order(batch, 0)
+    assert scores["rewards"].tolist() == [10.0 * sample + 5 for sample in range(40)]
+    assert scores["scored"].min() < batch["time"].max()
+
+
+def test_more_replicas_than_prompts_are_no_problem(groups):
+    batch = Rollout(groups["policy"], max_open=1).generate([4], 0, 2, 1)
+
+    assert batch["prompt_index"].tolist() == [4, 4]
+    assert batch["replica"].tolist() == [0, 0]
+
+
+def test_a_scorer_that_fails_meanwhile_is_named(groups):
+    rollout = Rollout(groups["policy"], max_open=3, scorers=[groups["reward"]])
+
+    with pytest.raises(RankError, match="(?s)reward, replica .*an unlucky episode"):
+        rollout.generate(PROMPTS, 0, 2, 13)
+        rollout.scores("reward")
