@@ -24,6 +24,7 @@ _EXPORTS = {
     "OnlineDPOEngine": "chatlearn_vllm.runtime.online_dpo_engine",
     "GRPOEngine": "chatlearn_vllm.runtime.grpo_engine",
     "SFTEngine": "chatlearn_vllm.runtime.sft_engine",
+    "RewardEngine": "chatlearn_vllm.runtime.reward_engine",
     "Evaluator": "chatlearn_vllm.runtime.evaluator",
     "load_prompts": "chatlearn_vllm.data.prompts",
     "PromptPipeline": "chatlearn_vllm.data.prompts",

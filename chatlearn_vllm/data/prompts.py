@@ -72,6 +72,18 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def keep_tail(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
+    """Cut tokens off the head of a prompt that is too long; a leading BOS stays.
+
+    The end of a prompt holds what is asked.
+    """
+    ids = list(ids)
+    if len(ids) <= max_length:
+        return ids
+    head = ids[:1] if ids[0] == bos_token_id and max_length > 1 else []
+    return head + ids[len(ids) - (max_length - len(head)) :]
+
+
 class PromptPipeline:
     """A data set of tokenised prompts; the base of user-written pipelines.
 
@@ -277,7 +289,7 @@ def _tokenize(
             raise ValueError(
                 f"prompts[{row}] (key {prompt_key!r}) is {text!r}, must be a non-empty string"
             )
-        input_ids = _keep_tail(tokenizer.encode(text), max_prompt_length, tokenizer.bos_token_id)
+        input_ids = keep_tail(tokenizer.encode(text), max_prompt_length, tokenizer.bos_token_id)
         items.append({**fields, "input_ids": input_ids, "prompt": text})
     return items
 
@@ -288,11 +300,3 @@ def _text_and_fields(entry: Any, prompt_key: str) -> tuple[Any, dict[str, Any]]:
     if isinstance(entry, tuple | list):
         return (entry[0] if entry else None), {}
     return entry, {}
-
-
-def _keep_tail(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
-    ids = list(ids)
-    if len(ids) <= max_length:
-        return ids
-    head = ids[:1] if ids[0] == bos_token_id and max_length > 1 else []
-    return head + ids[len(ids) - (max_length - len(head)) :]

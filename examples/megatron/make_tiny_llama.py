@@ -157,8 +157,8 @@ def _parse_args() -> argparse.Namespace:
 
 def _corpus() -> Iterator[str]:
     """All problems, then each character on its own so that none is missing."""
-    for path in sorted(DATA_DIR.glob("arithmetic_*.jsonl")):
-        for line in path.read_text().splitlines():
+    for name in ("eval", "sft", "train"):
+        for line in (DATA_DIR / f"arithmetic_{name}.jsonl").read_text().splitlines():
             record: dict[str, Any] = json.loads(line)
             yield record["prompt"] + record["answer"]
     yield from CHARACTERS

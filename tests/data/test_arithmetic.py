@@ -1,5 +1,6 @@
 """Are the demo's problems right, unseen where they must be, and scored as documented?"""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,22 @@ def test_every_answer_is_the_sum(name):
 
 def test_no_problem_is_in_two_files_not_even_the_other_way_round():
     pairs = {}
-    for name in ("sft", "train", "eval"):
+    for name in make_arithmetic.NUM_PAIRS:
         problems = [record["prompt"].removesuffix("=") for record in load(name)]
         assert len(set(problems)) == len(problems)
         pairs[name] = {frozenset(problem.split("+")) for problem in problems}
-    assert not pairs["sft"] & pairs["train"]
-    assert not pairs["sft"] & pairs["eval"]
-    assert not pairs["train"] & pairs["eval"]
+    for one, other in combinations(pairs.values(), 2):
+        assert not one & other
+
+
+@pytest.mark.parametrize("name", ["reward", "reward_eval"])
+def test_of_a_pair_one_response_is_right_and_the_other_a_digit_off(name):
+    for record in load(name):
+        first, second = record["prompt"].removesuffix("=").split("+")
+        assert record["chosen"] == str(int(first) + int(second))
+        assert str(int(record["rejected"])) == record["rejected"]
+        digits = zip(record["chosen"], record["rejected"], strict=True)
+        assert sum(right != wrong for right, wrong in digits) == 1
 
 
 def test_the_script_makes_the_files_that_are_kept():
@@ -61,4 +71,4 @@ def test_the_script_makes_the_files_that_are_kept():
 
 
 def test_the_files_stay_small():
-    assert sum(path.stat().st_size for path in DATA_DIR.glob("*.jsonl")) < 300_000
+    assert sum(path.stat().st_size for path in DATA_DIR.glob("*.jsonl")) < 400_000

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chatlearn_vllm import MegatronModule
+from chatlearn_vllm.data.responses import response_rows
 
 
 class SFTTrainer(MegatronModule):
@@ -30,19 +31,17 @@ class SFTTrainer(MegatronModule):
             ValueError: a record is longer than `seq_length`.
         """
         seq_length, eos = self.model_args.seq_length, self.tokenizer.eos_token_id
-        all_tokens = torch.full((len(records), seq_length), eos)
-        loss_mask = torch.zeros(len(records), seq_length)
-        for row, record in enumerate(records):
-            prompt = self.tokenizer.encode(record["prompt"])
-            response = self.tokenizer.encode(record["response"], add_special_tokens=False) + [eos]
-            start, stop = len(prompt), len(prompt) + len(response)
-            if stop > seq_length:
+        prompts, responses = [], []
+        for record in records:
+            prompts.append(self.tokenizer.encode(record["prompt"]))
+            response = self.tokenizer.encode(record["response"], add_special_tokens=False)
+            responses.append([*response, eos])
+            length = len(prompts[-1]) + len(responses[-1])
+            if length > seq_length:
                 raise ValueError(
-                    f"record {record['prompt']!r} has {stop} tokens, seq_length is {seq_length}"
+                    f"record {record['prompt']!r} has {length} tokens, seq_length is {seq_length}"
                 )
-            all_tokens[row, :stop] = torch.tensor(prompt + response)
-            loss_mask[row, start:stop] = 1.0
-        return {"all_tokens": all_tokens, "loss_mask": loss_mask}
+        return response_rows(prompts, responses, seq_length=seq_length, pad_id=eos)
 
     def loss(
         self, batch: dict[str, Any], logprobs: torch.Tensor, entropy: torch.Tensor
