@@ -120,6 +120,16 @@ class Call:
     def __str__(self) -> str:
         return f"{self.module.name}.{self.method}" if self.module else self.method
 
+    def depends_on(self, other: Call) -> bool:
+        """Whether the result of `other` went into this call, directly or not."""
+        earlier: set[Call] = set()
+        waiting = [self]
+        while waiting:
+            inputs = {one.call for one in waiting.pop().inputs if one.call is not None}
+            waiting += inputs - earlier
+            earlier |= inputs
+        return other in earlier
+
 
 @dataclass
 class Recording:
