@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
     _add_sync_plan(commands)
+    _add_export(commands)
     return parser
 
 
@@ -81,6 +82,29 @@ def _add_sync_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="GB/s of one GPU to another host; default: 50, assumed",
     )
     command.add_argument("--json", action="store_true", help="print one line of JSON")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    help_text = "write a trainer's checkpoint in Hugging Face form; needs no GPU"
+    command = commands.add_parser("export", help=help_text, description=help_text)
+    command.set_defaults(run=_export)
+    command.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="a trainer's directory of checkpoints, of which the newest complete one is taken, or "
+        "one of its iter_* directories",
+    )
+    command.add_argument("out", metavar="OUT", help="directory to be made")
+    command.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the weights written; default: that of training",
+    )
+    command.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write LoRA adapters by themselves, for PEFT, instead of merging them",
+    )
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -126,6 +150,28 @@ def _sync_plan(arguments: argparse.Namespace) -> int:
         return USER_ERROR
     result = report(options)
     print(result.to_json() if arguments.json else result.describe())
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from chatlearn_vllm.engines.megatron.export import export
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    try:
+        source = export(
+            Path(arguments.checkpoint),
+            Path(arguments.out),
+            dtype=dtype,
+            adapter_only=arguments.adapter,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    print(f"{source} is now in {arguments.out}")
     return 0
 
 

@@ -119,7 +119,7 @@ def test_missing_psutil_is_said_instead_of_hanging(monkeypatch, tmp_path):
         importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name)
     )
     with pytest.raises(ValueError, match="pip install psutil"):
-        checkpoint.save(tmp_path, 1, state=None, args=None)
+        checkpoint.save(tmp_path, 1, state=None, args=None, hf_files=None)
 
 
 def train_and_save(path, directory, steps, **settings):

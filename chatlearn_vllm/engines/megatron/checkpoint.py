@@ -1,8 +1,9 @@
 """How is training state saved so that it resumes with other parallel sizes?
 
 <directory>/iter_0000020/    megatron-core's dist_checkpointing files
-            chatlearn.json   iteration, parallel sizes and optimizer format of the writer
             rng_00003.pt     random states of rank 3
+            hf/              config.json and tokenizer, so that export.py needs nothing else
+            chatlearn.json   written last: iteration, parallel sizes, formats, and all other files
 <directory>/latest           name of the newest complete one
 """
 
@@ -13,7 +14,7 @@ import json
 import logging
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,17 +29,24 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from chatlearn_vllm.engines.megatron import checkpoint_files
+from chatlearn_vllm.engines.megatron.checkpoint_files import (
+    FORMAT_VERSION,
+    HF_FILES,
+    MARKER,
+    checkpoint_name,
+)
 from chatlearn_vllm.engines.megatron.files import (
     atomic_directory,
     read_json,
     write_text_atomically,
 )
+from chatlearn_vllm.engines.megatron.hf_checkpoint import write_side_files
 from chatlearn_vllm.layouts import Head
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
 
-_ABOUT = "chatlearn.json"
 _LATEST = "latest"
 _MAIN_PARAMETERS = "fp32_from_fp16_params"
 """megatron-core's key of an optimizer's float32 copies of bf16 or fp16 parameters."""
@@ -66,7 +74,18 @@ class Resumable(NamedTuple):
     """What the model ends with."""
 
 
-def save(directory: Path, iteration: int, state: Resumable, args: ModelArgs) -> None:
+class HFFiles(NamedTuple):
+    """What makes an exported model of weights."""
+
+    config: Mapping[str, Any]
+    """Becomes config.json."""
+    directories: Sequence[Path]
+    """Where the tokenizer files are."""
+
+
+def save(
+    directory: Path, iteration: int, state: Resumable, args: ModelArgs, hf_files: HFFiles
+) -> None:
     """Write one checkpoint, whole or not at all, then point `latest` at it. All ranks.
 
     Raises:
@@ -74,15 +93,28 @@ def save(directory: Path, iteration: int, state: Resumable, args: ModelArgs) -> 
     """
     if importlib.util.find_spec("psutil") is None:
         raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
-    about = {**_describe(args, iteration), "head": state.head}
-    name = _name(iteration)
+    about = _describe(args, iteration)
+    name = checkpoint_name(iteration)
+    if dist.get_rank() == 0:
+        checkpoint_files.remove_unfinished(directory)
     with atomic_directory(directory / name) as temporary:
         sharded = _sharded_state(state, about["optimizer_format"], is_loading=False)
         with _write_results_stay_in_this_process():
             dist_checkpointing.save(sharded, str(temporary))
         torch.save(_random_state(), temporary / f"rng_{dist.get_rank():05d}.pt")
+        dist.barrier()
         if dist.get_rank() == 0:
-            (temporary / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+            dtype = next(state.chunks[0].parameters()).dtype
+            (temporary / HF_FILES).mkdir()
+            write_side_files(temporary / HF_FILES, hf_files.config, dtype, hf_files.directories)
+            about |= {
+                "format_version": FORMAT_VERSION,
+                "head": state.head,
+                "model_type": hf_files.config["model_type"],
+                "load": args.load,
+                "files": checkpoint_files.describe_files(temporary),
+            }
+            (temporary / MARKER).write_text(json.dumps(about, indent=2) + "\n")
     if dist.get_rank() == 0:
         write_text_atomically(directory / _LATEST, name + "\n")
     dist.barrier()
@@ -103,10 +135,10 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     latest = directory / _LATEST
     if iteration is None and not latest.is_file():
         return None
-    path = directory / (_name(iteration) if iteration is not None else latest.read_text().strip())
-    if not (path / _ABOUT).is_file():
-        raise ValueError(f"{path}: no complete checkpoint there (no {_ABOUT})")
-    about = read_json(path / _ABOUT)
+    name = checkpoint_name(iteration) if iteration is not None else latest.read_text().strip()
+    path = directory / name
+    _check_files(path)
+    about = read_json(path / MARKER)
     _check_head(path, about, state.head)
     _check_readable(path, about, args)
     wanted = _sharded_state(state, about["optimizer_format"], is_loading=True)
@@ -130,8 +162,17 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     return about["iteration"]
 
 
-def _name(iteration: int) -> str:
-    return f"iter_{iteration:07d}"
+def _check_files(path: Path) -> None:
+    """Let rank 0 look at a checkpoint's files; raises ValueError on all ranks."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            checkpoint_files.check(path)
+        except ValueError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+    if message[0] is not None:
+        raise ValueError(message[0])
 
 
 def _describe(args: ModelArgs, iteration: int) -> dict[str, Any]:

@@ -648,12 +648,7 @@ class MegatronEngine:
         also written by themselves, for the PEFT library, to <directory>/adapter.
         """
         self.require_weights()
-        sources = [self.hf_directory]
-        if self.args.tokenizer:
-            sources.append(Path(self.args.tokenizer))
-        hf_config = self.hf_config
-        if self.head == "scalar":
-            hf_config = hf_config_with_scalar_head(hf_config, sources)
+        hf_config, sources = self._hf_files()
         parameters = [
             one for one in self.laid_out_parameters() if self._is_first_copy(one.layout.name)
         ]
@@ -670,6 +665,16 @@ class MegatronEngine:
         if self.trainable and self.args.lora_r:
             save_peft(Path(directory, "adapter"), parameters, adapters, self.shape, self.args)
 
+    def _hf_files(self) -> checkpoint.HFFiles:
+        """config.json of what is trained, and where its tokenizer is."""
+        sources = [self.hf_directory]
+        if self.args.tokenizer:
+            sources.append(Path(self.args.tokenizer))
+        hf_config = self.hf_config
+        if self.head == "scalar":
+            hf_config = hf_config_with_scalar_head(hf_config, sources)
+        return checkpoint.HFFiles(hf_config, sources)
+
     def _is_first_copy(self, name: str) -> bool:
         """Whether this rank belongs to the data parallel copy that writes a parameter."""
         if is_expert(name):
@@ -680,7 +685,7 @@ class MegatronEngine:
     def save_checkpoint(self, directory: str | Path, iteration: int) -> None:
         """Write everything that resuming needs to <directory>/iter_<iteration>."""
         self._require_onloaded(self._weights, self._optimizer_states)
-        checkpoint.save(Path(directory), iteration, self._resumable(), self.args)
+        checkpoint.save(Path(directory), iteration, self._resumable(), self.args, self._hf_files())
 
     @cuda_means_cpu()
     def load_checkpoint(self, directory: str | Path, iteration: int | None = None) -> int | None:

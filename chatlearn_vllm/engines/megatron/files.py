@@ -15,24 +15,45 @@ import torch.distributed as dist
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a fresh directory beside `path` that becomes `path` when the block ends.
 
-    Collective over all ranks, which must share the file system. If the block raises, `path` is
-    left as it was.
+    Collective over all ranks, which must share the file system; a process without a process group
+    is alone. If the block raises, `path` is left as it was.
     """
     temporary = path.with_name(f".{path.name}.writing")
-    if dist.get_rank() == 0:
+    if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    yield temporary
-    dist.barrier()  # every rank has written its part
-    if dist.get_rank() == 0:
+    barrier()
+    try:
+        yield temporary
+    except BaseException:
+        if world_size() == 1:  # else other ranks may still be writing
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    barrier()  # every rank has written its part
+    if rank() == 0:
         replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-    dist.barrier()  # no rank goes on before the directory is there
+    barrier()  # no rank goes on before the directory is there
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -46,8 +67,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON file.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is not JSON.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from None

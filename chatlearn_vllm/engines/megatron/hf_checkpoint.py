@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from chatlearn_vllm.engines.megatron.files import atomic_directory
+from chatlearn_vllm.engines.megatron.files import atomic_directory, rank, world_size
 from chatlearn_vllm.layouts import SCORE, ModelShape, ParamLayout
 from chatlearn_vllm.layouts.blocks import Rect
 
@@ -143,6 +143,8 @@ def save_hf(
 ) -> None:
     """Write a directory that transformers and vLLM load. Collective over all ranks.
 
+    Without a process group the calling process is the only rank.
+
     Rank 0 gathers the logical tensors over gloo and holds about one file of them at a time.
 
     Args:
@@ -156,13 +158,27 @@ def save_hf(
     """
     with atomic_directory(directory) as temporary:
         tensors = gather_logical_tensors(parameters, model.tensor_shape, value_of)
-        if dist.get_rank() == 0:
+        if rank() == 0:
             _write_files(temporary, tensors, max_file_bytes)
-            _write_config(temporary, hf_config, parameters[0].data.dtype)
-            _copy_side_files(temporary, side_files_from)
+            write_side_files(temporary, hf_config, parameters[0].data.dtype, side_files_from)
         else:
             for _ in tensors:  # runs this rank's sends
                 pass
+
+
+def write_side_files(
+    directory: Path, hf_config: Mapping[str, Any], dtype: torch.dtype, sources: Iterable[Path]
+) -> None:
+    """Write what a model in Hugging Face form needs besides weights. Not collective.
+
+    Args:
+        directory: is there.
+        hf_config: becomes config.json.
+        dtype: of the weights, noted there.
+        sources: directories whose tokenizer files are copied, later ones over earlier ones.
+    """
+    _write_config(directory, hf_config, dtype)
+    _copy_side_files(directory, sources)
 
 
 class _Transfer(NamedTuple):
@@ -185,11 +201,11 @@ def gather_logical_tensors(
     Collective over all ranks: each must exhaust the iterator. A rectangle that several ranks hold
     (norms, tied embeddings) is sent by one of them.
     """
-    rank = dist.get_rank()
+    own_rank = rank()
     pending: dict[str, torch.Tensor] = {}
     num_missing: dict[str, int] = {}
     for transfer in _plan_transfers(parameters):
-        if rank == 0:
+        if own_rank == 0:
             if transfer.rank == 0:
                 data = value_of(parameters[transfer.index]).detach().cpu()
             else:
@@ -206,7 +222,7 @@ def gather_logical_tensors(
                 num_missing[name] -= block.num_elements
                 if num_missing[name] == 0:
                     yield name, pending.pop(name)
-        elif transfer.rank == rank:
+        elif transfer.rank == own_rank:
             dist.send(_bytes(value_of(parameters[transfer.index]).detach().cpu()), dst=0)
     assert not pending, f"no rank holds all of {sorted(pending)}"
 
@@ -214,13 +230,12 @@ def gather_logical_tensors(
 def _plan_transfers(parameters: list[LaidOut]) -> list[_Transfer]:
     """Agree on who sends what, ordered by layer so that logical tensors complete early."""
     mine = [(layout, data.dtype) for layout, data in parameters]
-    everyone: list[list[tuple[ParamLayout, torch.dtype]]] = [
-        [] for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather_object(everyone, mine)
+    everyone: list[list[tuple[ParamLayout, torch.dtype]]] = [mine] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
     taken: set[tuple[str, Rect]] = set()
     transfers = []
-    for rank, theirs in enumerate(everyone):
+    for sender, theirs in enumerate(everyone):
         for index, (layout, dtype) in enumerate(theirs):
             numbers = tuple(
                 number
@@ -229,7 +244,7 @@ def _plan_transfers(parameters: list[LaidOut]) -> list[_Transfer]:
             )
             if numbers:
                 taken.update((block.tensor, block.logical) for block in layout.blocks)
-                transfers.append(_Transfer(rank, index, layout, dtype, numbers))
+                transfers.append(_Transfer(sender, index, layout, dtype, numbers))
     return sorted(transfers, key=lambda t: (_layer_number(t.layout.name), t.layout.name, t.rank))
 
 

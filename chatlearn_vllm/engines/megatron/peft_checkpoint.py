@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from chatlearn_vllm.engines.megatron.files import atomic_directory
+from chatlearn_vllm.engines.megatron.files import atomic_directory, rank
 from chatlearn_vllm.engines.megatron.hf_checkpoint import LaidOut, gather_logical_tensors
 from chatlearn_vllm.layouts import ModelShape, ParamLayout
 from chatlearn_vllm.layouts.blocks import Block
@@ -53,7 +52,7 @@ def save_peft(
 
     with atomic_directory(directory) as temporary:
         tensors = dict(gather_logical_tensors(parts, shape_of))
-        if dist.get_rank() == 0:
+        if rank() == 0:
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             modules = sorted({name.removesuffix(_A).rpartition(".")[2] for name in tensors
                               if name.endswith(_A)})  # fmt: skip
