@@ -1,10 +1,16 @@
 """Which rules hold between the keys of a job, and what should its user be told before it starts?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG, RetiredArgs, UnusedArgs
+from chatlearn_vllm.config.model_args import (
+    DTYPE_OF_FLAG,
+    LoggingArgs,
+    MegatronArgs,
+    RetiredArgs,
+    UnusedArgs,
+)
 from chatlearn_vllm.config.parallel_checks import check_experts, check_layers, read_config_json
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
@@ -168,10 +174,9 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         "needs pipeline_model_parallel_size > 1",
     )
     report.require(
-        not args.sequence_parallel or (tp > 1 and args.seq_length % tp == 0),
+        not args.sequence_parallel or args.seq_length % tp == 0,
         (*at, "sequence_parallel"),
-        f"needs tensor_model_parallel_size > 1 that divides seq_length={args.seq_length}; "
-        f"it is {tp}",
+        f"needs a tensor_model_parallel_size that divides seq_length={args.seq_length}; it is {tp}",
     )
     report.require(
         not args.overlap_param_gather or args.use_distributed_optimizer,
@@ -301,15 +306,24 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
             )
 
 
-def notices(job: JobConfig) -> Iterator[str]:
-    """Settings that have no effect or an effect that their user may not expect."""
-    yield from _without_effect("runtime", job.runtime, UnusedRuntimeKeys)
+def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
+    """Settings that have no effect or an effect that their user may not expect.
+
+    Args:
+        job: with all values that follow from others.
+        given: as the user gave it.
+    """
+    yield from _without_effect({"runtime": job.runtime}, UnusedRuntimeKeys)
+    args_of = {f"models.{name}": model.model_args for name, model in job.models.items()}
+    for group in (MegatronArgs, UnusedArgs, LoggingArgs, RetiredArgs):
+        yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
-        yield from _without_effect(f"models.{name}", args, UnusedArgs)
-        yield from _without_effect(f"models.{name}", args, RetiredArgs)
+        if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
+            yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"
         section = model.batch_generation
-        yield from _without_effect(f"models.{name}.batch_generation", section, type(section))
+        title = f"models.{name}.batch_generation"
+        yield from _without_effect({title: section}, type(section))
         changed = changed_sampling(args)
         if changed and not model.trainable and model.num_gpu:
             yield (
@@ -319,16 +333,16 @@ def notices(job: JobConfig) -> Iterator[str]:
             )
 
 
-def _without_effect(title: str, section: Section, group: type) -> Iterator[str]:
-    fields = group.model_fields
-    idle = [
-        name
-        for name in fields
-        if name in section.model_fields_set and getattr(section, name) != fields[name].default
-    ]
-    if idle:
-        yield f"{title}: no effect of {_assignments(section, idle)}; {group.no_effect}"
-
-
-def _assignments(section: Section, names: Sequence[str]) -> str:
-    return ", ".join(f"{name}={getattr(section, name)!r}" for name in names)
+def _without_effect(sections: Mapping[str, Section], group: type) -> Iterator[str]:
+    """The keys of a group that are set; those that the same sections set alike in one line."""
+    owners: dict[str, list[str]] = {}
+    for title, section in sections.items():
+        for name, field in group.model_fields.items():
+            value = getattr(section, name)
+            if name in section.model_fields_set and value != field.default:
+                owners.setdefault(f"{name}={value!r}", []).append(title)
+    by_owners: dict[str, list[str]] = {}
+    for assignment, titles in owners.items():
+        by_owners.setdefault(", ".join(titles), []).append(assignment)
+    for titles, assignments in by_owners.items():
+        yield f"{titles}: no effect of {', '.join(assignments)}; {group.no_effect}"

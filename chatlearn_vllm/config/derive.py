@@ -33,9 +33,15 @@ def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig
     args = model.model_args
     sizes = {size: _parallel_size(model, size, tree) for size in _PARALLEL_SIZES}
     changes: dict[str, Any] = dict(sizes)
-    changes["model_args"] = args.model_copy(
-        update={"tokenizer": args.tokenizer or args.load, "dtype": _dtype(args), **sizes}
-    )
+    recompute = "selective" if args.recompute_activations else None
+    derived = {
+        "tokenizer": args.tokenizer or args.load,
+        "dtype": _dtype(args),
+        # As Megatron does, so that files for any tensor parallel size may ask for it.
+        "sequence_parallel": args.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
+        "recompute_granularity": args.recompute_granularity or recompute,
+    }
+    changes["model_args"] = args.model_copy(update=derived | sizes)
     if (model.generation_batch_size or 0) <= 0:
         changes["generation_batch_size"] = job.runtime.generation_batch_size
     if model.free_memory:

@@ -1,6 +1,6 @@
 """Which keys did the user give, in the job's file, in model files and on the command line?"""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Gathering:
         self.problems: list[Problem] = []
         self.notices: list[str] = []
         self._main_file = main_file
-        self._reader = TreeReader(main_file.parent, self.problems)
+        self._reader = TreeReader(main_file.parent, self.problems, self.notices)
 
     def gather(self, overrides: Sequence[str]) -> Tree:
         """The job with each model's file below `model_args`; overrides win over all files."""
@@ -42,7 +42,22 @@ class Gathering:
         for name in _models_in(tree):
             whole.merge(self._read_model_file(tree, name), ("models", name, "model_args"))
         whole.merge(tree)
+        # A file that several models include was read for each of them.
+        self.notices[:] = [*dict.fromkeys(self.notices), *self._left_out()]
         return whole
+
+    @property
+    def unset(self) -> dict[str, str]:
+        """Keys that are left out, without the maps around them; the variable that is not set."""
+        return {dotted.split(".")[-1]: name for (_, dotted), name in self._reader.unset.items()}
+
+    def _left_out(self) -> Iterator[str]:
+        by_file: dict[str, dict[str, str]] = {}
+        for (file, dotted), name in self._reader.unset.items():
+            by_file.setdefault(file, {})[dotted] = name
+        for file, variables in by_file.items():
+            keys = ", ".join(f"{dotted}=${{{name}}}" for dotted, name in variables.items())
+            yield f"{file}: left out, as the environment variables are not set: {keys}"
 
     def _read_overrides(self, overrides: Sequence[str], models: Collection[str]) -> Tree:
         """`a.b.c=value` arguments as a tree; they cannot add to the models of the file."""

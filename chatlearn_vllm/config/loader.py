@@ -58,20 +58,27 @@ def load_config(
     tree = gathering.gather(overrides)
     if gathering.problems and not tree.values:
         raise ConfigError(gathering.problems)
-    validation = _Validation(tree)
-    job = derive(validation.build(str(path)), tree)
+    validation = _Validation(tree, gathering.unset)
+    given = validation.build(str(path))
+    job = derive(given, tree)
     check_job(job, validation, check_files=check_files)
     if problems := [*gathering.problems, *validation.problems]:
         raise ConfigError(problems)
-    return job.model_copy(update={"notices": (*gathering.notices, *notices(job))})
+    return job.model_copy(update={"notices": (*gathering.notices, *notices(job, given))})
 
 
 class _Validation:
-    """One tree against the schema; collects what is wrong with its values."""
+    """One tree against the schema; collects what is wrong with its values.
 
-    def __init__(self, tree: Tree) -> None:
+    Args:
+        tree: all keys of the job.
+        unset: names of keys that were left out, with the environment variable that is not set.
+    """
+
+    def __init__(self, tree: Tree, unset: Mapping[str, str]) -> None:
         self.problems: list[Problem] = []
         self._tree = tree
+        self._unset = unset
         self._unreadable: set[Key] = set()
 
     def build(self, path: str) -> JobConfig:
@@ -122,6 +129,8 @@ class _Validation:
                 self._unreadable.add(key)
             elif name in keys:
                 inner = keys[name]
+                if section is ModelArgs and value == "None":
+                    value = None  # the text, as files for ChatLearn have it in quotes
                 known[name] = self._known(inner, value, key) if inner else value
             elif section is ModelArgs and (targets := self._upstream_targets(key)):
                 for target in targets:
@@ -155,8 +164,8 @@ class _Validation:
             candidates = candidates.union(*upstream_fields().values()) - _SET_BY_OUR_KEY.keys()
         homes = {
             "models.<name>": ModelConfig,
-            "the model's file or models.<name>.model_args": ModelArgs,
             **_SECTIONS,
+            "the model's file or models.<name>.model_args": ModelArgs,
         }
         home = next((title for title, section in homes.items() if name in keys_of(section)), None)
         rule = f"unknown key here; it belongs in {home}" if home else "unknown key"
@@ -171,6 +180,8 @@ class _Validation:
     def _report(self, key: Key, rule: str, suggestion: str | None = None) -> None:
         file, dotted = self._tree.origin(key)
         value = self._tree.get(key, NO_VALUE)
+        if value is NO_VALUE and (variable := self._unset.get(key[-1])):
+            rule += f"; environment variable {variable} is not set"
         self.problems.append(Problem(file, dotted, rule, value, suggestion))
 
 

@@ -87,8 +87,8 @@ class ParallelArgs(Section):
     num_layers_in_last_pipeline_stage: Positive | None = None
     """Layers of the last pipeline stage of a Megatron model; None = as many as the others."""
     sequence_parallel: bool = False
-    """Split activations between the tensor parallel regions along the sequence; needs TP > 1.
-    Always on for a mixture-of-experts model with TP > 1."""
+    """Split activations between the tensor parallel regions along the sequence; no effect with
+    TP 1, always on for a mixture-of-experts model with TP > 1."""
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -136,6 +136,8 @@ class OptimizerArgs(Section):
     """Term that keeps Adam's denominator away from 0."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: whole layers (full) or attention."""
+    recompute_activations: bool = False
+    """Megatron's spelling of `recompute_granularity: selective`."""
     recompute_method: Literal["uniform", "block"] | None = None
     """How `recompute_granularity: full` picks layers."""
     recompute_num_layers: Positive | None = None
@@ -226,6 +228,10 @@ class PromptArgs(Section):
     """Responses per prompt in training, the size of GRPO's group. Evaluation takes one."""
 
 
+TopP = Annotated[Share, BeforeValidator(lambda value: 1.0 if value == 0 else value)]
+"""Megatron's generation writes 0 where vLLM has 1: no limit."""
+
+
 class SamplingArgs(Section):
     """Sampling
 
@@ -237,8 +243,8 @@ class SamplingArgs(Section):
     """Responses per request; multiplies num_inference_per_prompt."""
     temperature: NonNegative = 1.0
     """Logits are divided by it before sampling; 0 = greedy."""
-    top_p: Share = 1.0
-    """Sample from the most probable tokens whose probabilities sum to this."""
+    top_p: TopP = 1.0
+    """Sample from the most probable tokens whose probabilities sum to this; 1 or 0 = all."""
     top_k: Limit = -1
     """Sample from this many most probable tokens; -1 or 0 = all."""
     min_p: Probability = 0.0
@@ -251,7 +257,7 @@ class SamplingArgs(Section):
     """Factor on the logits of tokens in the prompt or response; 1 = none."""
     eval_temperature: NonNegative = 1.0
     """`temperature` of evaluation."""
-    eval_top_p: Share = 1.0
+    eval_top_p: TopP = 1.0
     """`top_p` of evaluation."""
     eval_top_k: Limit = -1
     """`top_k` of evaluation."""
@@ -316,6 +322,114 @@ class ModuleArgs(Section):
     """Free-form map, unchecked: `self.model_args.user_args["my_setting"]`."""
 
 
+class MegatronArgs(Section):
+    """Keys of Megatron-LM that follow from something else here
+
+    Accepted so that files made for ChatLearn load; one notice at start names those that are set to
+    something else than what happens. Their defaults are what happens, or None.
+    """
+
+    no_effect: ClassVar[str] = "docs/configuration.md says what each of them follows from"
+
+    use_legacy_models: bool = False
+    """Megatron's models of before megatron-core; here always megatron-core's."""
+    swiglu: bool = True
+    """Gated SiLU in the MLP; config.json: hidden_act."""
+    group_query_attention: bool | None = None
+    """Fewer key/value than query heads; config.json: num_key_value_heads."""
+    add_position_embedding: bool = False
+    """Learned positions; not in the models that are trained here."""
+    use_rotary_position_embeddings: bool = True
+    """Rotary positions; all models that are trained here have them."""
+    position_embedding_type: str = "rope"
+    """The same in one word."""
+    max_position_embeddings: Positive | None = None
+    """Longest sequence that the model was made for; config.json has the same key."""
+    rotary_base: float | None = None
+    """config.json: rope_theta."""
+    rotary_percent: float = 1.0
+    """Share of a head that is rotated."""
+    rotary_seq_len_interpolation_factor: float = 1
+    """config.json: rope_scaling."""
+    norm_epsilon: float | None = None
+    """config.json: rms_norm_eps."""
+    untie_embeddings_and_output_weights: bool = True
+    """config.json: tie_word_embeddings."""
+    vocab_size: Positive | None = None
+    """config.json has the same key."""
+    extra_vocab_size: Count | None = None
+    """Unused tokens at the vocabulary's end; config.json counts them."""
+    make_vocab_size_divisible_by: Positive | None = None
+    """The vocabulary is padded to a multiple of this; here to one of the tensor parallel size."""
+    tokenizer_type: str | None = None
+    """Class of the tokenizer; its files say it."""
+    patch_tokenizer_type: str | None = None
+    """The same for the models of Megatron's patches."""
+    tokenizer_model: str | None = None
+    """sentencepiece file; here `tokenizer` names the directory."""
+    vocab_file: str | None = None
+    """File of a GPT-2 tokenizer; here `tokenizer` names the directory."""
+    merge_file: str | None = None
+    """As vocab_file."""
+    load_iteration: Count | None = None
+    """Iteration of the checkpoint in `load`, which here is in Hugging Face form; where to resume
+    says runtime.load_data_checkpoint_iteration."""
+    finetune: bool = True
+    """Take only the weights of `load`; always so."""
+    exit_on_missing_checkpoint: bool = True
+    """End where `load` has nothing; always so where a directory is named that is not there."""
+    use_dist_ckpt: bool = True
+    """Checkpoints in megatron-core's distributed format; always so."""
+    use_checkpoint_args: bool = False
+    """Take settings of the checkpoint; here its config.json always says the structure."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Take the schedule of the checkpoint; here of one that is resumed from."""
+    no_load_optim: bool = True
+    """Leave the optimizer's state in `load` out; it has none. A resume takes it."""
+    no_load_rng: bool = True
+    """As no_load_optim, for the random generators' state."""
+    no_load_args: bool = True
+    """As no_load_optim, for the saved arguments."""
+    no_load_scheduler: bool = True
+    """As no_load_optim, for the schedule's state."""
+    save_interval: Positive | None = None
+    """Iterations between checkpoints; here runtime.save_episode_interval, in episodes."""
+    log_interval: Count | None = None
+    """Iterations between log lines; here runtime.log_interval, in episodes."""
+    train_iters: Positive | None = None
+    """Optimizer steps of the job; here they follow from the keys of runtime."""
+    num_workers: Count | None = None
+    """Processes that load data; here none, responses are made in the job."""
+    hysteresis: Positive | None = None
+    """Overflows before the fp16 loss scale falls."""
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """torch.distributed backend; here nccl on GPUs, gloo on CPUs."""
+    use_attn_acc: bool = False
+    """Attention kernel of an accelerator; as use_flash_attn."""
+    use_flash_attn: bool | Literal[0, 1] | None = None
+    """Attention kernel; here torch's choice, see attention_backend for vLLM."""
+    parallel_output: bool = True
+    """Leave logits split over the tensor parallel ranks; always so."""
+    log_num_zeros_in_grad: bool | None = None
+    """Count gradients that are 0."""
+    inference_batch_times_seqlen_threshold: int | None = None
+    """Size of a forward pass above which the pipeline cuts it; here generation_batch_size or
+    max_tokens_per_micro_batch."""
+    retro_encoder_attention_dropout: NonNegative | None = None
+    """Dropout of a retrieval encoder; no model here has one."""
+    retro_encoder_hidden_dropout: NonNegative | None = None
+    """As retro_encoder_attention_dropout."""
+    build_path: str | None = None
+    """Directory of compiled kernels; none are compiled."""
+    allow_padding_num_layers: bool = False
+    """ChatLearn: pad the number of layers to a multiple of the pipeline stages; here
+    num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage."""
+    pipeline_layers: Integers | None = None
+    """ChatLearn: layers of each pipeline stage; as allow_padding_num_layers."""
+    standalone_embedding_stage: bool = False
+    """ChatLearn: a pipeline stage for the embedding alone."""
+
+
 class UnusedArgs(Section):
     """Keys of ChatLearn that nothing here reads
 
@@ -325,14 +439,6 @@ class UnusedArgs(Section):
 
     no_effect: ClassVar[str] = "no built-in module reads them"
 
-    load_iteration: Count | None = None
-    """Megatron: iteration of the checkpoint in `load`; here runtime.load_data_checkpoint_iteration
-    says where to resume."""
-    make_vocab_size_divisible_by: Positive = 128
-    """Megatron: the vocabulary is padded to a multiple of this; here to one of the tensor parallel
-    size."""
-    distributed_backend: Literal["nccl", "gloo"] | None = None
-    """ChatLearn: torch.distributed backend; here nccl on GPUs, gloo on CPUs."""
     adaptive_parallel_strategy_on_checkpoint: bool = True
     """ChatLearn: load checkpoints of other parallel sizes; here always possible."""
     init_shuffle_prompts: Literal[0, 1, 2] = 0
@@ -355,14 +461,48 @@ class UnusedArgs(Section):
     """PPO reward: weight of the reward model."""
     numerical_stable: bool = True
     """PPO: clamp log ratios."""
-    no_load_optim: bool = True
-    """Megatron: leave the optimizer's state out when loading."""
-    no_load_rng: bool = True
-    """Megatron: leave the random generators' state out when loading."""
-    no_load_args: bool = True
-    """Megatron: leave the saved arguments out when loading."""
-    no_load_scheduler: bool = True
-    """Megatron: leave the schedule's state out when loading."""
+    scale_reward: str | None = None
+    """PPO reward: how rewards are scaled; not at all here, see advantage_std for GRPO."""
+    reward_bias: float = 0
+    """PPO reward: number taken from each reward; here rewards are what the model says."""
+    clipped_value_only: bool | Literal[0, 1] = False
+    """PPO: the value loss of the clipped value alone; here the larger of both, as published."""
+    math_reward_strategy: str | None = None
+    """GRPO with a rule and a reward model: which counts; here both, times reward_weight."""
+    do_math_eval: bool | Literal[0, 1] = False
+    """PPO reward: also score with a rule in evaluation."""
+    use_eod_token_for_early_termination: bool = True
+    """Responses end with EOS; here ignore_eos: True goes on."""
+    max_tokens_to_oom: Positive | None = None
+    """Most tokens of a generation batch; vLLM schedules within max_num_batched_tokens."""
+    log_entropy: bool | None = None
+    """PPO: log the entropy; always done here."""
+    save_inference: bool = False
+    """PPO reward: write responses to files."""
+    save_inference_interval: Positive | None = None
+    """PPO reward: iterations between two such files."""
+    pos_clip_ratio: NonNegative | None = None
+    """ChatLearn's GRPO: clip distance above 1; here cliprange_high."""
+    neg_clip_ratio: NonNegative | None = None
+    """ChatLearn's GRPO: clip distance below 1; here cliprange."""
+    final_clip_ratio: NonNegative | None = None
+    """ChatLearn's GRPO: largest loss of a token; here dual_clip."""
+    diff_clip_ratio: NonNegative | None = None
+    """ChatLearn's GRPO: largest log of the probability ratio."""
+    logprob_cliprange: NonNegative | None = None
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    neg_cliprange2: NonNegative | None = None
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    clip_onlineness: bool | Literal[0, 1] | None = None
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    cliprange_onlineness: NonNegative | None = None
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    lr_freeze_episodes: Count = 0
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    use_dynamic_collate: bool = False
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
+    dummy: int | None = None
+    """ChatLearn's GRPO: read nowhere in ChatLearn."""
     drop_last: bool = False
     """ChatLearn: drop the last incomplete batch of prompts."""
     enable_stage_resume: bool = False
@@ -375,12 +515,38 @@ class UnusedArgs(Section):
     """ChatLearn: batch key of the prompt's text; here always `prompt`."""
     vllm_input_ids_key: str = "input_ids"
     """ChatLearn: batch key of the prompt's tokens; here always `input_ids`."""
-    allow_padding_num_layers: bool = False
-    """ChatLearn: pad the number of layers to a multiple of the pipeline stages."""
-    pipeline_layers: Integers | None = None
-    """ChatLearn: layers of each pipeline stage."""
-    standalone_embedding_stage: bool = False
-    """ChatLearn: a pipeline stage for the embedding alone."""
+
+
+class LoggingArgs(Section):
+    """Keys of ChatLearn's metric loggers, which nothing here reads
+
+    Accepted so that files made for ChatLearn load; one notice at start names those that are set.
+    """
+
+    no_effect: ClassVar[str] = (
+        "metrics go to metrics.jsonl and TensorBoard in runtime.output_dir, under runtime.exp_name"
+    )
+
+    exp_name: str | None = None
+    """Name of the experiment; here runtime.exp_name."""
+    log_dir: str | None = None
+    """Directory of the metrics; here in runtime.output_dir."""
+    enable_tensorboard: bool | None = None
+    """Write TensorBoard files; always done where TensorBoard is installed."""
+    tensorboard_dir: str | None = None
+    """Directory of TensorBoard's files; here in runtime.output_dir."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases."""
+    wandb_dir: str | None = None
+    """Its directory."""
+    wandb_project: str | None = None
+    """Its project."""
+    wandb_id: str | None = None
+    """Its run."""
+    wandb_name: str | None = None
+    """Name of its run."""
+    wandb_resume: str | None = None
+    """Whether its run goes on."""
 
 
 class RetiredArgs(Section):
@@ -423,7 +589,9 @@ class ModelArgs(
     SamplingArgs,
     SchedulerArgs,
     ModuleArgs,
+    MegatronArgs,
     UnusedArgs,
+    LoggingArgs,
     RetiredArgs,
 ):
     """All settings of one model: attributes for our code, a read-only mapping for users.

@@ -9,8 +9,16 @@ import yaml
 _NAME = re.compile(r"[A-Za-z_]\w*\Z")
 
 
+class UnsetVariableError(ValueError):
+    """A template has no default and its environment variable is not set."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"environment variable {name} is not set and there is no default")
+        self.name = name
+
+
 class JobYamlLoader(yaml.SafeLoader):
-    """yaml with the numbers people mean, and no key twice.
+    """yaml with the numbers people mean.
 
     Beyond plain yaml 1.1: `1e-9` is a number and `None` is null; `12:30`, `010` and `2024-01-01`
     stay text instead of becoming 750, 8 and a date.
@@ -18,12 +26,17 @@ class JobYamlLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.repeated: list[str] = []
+        """Where a key stands again that its map already has; the last one counts."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
-                problem = f"key {key_node.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                line = key_node.start_mark.line + 1
+                self.repeated.append(f"line {line}: key {key_node.value!r} is given twice")
             seen.add(str(key_node.value))
         return super().construct_mapping(node, deep=deep)
 
@@ -67,10 +80,14 @@ def fill(text: str, env: Mapping[str, str]) -> Any:
     that is one template is typed like yaml, any other stays text.
 
     Raises:
-        ValueError: a variable is not set and has no default, or the template is malformed.
+        UnsetVariableError: the scalar is one template without a value; a ValueError like any other.
+        ValueError: another template has no value, or one is malformed.
     """
     is_one_template = text.startswith("${") and _closing_brace(text, 0) == len(text) - 1
-    filled = _substitute(text, env)
+    try:
+        filled = _substitute(text, env)
+    except UnsetVariableError as error:
+        raise (error if is_one_template else ValueError(str(error))) from None
     return typed(filled) if is_one_template else filled
 
 
@@ -82,7 +99,7 @@ def _substitute(text: str, env: Mapping[str, str]) -> str:
         if not _NAME.match(name):
             raise ValueError(f"{name!r} is not the name of an environment variable")
         if name not in env and not colon:
-            raise ValueError(f"environment variable {name} is not set and there is no default")
+            raise UnsetVariableError(name)
         filled += text[start:opening] + (env[name] if name in env else _substitute(default, env))
         start = closing + 1
     return filled + text[start:]

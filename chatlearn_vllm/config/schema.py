@@ -114,8 +114,8 @@ class ModelConfig(Section):
     """Low-rank adapters."""
     batch_generation: BatchGenerationConfig = BatchGenerationConfig()
     """Order of the prompts."""
-    sync_frequency: Count = 1
-    """Episodes between two weight syncs into this model; 0 = only the first sync."""
+    sync_frequency: Limit = 1
+    """Episodes between two weight syncs into this model; 0 or -1 = only the first sync."""
     free_memory: bool = False
     """Give device memory back while other models work: sets offload_weights and, for a trainable
     model, free_grad_buffers and offload_optimizer_states."""
@@ -253,6 +253,8 @@ class DataKeys(Section):
     """Use only the first evaluation prompts; -1 = all."""
     data_shuffle: bool = True
     """Draw prompts in a new random order in every pass over the data."""
+    consumed_samples: Count = 0
+    """Samples that an earlier job already took from the data: start behind them."""
     eval_episode_interval: Count = 0
     """Episodes between two evaluations; 0 = none."""
     enable_eval_before_training: bool = False
@@ -290,8 +292,10 @@ class UnusedRuntimeKeys(Section):
 
     debug: bool = False
     """More output."""
-    consumed_samples: Count = 0
-    """Samples that an earlier job already took from the data; here in its checkpoint."""
+    query_key: str = "query"
+    """Field of a prompt record that holds a question; here always `query`."""
+    mini_data: str | None = None
+    """File of a few prompts."""
     stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
     """How samples are queued for the trainer."""
     max_relay_episode: Limit = 0

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem
-from chatlearn_vllm.config.scalars import JobYamlLoader, fill
+from chatlearn_vllm.config.scalars import JobYamlLoader, UnsetVariableError, fill
 
 BROKEN: Any = object()
 """Stands for a value that could not be read and was already reported."""
@@ -91,11 +91,15 @@ class TreeReader:
     Args:
         main_dir: where an include is looked for that is not beside the including file.
         problems: takes what is wrong with the files.
+        notices: takes what their user should know.
     """
 
-    def __init__(self, main_dir: Path, problems: list[Problem]) -> None:
+    def __init__(self, main_dir: Path, problems: list[Problem], notices: list[str]) -> None:
+        self.unset: dict[Origin, str] = {}
+        """Keys that are left out, for the environment variable that gives them is not set."""
         self._main_dir = main_dir
         self._problems = problems
+        self._notices = notices
 
     def read(self, path: Path, including: Sequence[Path] = ()) -> Tree:
         """One file over its includes: own keys win, later includes win over earlier ones."""
@@ -122,7 +126,9 @@ class TreeReader:
 
     def _load(self, path: Path) -> Any:
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), JobYamlLoader)
+            loader = JobYamlLoader(path.read_text(encoding="utf-8"))
+            values = loader.get_single_data()
+            self._notices += [f"{path}: {text}; the last one counts" for text in loader.repeated]
         except OSError as error:
             self._report(path, "", error.strerror or str(error))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -135,17 +141,32 @@ class TreeReader:
 
     def _fill(self, value: Any, file: str, at: Key) -> Any:
         if isinstance(value, dict):
-            return {
-                str(key): self._fill(item, file, (*at, str(key))) for key, item in value.items()
-            }
+            filled = {}
+            for key, item in value.items():
+                place = (*at, str(key))
+                try:
+                    filled[str(key)] = self._fill(item, file, place)
+                except UnsetVariableError as error:
+                    self.unset[file, ".".join(place)] = error.name
+            return filled
         if isinstance(value, list):
-            items = [self._fill(item, file, at) for item in value]
+            items = [self._fill_item(item, file, at) for item in value]
             return BROKEN if any(item is BROKEN for item in items) else items
         if not isinstance(value, str):
             return value
         try:
             return fill(value, os.environ)
+        except UnsetVariableError:
+            raise  # to the map whose entry it is
         except ValueError as error:
+            self._report(file, ".".join(at), str(error), value)
+            return BROKEN
+
+    def _fill_item(self, value: Any, file: str, at: Key) -> Any:
+        """An entry of a list, which cannot be left out."""
+        try:
+            return self._fill(value, file, at)
+        except UnsetVariableError as error:
             self._report(file, ".".join(at), str(error), value)
             return BROKEN
 

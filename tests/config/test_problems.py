@@ -15,7 +15,7 @@ def problems_of(path, overrides=(), **options) -> list[str]:
 
 
 def test_everything_wrong_is_told_at_once(job, write):
-    write("policy.yaml", "temprature: 1\nlr: fast\nseq_length: ${NO_SUCH_VARIABLE}\n")
+    write("policy.yaml", "temprature: 1\nlr: fast\nload: /x/${NO_SUCH_VARIABLE}\n")
     write("base.yaml", "log_interval: 0\n")
     write(
         "job.yaml",
@@ -36,7 +36,7 @@ runtimes: {}
     )
     assert problems_of(job) == [
         "job.yaml: includes='missing.yaml': no such file",
-        "policy.yaml: seq_length='${NO_SUCH_VARIABLE}': environment variable NO_SUCH_VARIABLE is "
+        "policy.yaml: load='/x/${NO_SUCH_VARIABLE}': environment variable NO_SUCH_VARIABLE is "
         "not set and there is no default",
         "job.yaml: models.other.model_config_file='nowhere.yaml': no such file",
         "policy.yaml: temprature=1: unknown key; did you mean temperature?",
@@ -158,8 +158,6 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "64: must be less than seq_length=64, the prompt needs room too"),
         ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "
          "must be at least max_num_seqs=256, one token per running sequence"),
-        ("models.policy.model_args.sequence_parallel=True", "sequence_parallel=True: needs "
-         "tensor_model_parallel_size > 1 that divides seq_length=64; it is 1"),
         ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",
          "needs pipeline_model_parallel_size > 1"),
         ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: must be False"),
@@ -171,6 +169,29 @@ def test_a_broken_rule_names_file_key_value_and_rule(job, override, line):
     assert len(lines) == 1
     assert line in lines[0]
     assert lines[0].startswith(("command line: ", "job.yaml: "))
+
+
+def test_a_problem_with_a_key_that_was_left_out_names_its_variable(write):
+    path = write("job.yaml", "models: {m: {num_gpu: '${NO_SUCH_VARIABLE}'}}\n")
+    (line,) = problems_of(path)
+    assert line.startswith("job.yaml: models.m.num_gpu: a model has either num_gpu > 0 or")
+    assert line.endswith("; environment variable NO_SUCH_VARIABLE is not set")
+    path = write(
+        "job.yaml", "models: {m: {num_cpu: 1}}\nruntime: {colocation: ['${NO_SUCH_VARIABLE}']}\n"
+    )
+    (line,) = problems_of(path)
+    assert "runtime.colocation='${NO_SUCH_VARIABLE}': environment variable" in line
+
+
+def test_sequences_must_divide_by_the_tensor_parallel_size_to_be_split(job, write):
+    write(
+        "policy.yaml", "tensor_model_parallel_size: 2\nsequence_parallel: True\nseq_length: 1023\n"
+    )
+    (line,) = problems_of(job)
+    assert line == (
+        "policy.yaml: sequence_parallel=True: needs a tensor_model_parallel_size that divides "
+        "seq_length=1023; it is 2"
+    )
 
 
 def test_heads_and_groups_must_fit_the_tensor_parallel_size(job, write):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from chatlearn_vllm.config.scalars import JobYamlLoader, fill, typed
+from chatlearn_vllm.config.scalars import JobYamlLoader, UnsetVariableError, fill, typed
 
 ENV = {"NUM": "4", "HOST": "h", "EMPTY": "", "FLAG": "False", "NESTED": "${NUM}"}
 
@@ -75,9 +75,19 @@ def test_bad_templates_are_refused(text, message):
         fill(text, ENV)
 
 
-def test_a_key_given_twice_in_a_yaml_is_refused():
-    with pytest.raises(yaml.YAMLError, match="'a' is given twice"):
-        yaml.load("a: 1\nb: 2\na: 3\n", JobYamlLoader)
+def test_a_key_given_twice_in_a_yaml_takes_its_last_value_and_is_noted():
+    loader = JobYamlLoader("a: 1\nb: 2\na: 3\n")
+    assert loader.get_single_data() == {"a": 3, "b": 2}
+    assert loader.repeated == ["line 3: key 'a' is given twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("${UNSET}", UnsetVariableError), ("x${UNSET}", ValueError)]
+)
+def test_only_a_template_alone_may_be_left_out(text, kind):
+    with pytest.raises(ValueError, match="UNSET is not set") as error:
+        fill(text, ENV)
+    assert type(error.value) is kind
 
 
 def test_yaml_merge_keys_work():
