@@ -122,7 +122,9 @@ class Evaluator:
         if self._prompts is None:
             args = self.policy.runtime_args
             if args.eval_data_path is None:
-                raise ValueError("no evaluation data: call set_dataset() or set eval_data_path")
+                raise ValueError(
+                    "no evaluation data: call set_dataset() or set runtime.eval_data_path"
+                )
             self.set_dataset(load_prompts(args.eval_data_path, args.eval_data_num_limit))
         return self._prompts
 
