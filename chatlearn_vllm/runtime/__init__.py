@@ -3,6 +3,8 @@
 session.py              the job of this process
 rollout_engine.py       what one episode does, in order
 grpo_engine.py, rlhf_engine.py, online_dpo_engine.py    what is made of its samples to train on
+flow_engine.py, flow_steps.py    episodes that a user's flows describe
+evaluator.py, eval_engine.py     evaluation, beside training and without
 sft_engine.py           training on given responses
 base_engine.py          what engines share: set-up, loop, tear-down
 cluster.py              from a placement plan to running ranks, and their end
@@ -10,5 +12,5 @@ worker_group.py         one call to all ranks of a model, one failure back
 worker.py               inside a rank
 weight_synchronizer.py  the driver's part of a weight sync
 memory.py               who is in device memory while colocated models take turns
-rollout.py, evaluator.py, scatter.py, episode_metrics.py, checkpoint.py, errors.py
+rollout.py, scatter.py, episode_metrics.py, checkpoint.py, errors.py
 """
