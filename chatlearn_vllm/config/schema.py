@@ -276,6 +276,10 @@ class OutputKeys(Section):
     """Go on from the newest checkpoint of this experiment, if there is one."""
     data_checkpoint_path: str | None = None
     """Directory of the position in the data; None = with the checkpoints."""
+    max_ckpt_to_keep: Positive | None = None
+    """Keep only this many newest checkpoints, trainers' files and positions in the data together,
+    and the one that the run was resumed from; older ones go when a newer one is complete. None =
+    all."""
     max_data_ckpt_nums: Positive | None = None
     """Keep only this many newest positions; None = all."""
     load_data_checkpoint_iteration: Count | None = None

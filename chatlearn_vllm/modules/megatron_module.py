@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from chatlearn_vllm.algorithms.aggregation import aggregate
 from chatlearn_vllm.algorithms.mismatch import count_not_finite, mismatch_metrics, mismatch_sums
 from chatlearn_vllm.data.batch import Batch, batch_size
+from chatlearn_vllm.engines.megatron.checkpoint_files import prune
 from chatlearn_vllm.engines.megatron.micro_batches import put_back, take
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.mismatch_guard import MismatchError, MismatchGuard
@@ -337,6 +339,18 @@ class MegatronModule(BaseModule, ABC):
             Its iteration; None if there is none yet.
         """
         return self.engine.load_checkpoint(self.checkpoint_dir, iteration)
+
+    def prune_checkpoints(self, keep: int, newest: int, protected: Sequence[int]) -> list[int]:
+        """Remove this role's checkpoints but the `keep` last ones up to `newest`, and `protected`.
+
+        Called after `newest` is complete.
+
+        Returns:
+            On rank 0 the iterations that were removed.
+        """
+        if self.rank != 0:
+            return []
+        return prune(self.checkpoint_dir, keep=keep, newest=newest, protected=protected)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write weights, config.json and tokenizer in Hugging Face form."""

@@ -11,11 +11,19 @@ from typing import Any, Self
 
 from chatlearn_vllm.data.prompts import PromptSampler, load_prompts
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.observability.metrics import MetricWriter
 from chatlearn_vllm.observability.progress import EpisodeProgress
 from chatlearn_vllm.observability.timers import PhaseTimers
-from chatlearn_vllm.runtime.checkpoint import DriverState, load_state, save_state
+from chatlearn_vllm.runtime.checkpoint import (
+    DriverState,
+    check_trainers,
+    load_state,
+    remove_states,
+    save_state,
+    saved_episodes,
+)
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.stop_request import StopRequest
@@ -53,6 +61,8 @@ class BaseEngine(ABC):
         self.resumed_from: DriverState | None = None
         """Where an earlier run of this job stopped; None starts at the beginning."""
         self._saved_episode: int | None = None
+        self._unconfirmed: DriverState | None = None
+        """Of the episode whose trainers are saved and whose line of metrics is still to come."""
         self._stop = StopRequest(self._can_go_on)
         self._records: Sequence[Any] | None = None
         self._cluster: Cluster | None = None
@@ -153,6 +163,9 @@ class BaseEngine(ABC):
             self.resumed_from = load_state(
                 self._state_dir, self.args.load_data_checkpoint_iteration
             )
+        if self.resumed_from is not None:
+            directories = [trainer.checkpoint_dir for trainer in self._megatron_trainers()]
+            check_trainers(self._state_dir, self.resumed_from.episode, directories)
         self.start_models()
         self.sampler = PromptSampler(
             self.count_prompts(records), self.args.seed, self.args.data_shuffle
@@ -256,6 +269,7 @@ class BaseEngine(ABC):
             for episode in range(done + 1, total + 1):
                 metrics = self._run_timed_episode(episode)
                 writer.write(episode, metrics)
+                self._confirm_checkpoint()
                 history.append({"episode": episode, **metrics})
                 if episode % self.args.log_interval == 0 or episode == total:
                     progress.update(episode, metrics)
@@ -284,8 +298,8 @@ class BaseEngine(ABC):
         Args:
             trainer: one of the models that are trained.
             episode: number of the episode.
-            is_last: whether all others are saved already; then the driver's state is saved, too,
-                and makes the checkpoint complete.
+            is_last: whether all others are saved already; then the driver's state makes the
+                checkpoint complete, as soon as the episode is over and its metrics are written.
         """
         interval = self.args.save_episode_interval
         if interval is not None and (episode % interval == 0 or episode == self.args.num_episode):
@@ -294,13 +308,55 @@ class BaseEngine(ABC):
     def save(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
         """Save a trainer now; see `save_if_due`."""
         with self.timers.phase("save"):
+            # An earlier run may have left that episode's, which speaks of other files.
+            remove_states(self._state_dir, [episode])
             trainer.call("save_checkpoint", episode)
             if is_last:
-                state = DriverState(
+                self._unconfirmed = DriverState(
                     episode, self.weight_version, self.sampler.state_dict(), self.state_dict()
                 )
-                save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
-                self._saved_episode = episode
+
+    def _confirm_checkpoint(self) -> None:
+        """Say that the checkpoint of a finished episode is complete; remove what it replaces."""
+        state, self._unconfirmed = self._unconfirmed, None
+        if state is None:
+            return
+        save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
+        if self._saved_episode is None:
+            self._remove_later_states(state.episode)
+        self._saved_episode = state.episode
+        if self.args.max_ckpt_to_keep is not None:
+            self._remove_old_checkpoints(state.episode, self.args.max_ckpt_to_keep)
+
+    def _remove_later_states(self, episode: int) -> None:
+        """What an earlier run did after the point that this one went on from is no part of it."""
+        others = [
+            other
+            for other in saved_episodes(self._state_dir)
+            if other > self.finished_episodes and other != episode
+        ]
+        remove_states(self._state_dir, others)
+        if others:
+            logger.warning(
+                "episodes %s of an earlier run can no longer be resumed from: this run went on "
+                "from episode %d", ", ".join(map(str, others)), self.finished_episodes,
+            )  # fmt: skip
+
+    def _remove_old_checkpoints(self, newest: int, keep: int) -> None:
+        """Remove all trainers' checkpoints but some, and the positions that belonged to them."""
+        protected = [self.finished_episodes]
+        removed: set[int] = set()
+        for trainer in self._megatron_trainers():
+            group = self.groups[trainer.name]
+            removed.update(group.call("prune_checkpoints", keep, newest, protected)[0])
+        remove_states(self._state_dir, removed)
+
+    def _megatron_trainers(self) -> list[MegatronModule]:
+        return [
+            module
+            for module in self.modules
+            if module.module_args.trainable and isinstance(module, MegatronModule)
+        ]
 
     def _can_go_on(self) -> bool:
         return self._cluster is not None and self._cluster.outlives_signal()
@@ -309,6 +365,7 @@ class BaseEngine(ABC):
         """Save, unless that has been done, or nothing is to be saved."""
         if self.args.save_episode_interval is not None and self._saved_episode != episode:
             self.save_all(episode)
+            self._confirm_checkpoint()
         logger.warning(
             "ended by SIGTERM after episode %d of %d%s", episode, self.args.num_episode,
             "" if self._saved_episode is None

@@ -2,13 +2,18 @@
 
 import importlib.util
 import multiprocessing
+import os
 import random
+import re
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from chatlearn_vllm.engines.megatron import checkpoint
+from chatlearn_vllm.engines.megatron import checkpoint, checkpoint_files
+from tests.helpers.ranks import Ranks
 from tests.megatron import tiny_models
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -91,6 +96,65 @@ def test_no_checkpoint_is_no_error_unless_asked_for(ranks, llama, tmp_path):
     assert "iter_0000007: no complete checkpoint there" in message
 
 
+@pytest.fixture(scope="module")
+def saved_twice(ranks, llama, tmp_path_factory):
+    """Checkpoints 1 and 2 of two pipeline stages, and the step after the first of them."""
+    directory = tmp_path_factory.mktemp("twice")
+    return directory, ranks[2].run(save_between_steps, llama, directory, pp=2)[0]
+
+
+def truncate(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("__1_0.distcp", truncate, "__1_0.distcp has .* bytes, .* were written"),
+        ("common.pt", flip_a_bit, "common.pt has other content than was written"),
+        ("rng_00001.pt", os.remove, "rng_00001.pt is missing"),
+        ("chatlearn.json", truncate, "chatlearn.json: is not JSON"),
+    ],
+)
+def test_damaged_files_are_named_with_what_can_be_loaded_instead(
+    ranks, llama, saved_twice, tmp_path, name, damage, message
+):
+    shutil.copytree(saved_twice[0], tmp_path / "copy")
+    damage(tmp_path / "copy" / "iter_0000002" / name)
+    for error in ranks[2].run(error_of_loading, llama, tmp_path / "copy", pp=2):
+        assert re.search(f"iter_0000002: .*{message}", error), error
+        assert "Complete: 1; runtime.load_data_checkpoint_iteration: 1 goes on from there" in error
+
+
+def test_a_rank_killed_while_saving_leaves_the_earlier_checkpoint_to_go_on_from(
+    ranks, llama, saved_twice, tmp_path
+):
+    directory, (expected,) = saved_twice
+    shutil.copytree(directory / "iter_0000001", tmp_path / "iter_0000001")
+    (tmp_path / "latest").write_text("iter_0000001\n")
+    victims = Ranks(2)
+    try:
+        with pytest.raises(EOFError):  # the killed rank's end of its pipe
+            victims.run(resume_and_die_while_saving, llama, tmp_path, pp=2)
+    finally:
+        victims.close()
+    unfinished = tmp_path / ".iter_0000002.writing"
+    assert list(unfinished.glob("*.distcp")) and not (unfinished / "chatlearn.json").exists()
+    for iteration, (step,) in ranks[2].run(resume_and_save, llama, tmp_path, pp=2):
+        assert iteration == 1 and step == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000001", "iter_0000002", "latest",
+    ]  # fmt: skip
+    assert checkpoint_files.problems(tmp_path / "iter_0000002") == []
+
+
 def test_latest_names_the_newest_complete_checkpoint(ranks, llama, tmp_path):
     assert ranks[1].run(save_twice_then_fail, llama, tmp_path) == ["disk full"]
     assert (tmp_path / "latest").read_text() == "iter_0000002\n"
@@ -134,6 +198,32 @@ def resume(path, directory, steps=3, **settings):
     with tiny_models.engine(path, **settings) as engine:
         iteration = engine.load_checkpoint(directory)
         return iteration, tiny_models.train(engine, steps)
+
+
+def save_between_steps(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        tiny_models.train(engine, 1)
+        engine.save_checkpoint(directory, 1)
+        curve = tiny_models.train(engine, 1)
+        engine.save_checkpoint(directory, 2)
+        return curve
+
+
+def resume_and_save(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        iteration = engine.load_checkpoint(directory)
+        curve = tiny_models.train(engine, 1)
+        engine.save_checkpoint(directory, iteration + 1)
+        return iteration, curve
+
+
+def resume_and_die_while_saving(path, directory, **settings):
+    def die(directory):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # Rank 0 calls it when every other file of the checkpoint is there.
+    checkpoint_files.describe_files = die
+    resume_and_save(path, directory, **settings)
 
 
 def step_counts_after_resume(path, directory):

@@ -1,8 +1,16 @@
 """From which episode does an interrupted job go on?"""
 
+import json
+
 import pytest
 
-from chatlearn_vllm.runtime.checkpoint import DriverState, load_state, save_state
+from chatlearn_vllm.engines.megatron import checkpoint_files
+from chatlearn_vllm.runtime.checkpoint import (
+    DriverState,
+    check_trainers,
+    load_state,
+    save_state,
+)
 
 
 def test_the_newest_complete_state_is_loaded(tmp_path):
@@ -29,5 +37,56 @@ def test_without_a_state_the_job_starts_at_the_beginning(tmp_path):
 
 
 def test_a_state_that_is_asked_for_must_exist(tmp_path):
-    with pytest.raises(ValueError, match="load_data_checkpoint_iteration=7"):
+    save_state(tmp_path, DriverState(3, 3, {}))
+
+    with pytest.raises(ValueError, match="load_data_checkpoint_iteration=7: .* it has 3"):
         load_state(tmp_path, episode=7)
+
+
+def test_a_broken_state_is_named_with_what_can_be_loaded_instead(tmp_path):
+    for episode in (2, 4):
+        save_state(tmp_path, DriverState(episode, episode, {}))
+    (tmp_path / "episode_00000004.json").write_text('{"episode": 4')
+
+    with pytest.raises(ValueError, match="episode_00000004.json: is not JSON .*: 2 goes on"):
+        load_state(tmp_path)
+
+
+def test_a_checkpoint_counts_only_if_the_files_of_all_trainers_are_whole(tmp_path):
+    policy, value = tmp_path / "policy", tmp_path / "value"
+    for episode in (1, 2, 3):
+        save_state(tmp_path / "driver", DriverState(episode, episode, {}))
+        for trainer in (policy, value):
+            write_checkpoint(trainer, episode)
+    elsewhere = tmp_path / "on other hosts"
+    check_trainers(tmp_path / "driver", 3, [policy, value, elsewhere])
+
+    (policy / "iter_0000003" / "weights").unlink()
+    (value / "iter_0000002" / "weights").write_text("123")
+
+    with pytest.raises(ValueError) as error:
+        check_trainers(tmp_path / "driver", 3, [policy, value, elsewhere])
+    assert f"{policy / 'iter_0000003'}: weights is missing" in str(error.value)
+    assert "Complete: 1; runtime.load_data_checkpoint_iteration: 1 goes on" in str(error.value)
+
+
+def test_old_checkpoints_go_but_those_that_are_protected_or_later(tmp_path):
+    for iteration in (1, 2, 3, 4, 9):
+        write_checkpoint(tmp_path, iteration)
+    (tmp_path / ".iter_0000001.removed").mkdir()  # a kill while removing
+    (tmp_path / "hf").mkdir()  # a user's
+
+    assert checkpoint_files.prune(tmp_path, keep=2, newest=4, protected=[1]) == [2]
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "hf", "iter_0000001", "iter_0000003", "iter_0000004", "iter_0000009",
+    ]  # fmt: skip
+
+
+def write_checkpoint(directory, iteration):
+    """A file, and the marker that says how it was written."""
+    path = directory / checkpoint_files.checkpoint_name(iteration)
+    path.mkdir(parents=True)
+    (path / "weights").write_text("1234")
+    files = checkpoint_files.describe_files(path)
+    (path / checkpoint_files.MARKER).write_text(json.dumps({"files": files}))

@@ -33,6 +33,7 @@ from chatlearn_vllm.engines.megatron import checkpoint_files
 from chatlearn_vllm.engines.megatron.checkpoint_files import (
     FORMAT_VERSION,
     HF_FILES,
+    LATEST,
     MARKER,
     checkpoint_name,
 )
@@ -47,7 +48,6 @@ from chatlearn_vllm.layouts import Head
 if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
 
-_LATEST = "latest"
 _MAIN_PARAMETERS = "fp32_from_fp16_params"
 """megatron-core's key of an optimizer's float32 copies of bf16 or fp16 parameters."""
 _LAYOUT_KEYS = (
@@ -116,7 +116,7 @@ def save(
             }
             (temporary / MARKER).write_text(json.dumps(about, indent=2) + "\n")
     if dist.get_rank() == 0:
-        write_text_atomically(directory / _LATEST, name + "\n")
+        write_text_atomically(directory / LATEST, name + "\n")
     dist.barrier()
 
 
@@ -132,7 +132,7 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     Raises:
         ValueError: the asked-for checkpoint does not exist, or cannot be read with these settings.
     """
-    latest = directory / _LATEST
+    latest = directory / LATEST
     if iteration is None and not latest.is_file():
         return None
     name = checkpoint_name(iteration) if iteration is not None else latest.read_text().strip()

@@ -16,6 +16,8 @@ from chatlearn_vllm.engines.megatron.files import read_json
 
 MARKER = "chatlearn.json"
 """File of a checkpoint that is written last, and says what the others are."""
+LATEST = "latest"
+"""File beside the checkpoints: the name of the one that was saved last."""
 FORMAT_VERSION = 2
 """Of that file: 2 records files and holds what an export needs; files of format 1 say no number."""
 HF_FILES = "hf"

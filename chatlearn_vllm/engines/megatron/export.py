@@ -130,13 +130,21 @@ def export(
 def find_checkpoint(directory: Path) -> Path:
     """The directory itself if it is that of an iteration, else that of the newest complete one.
 
+    That is the one that was saved last; if its files are broken, the one with the highest number.
+
     Raises:
         ValueError: there is none.
     """
     if (directory / checkpoint_files.MARKER).is_file():
         return directory
-    for iteration in reversed(checkpoint_files.iterations(directory)):
-        path = directory / checkpoint_files.checkpoint_name(iteration)
+    names = [
+        checkpoint_files.checkpoint_name(iteration)
+        for iteration in reversed(checkpoint_files.iterations(directory))
+    ]
+    latest = directory / checkpoint_files.LATEST
+    if latest.is_file() and (last := latest.read_text().strip()) in names:
+        names.insert(0, last)
+    for path in (directory / name for name in names):
         found = checkpoint_files.problems(path)
         if not found:
             return path
