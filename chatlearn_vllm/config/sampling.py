@@ -28,6 +28,15 @@ def changed_sampling(args: ModelArgs) -> list[str]:
     return [f"{name}={args[name]!r}" for name in names]
 
 
+def sampling_keys_of_whole_responses(args: ModelArgs) -> list[str]:
+    """Keys, as `key=value`, that look at a whole response, or ask something of its prompt."""
+    penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+    names = [name for name in penalties if args[name] != _NEUTRAL[name]]
+    names += ["prompt_logprobs"] if args.prompt_logprobs is not None else []
+    names += [name for name in ("min_tokens", "structured_outputs") if args.sampling_args.get(name)]
+    return [f"{name}={args[name]!r}" for name in names]
+
+
 def incomparable_logprobs(policy: ModelArgs, trainer: ModelArgs) -> list[str]:
     """Why the log-probabilities of the two sides cannot be compared.
 

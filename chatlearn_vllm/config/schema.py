@@ -212,6 +212,12 @@ class EpisodeKeys(Section):
     reward where the reward module tells no accuracy (DAPO)."""
     max_num_gen_batches: Positive = 10
     """With dynamic_sampling: rollouts of an episode, after which it goes on with what it has."""
+    max_rollout_round: Positive = 1
+    """Episodes that may work on one response (partial rollouts): with 2 or more an episode ends its
+    rollout when enough prompts are answered, and the others go on in the next one; 1 = off."""
+    rollout_over_sampling: NonNegative = 0.5
+    """With max_rollout_round > 1: prompts that an episode works on beyond those that it needs, as a
+    fraction of these."""
     seed: int = 42
     """Seed of the order of prompts."""
 

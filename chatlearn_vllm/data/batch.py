@@ -19,6 +19,8 @@ Added on the way, by:
     prompt_index    int64 [B]         framework: row in the prompt data set, equal in a GRPO group
     sample_index    int64 [B]         framework: ordinal of the row over the whole job
     weight_version  int64 [B]         framework: version of the weights that sampled the row
+    token_versions  int64 [B, S-1]    framework, partial rollouts only: version of the weights that
+                                      sampled token t+1, -1 where there is none
     rewards         float32 [B]       reward: of the whole response
     ref_logprobs    float32 [B, S-1]  reference: as `logprobs`, under the frozen model
     old_logprobs    float32 [B, S-1]  trainer: as `logprobs`, before its first update
@@ -63,6 +65,7 @@ ADDED_KEYS = (
     "prompt_index",
     "sample_index",
     "weight_version",
+    "token_versions",
     "rewards",
     "ref_logprobs",
     "old_logprobs",
@@ -193,6 +196,7 @@ def _tensor_problems(batch: Batch, size: int, seq_length: int) -> list[str]:
         "prompt_index": (torch.int64, per_row),
         "sample_index": (torch.int64, per_row),
         "weight_version": (torch.int64, per_row),
+        "token_versions": (torch.int64, per_prediction),
         "rewards": (torch.float32, per_row),
         "ref_logprobs": (torch.float32, per_prediction),
         "old_logprobs": (torch.float32, per_prediction),

@@ -7,7 +7,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
+from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.layouts import (
     ModelShape,
     ParamLayout,
@@ -108,6 +109,7 @@ class VLLMEngine:
             self._rng = vllm_compat.RandomState.capture()
         self._shape = shape
         self._order: list[str] = []
+        self._partial: dict[str, PartialRequest] = {}
         loaded = arguments.get("load_format") != "dummy"
         self.state = EngineState(Weights.READY if loaded else Weights.DUMMY, 0 if loaded else None)
         self._weights_asleep_as: Weights = self.state.weights
@@ -138,33 +140,61 @@ class VLLMEngine:
         Raises:
             ValueError: vLLM refuses the request (too long, empty, a token outside the vocabulary).
         """
+        self._add(request_id, prompt, list(token_ids), sampling, "FINAL_ONLY")
+        self._order.append(request_id)
+
+    def add_partial_request(self, request: PartialRequest) -> None:
+        """Queue a prompt whose responses may have been begun, and can be cut off by `cut`.
+
+        Raises:
+            ValueError: vLLM refuses it.
+        """
+        self._order.append(request.request_id)
+        self._partial[request.request_id] = request
+        for request_id, token_ids, sampling in request.requests():
+            self._add(request_id, None, token_ids, sampling, "DELTA")
+
+    def _add(
+        self,
+        request_id: str,
+        prompt: str | None,
+        token_ids: list[int],
+        sampling: dict[str, Any],
+        output_kind: str,
+    ) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         try:
-            params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+            params = SamplingParams(**sampling, output_kind=RequestOutputKind[output_kind])
             # One arrival time for all: ranks of a replica must not order requests by their clocks.
             self._engine.add_request(
                 request_id,
-                {"prompt_token_ids": list(token_ids), "prompt": prompt},
+                {"prompt_token_ids": token_ids, "prompt": prompt},
                 params,
                 arrival_time=0.0,
             )
         except vllm_compat.validation_errors() as error:
             raise ValueError(f"request {request_id}: {error}") from error
-        self._order.append(request_id)
 
     @property
     def requests(self) -> tuple[str, ...]:
         """Ids of the queued and running requests, in the order in which they were added."""
         return tuple(self._order)
 
-    def run(self, min_finished: int | None = None) -> list[Any]:
+    def run(
+        self,
+        min_finished: int | None = None,
+        max_steps: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[Any]:
         """Step until requests are done.
 
         Args:
             min_finished: return as soon as so many requests are done; the others go on with the
                 next call. None: all of them.
+            max_steps: return after so many steps in any case. None: no limit.
+            decode: makes text of token ids; needed for partial requests.
 
         Returns:
             One `vllm.RequestOutput` per finished request, in the order in which they were added.
@@ -182,14 +212,22 @@ class VLLMEngine:
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
-        outputs: dict[str, Any] = {}
+        outputs = self._partial_outputs(decode)
+        steps = 0
         try:
             # step() may return nothing while batches are in flight.
-            while len(outputs) < wanted:
+            while len(outputs) < wanted and steps != max_steps:
                 stepped = self._engine.step()
+                steps += 1
                 if self._error_in_step is not None:
                     raise self._error_in_step
-                outputs |= {output.request_id: output for output in stepped if output.finished}
+                for output in stepped:
+                    partial = self._partial.get(output.request_id.rpartition("#")[0])
+                    if partial is not None:
+                        partial.note(output, self.state.version)
+                    elif output.finished:
+                        outputs[output.request_id] = output
+                outputs |= self._partial_outputs(decode)
         except BaseException:
             self.abort()
             raise
@@ -200,6 +238,22 @@ class VLLMEngine:
         finished = [outputs[request_id] for request_id in self._order if request_id in outputs]
         self._order = [request_id for request_id in self._order if request_id not in outputs]
         return finished
+
+    def _partial_outputs(self, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
+        """Partial requests that are finished, by their ids; each is returned once."""
+        finished = [one for one in self._partial.values() if one.is_finished]
+        for one in finished:
+            del self._partial[one.request_id]
+        return {one.request_id: one.output(decode) for one in finished}
+
+    def cut(self) -> list[PartialRequest]:
+        """Drop all queued and running requests; the partial ones as far as they have come."""
+        cut = list(self._partial.values())
+        self.abort()
+        # What was in flight comes out, and the workers hear of the end.
+        for _ in range(self._engine.vllm_config.parallel_config.pipeline_parallel_size + 2):
+            self._engine.step()
+        return cut
 
     def on_step(self, step: Step) -> Any:
         """Pass a scheduled batch to the owner; called by the executor.
@@ -217,8 +271,10 @@ class VLLMEngine:
 
     def abort(self) -> None:
         """Drop all queued and running requests."""
-        self._engine.abort_request(self._order)
-        self._order = []
+        whole = [request_id for request_id in self._order if request_id not in self._partial]
+        parts = [part for request in self._partial.values() for part in request.open_ids]
+        self._engine.abort_request(whole + parts)
+        self._order, self._partial = [], {}
 
     def sleep(self, level: int) -> None:
         """Give device memory back: KV cache, and weights to the host (1) or to nothing (2)."""

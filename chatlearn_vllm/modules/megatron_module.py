@@ -421,6 +421,8 @@ class MegatronModule(BaseModule, ABC):
     def _compare_with_rollout(self, data: Batch, episode: int) -> dict[str, float]:
         mask = data["loss_mask"][:, 1:]
         self._check_finite(data, mask, episode)
+        if "token_versions" in data:  # tokens of earlier weights differ for a good reason
+            mask = mask * (data["token_versions"] == data["weight_version"][:, None])
         sums, largest = mismatch_sums(
             data["logprobs"], data["old_logprobs"], mask, cliprange=self.model_args.cliprange
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.utils.vllm_utils import get_model
@@ -48,6 +50,8 @@ class _Asked:
     """Ordinal of its first response."""
     record: dict[str, Any]
     """Of the dataset."""
+    begun: list[Begun]
+    """With partial rollouts its responses so far."""
 
 
 class VLLMModule(BaseModule, ABC):
@@ -84,7 +88,8 @@ class VLLMModule(BaseModule, ABC):
         self._step: Step | None = None
         self._iteration = 0
         self._is_eval = False
-        self._first_sample = 0
+        self._asking: list[_Asked] = []
+        """What the prompts that `_add_request` gets stand for."""
         self._asked: dict[str, _Asked] = {}
         """By the ids of the requests in the engine."""
 
@@ -191,6 +196,7 @@ class VLLMModule(BaseModule, ABC):
             ValueError: a prompt leaves no room for a response, or vLLM refuses it.
         """
         from chatlearn_vllm.engines.vllm_arguments import max_response_tokens, sampling_arguments
+        from chatlearn_vllm.engines.vllm_partial import PartialRequest
 
         args = self.model_args
         sampling = sampling_arguments(args, is_eval=is_eval)
@@ -201,10 +207,17 @@ class VLLMModule(BaseModule, ABC):
                     f"prompt {row} has {len(ids)} tokens: no room for a response in "
                     f"seq_length={args.seq_length}; truncate it in build_dataset()"
                 )
-            seed = sample_seed(args.seed, self._first_sample + row * sampling["n"], is_eval)
+            ordinal = self._asking[row].first_sample
+            seed = sample_seed(args.seed, ordinal, is_eval)
             request = {"max_tokens": room, "seed": seed} | sampling
-            request_id = str(self._first_sample + row * sampling["n"])
-            self.engine.add_request(request_id, prompt, ids, request)
+            if self._is_partial(is_eval):
+                begun = self._asking[row].begun
+                begun += [Begun() for _ in range(sampling["n"] - len(begun))]
+                self.engine.add_partial_request(
+                    PartialRequest(str(ordinal), prompt, ids, request, begun)
+                )
+            else:
+                self.engine.add_request(str(ordinal), prompt, ids, request)
 
     def execute_step(
         self,
@@ -303,6 +316,8 @@ class VLLMModule(BaseModule, ABC):
         iteration: int = 0,
         is_eval: bool = False,
         min_finished: int | None = None,
+        max_steps: int | None = None,
+        carried: Sequence[Carried] = (),
     ) -> dict[str, Any] | None:
         """Answer prompts. Collective over the replica: all its ranks, with equal arguments.
 
@@ -313,6 +328,8 @@ class VLLMModule(BaseModule, ABC):
             is_eval: use the evaluation dataset, sampling keys and `eval_forward`.
             min_finished: return when so many prompts are answered, those of earlier calls
                 included; the others go on with the next call. None: all of them.
+            max_steps: return after so many scheduler steps in any case.
+            carried: prompts that an earlier episode did not finish; they come first.
 
         Returns:
             On the first rank the batch of the answered prompts in the order in which they were
@@ -324,9 +341,22 @@ class VLLMModule(BaseModule, ABC):
             self._iteration = 0
         self._is_eval = is_eval
         try:
-            if prompt_indices:
-                self._ask(prompt_indices, first_sample, is_eval)
-            outputs = self.engine.run(min_finished)
+            copies = 1 if is_eval else self.model_args.responses_per_prompt
+            dataset = self._datasets[is_eval]
+            self._ask(
+                [
+                    _Asked(
+                        one.prompt_index, one.first_sample, dataset[one.prompt_index], one.responses
+                    )
+                    for one in carried
+                ]
+                + [
+                    _Asked(index, first_sample + row * copies, dataset[index], [])
+                    for row, index in enumerate(prompt_indices)
+                ],
+                is_eval,
+            )
+            outputs = self.engine.run(min_finished, max_steps, self._decode)
         except BaseException:
             self.engine.abort()
             raise
@@ -337,23 +367,44 @@ class VLLMModule(BaseModule, ABC):
             return None
         return self._batch_of(outputs, asked)
 
-    def _ask(self, prompt_indices: list[int], first_sample: int, is_eval: bool) -> None:
+    def cut(self, iteration: int = 0) -> list[Carried] | None:
+        """End the rollout; collective over the replica.
+
+        Returns:
+            On the first rank what is left of each prompt that is not answered, with `num_rounds` 0;
+            None on the others.
+        """
+        cut = self.engine.cut()
+        asked = [self._asked.pop(request.request_id) for request in cut]
+        if self.rank != 0:
+            return None
+        return [
+            Carried(one.prompt_index, one.first_sample, 0, request.begun)
+            for one, request in zip(asked, cut, strict=True)
+        ]
+
+    def _is_partial(self, is_eval: bool) -> bool:
+        return not is_eval and self.runtime_args.max_rollout_round > 1
+
+    def _decode(self, token_ids: list[int]) -> str:
+        skip = self.model_args.skip_special_tokens
+        return self.tokenizer.tokenizer.decode(token_ids, skip_special_tokens=skip)
+
+    def _ask(self, asking: list[_Asked], is_eval: bool) -> None:
         """Pass prompts to the engine, and remember which request stands for which of them."""
-        dataset = self._datasets[is_eval]
-        records = [dataset[index] for index in prompt_indices]
+        if not asking:
+            return
         num_before = len(self.engine.requests)
-        self._first_sample = first_sample
-        self._add_request(dataset.collate_fn(records), is_eval=is_eval)
+        self._asking = asking
+        data = self._datasets[is_eval].collate_fn([one.record for one in asking])
+        self._add_request(data, is_eval=is_eval)
         added = self.engine.requests[num_before:]
-        if len(added) != len(records):
+        if len(added) != len(asking):
             raise ValueError(
                 f"{type(self).__name__}._add_request() added {len(added)} requests for "
-                f"{len(records)} prompts; it must add one for each, in order"
+                f"{len(asking)} prompts; it must add one for each, in order"
             )
-        copies = 1 if is_eval else self.model_args.responses_per_prompt
-        for row, (request_id, index) in enumerate(zip(added, prompt_indices, strict=True)):
-            first = first_sample + row * copies
-            self._asked[request_id] = _Asked(index, first, records[row])
+        self._asked |= zip(added, asking, strict=True)
 
     def _batch_of(self, outputs: list[Any], asked: list[_Asked]) -> dict[str, Any]:
         """The user's batch of finished requests, with what the framework adds to it."""
@@ -369,9 +420,22 @@ class VLLMModule(BaseModule, ABC):
         batch["prompt_index"] = torch.tensor([one.prompt_index for one, _ in rows])
         batch["sample_index"] = torch.tensor([one.first_sample + number for one, number in rows])
         batch["weight_version"] = torch.full((len(rows),), self.engine.state.version)
+        if self._is_partial(self._is_eval):
+            batch["begun"] = [one.begun[number] for one, number in rows]
+            batch["token_versions"] = self._token_versions(batch)
         for key in asked[0].record.keys() - batch.keys() - {"input_ids", "prompt"}:
             batch[key] = [one.record[key] for one, _ in rows]
         return batch
+
+    def _token_versions(self, batch: dict[str, Any]) -> torch.Tensor:
+        """[B, S-1]: the weight version that sampled each token of the responses, else -1."""
+        import torch
+
+        versions = torch.full_like(batch["logprobs"], -1, dtype=torch.int64)
+        for row, begun in enumerate(batch["begun"]):
+            start = len(batch["no_padded_query_ids"][row]) - 1
+            versions[row, start : start + len(begun.versions)] = torch.tensor(begun.versions)
+        return versions
 
     def on_step(self, step: Step) -> None:
         """Pass one scheduled batch through the user's hook; called by the engine."""

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
-from chatlearn_vllm.config.sampling import incomparable_logprobs
+from chatlearn_vllm.config.sampling import (
+    incomparable_logprobs,
+    sampling_keys_of_whole_responses,
+)
 from chatlearn_vllm.config.schema import MismatchWarnConfig
 from chatlearn_vllm.data.balance import balanced, row_lengths
 from chatlearn_vllm.data.batch import Batch, select
+from chatlearn_vllm.data.carried import Carried, carried_metrics
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
@@ -87,6 +91,7 @@ class RolloutEngine(BaseEngine):
                 data_parallel_size=trainer.module_args.data_parallel_size,
             )
         self._check_sleep_level()
+        self._check_partial_rollouts()
         self._drop_levels_that_mean_nothing()
 
     # ---- what kinds of training define ------------------------------------------------------
@@ -119,6 +124,7 @@ class RolloutEngine(BaseEngine):
         return {
             **rollout_metrics(batch, self.timers.seconds("rollout")),
             "rollout/weight_version": self.weight_version,
+            **(carried_metrics(batch, self._carried) if "token_versions" in batch else {}),
             **(reward_metrics(batch, "rollout") if "rewards" in batch else {}),
         }
 
@@ -128,7 +134,11 @@ class RolloutEngine(BaseEngine):
         """Start and build everything; plan the weight syncs."""
         self._memory: dict[str, Any] = {}
         self._num_samples = 0
+        self._carried: list[Carried] = []
+        """Prompts that earlier episodes did not finish, with partial rollouts."""
         self._rollout_version = 0
+        self._rollout: Rollout | None = None
+        """That of the present episode."""
         super().setup()
         if self.resumed_from is not None:
             self._num_samples = self.finished_episodes * self.args.sample_per_episode
@@ -177,6 +187,29 @@ class RolloutEngine(BaseEngine):
                 "in between; set sleep_level: 1"
             )
 
+    def _check_partial_rollouts(self) -> None:
+        if self.args.max_rollout_round == 1:
+            return
+        key = f"runtime.max_rollout_round={self.args.max_rollout_round}"
+        policy = self.policy.model_args
+        if self.args.dynamic_sampling:
+            raise ValueError(
+                f"{key} and runtime.dynamic_sampling: True both decide when an episode has enough "
+                "samples; leave one of them out"
+            )
+        sampling = sampling_keys_of_whole_responses(policy)
+        if sampling:
+            raise ValueError(
+                f"models.{self.policy.name}: {sampling} would count anew where a response goes on "
+                f"({key}); leave it out, or set runtime.max_rollout_round: 1"
+            )
+        if self.policy_trainer.model_args.tis_imp_ratio_cap is None:
+            logger.warning(
+                "%s trains on tokens of up to %d weight versions ago as if they were new; "
+                "models.%s: tis_imp_ratio_cap corrects for that",
+                key, self.args.max_rollout_round - 1, self.policy_trainer.name,
+            )  # fmt: skip
+
     def _drop_levels_that_mean_nothing(self) -> None:
         """Tell once, not in every episode, that the two sides' log-probabilities must differ."""
         policy, runtime = self.policy, self.args
@@ -213,11 +246,15 @@ class RolloutEngine(BaseEngine):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint notes down of this kind of training."""
-        return {"num_samples": self._num_samples}
+        state: dict[str, Any] = {"num_samples": self._num_samples}
+        if self._carried:
+            state["carried"] = [one.state_dict() for one in self._carried]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; an older one may lack keys."""
         self._num_samples = state.get("num_samples", self._num_samples)
+        self._carried = [Carried.from_state_dict(one) for one in state.get("carried", ())]
 
     # ---- the episode ------------------------------------------------------------------------
 
@@ -255,23 +292,37 @@ class RolloutEngine(BaseEngine):
 
     def roll_out(self, episode: int) -> Batch:
         """Responses of the policy, which is awake, to the next prompts of the data."""
-        prompts = self.sampler.next(self.args.sample_per_episode // self.samples_per_prompt)
-        args = self.policy.model_args
-        self._rollout = Rollout(
-            self.groups[self.policy.name],
-            max_open=math.ceil(args.max_num_seqs / self.samples_per_prompt),
-            scorers=[self.groups[module.name] for module in self._scoring_meanwhile()],
-        )
         with self.timers.phase("rollout"):
-            batch = self._rollout.generate(
-                prompts,
-                first_sample=self._num_samples,
-                samples_per_prompt=self.samples_per_prompt,
-                iteration=episode,
-            )
-        self._num_samples += self.args.sample_per_episode
+            batch = self._generate(episode)
         self._rollout_version = self.weight_sync.version
         check_weight_version(batch, self._rollout_version)
+        return batch
+
+    def _generate(self, episode: int) -> Batch:
+        per_prompt = self.samples_per_prompt
+        num_prompts = self.args.sample_per_episode // per_prompt
+        is_partial = self.args.max_rollout_round > 1
+        scorers = [] if is_partial else self._scoring_meanwhile()
+        self._rollout = Rollout(
+            self.groups[self.policy.name],
+            max_open=math.ceil(self.policy.model_args.max_num_seqs / per_prompt),
+            scorers=[self.groups[module.name] for module in scorers],
+        )
+        first_sample = self._num_samples
+        if not is_partial:
+            prompts = self.sampler.next(num_prompts)
+            self._num_samples += num_prompts * per_prompt
+            return self._rollout.generate(prompts, first_sample, per_prompt, episode)
+        num_running = math.ceil(num_prompts * (1 + self.args.rollout_over_sampling))
+        prompts = self.sampler.next(max(0, num_running - len(self._carried)))
+        self._num_samples += len(prompts) * per_prompt
+        new = [
+            Carried(index, first_sample + number * per_prompt, 0, [])
+            for number, index in enumerate(prompts)
+        ]
+        batch, self._carried = self._rollout.generate_until(
+            [*self._carried, *new], num_prompts, per_prompt, episode, self.args.max_rollout_round
+        )
         return batch
 
     def add_rewards(self, batch: Batch, episode: int) -> dict[str, float]:
@@ -307,7 +358,7 @@ class RolloutEngine(BaseEngine):
 
     def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:
         """What a frozen model's `forward_step` returns for all rows."""
-        if module in self._scoring_meanwhile():
+        if self._rollout is not None and self._rollout.scores_meanwhile(module.name):
             return self._rollout.scores(module.name)
         with self.in_memory(module):
             return self.groups[module.name].forward("forward_step", batch, episode)

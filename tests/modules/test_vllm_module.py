@@ -1,12 +1,14 @@
 """Does a policy generate as documented? One real vLLM engine serves all tests of this file."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.data.batch import check_batch, concat, select
+from chatlearn_vllm.data.carried import Carried
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
@@ -385,3 +387,71 @@ def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> No
     with pytest.raises(MemoryError, match="no blocks left"):
         step.execute()
     assert not step.executed  # so VLLMEngine.on_step raises it instead of passing on a handle
+
+
+@pytest.fixture
+def partial(ready, monkeypatch):
+    """The policy in a job with partial rollouts."""
+    runtime = ready.runtime_args.model_copy(update={"max_rollout_round": 3})
+    monkeypatch.setattr(ready, "job", ready.job.model_copy(update={"runtime": runtime}))
+    return ready
+
+
+def test_a_response_that_was_cut_goes_on_with_later_weights(partial, hf_model) -> None:
+    assert partial.generate([0, 3, 1], 30, min_finished=3, max_steps=4) is None
+    cut = partial.cut()
+    assert partial.engine.requests == ()
+    assert [(one.prompt_index, one.first_sample) for one in cut] == [(0, 30), (3, 33), (1, 36)]
+    lengths = [len(begun.token_ids) for one in cut for begun in one.responses]
+    assert 0 < max(lengths) <= 4
+    earlier = [list(begun.token_ids) for one in cut for begun in one.responses]
+    stored = [Carried.from_state_dict(json.loads(json.dumps(one.state_dict()))) for one in cut]
+
+    other = copy.deepcopy(hf_model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    put_weights(partial, other, version=5)
+    batch = partial.generate([2], 60, carried=stored)
+
+    check_batch({key: value for key, value in batch.items() if key != "begun"}, SEQ_LENGTH)
+    assert batch["prompt_index"].tolist() == [0] * 3 + [3] * 3 + [1] * 3 + [2] * 3
+    assert batch["sample_index"].tolist() == [*range(30, 39), 60, 61, 62]
+    assert batch["weight_version"].tolist() == [5] * 12
+    decode = partial.tokenizer.tokenizer.decode
+    for row in range(12):
+        tokens = response(batch, row)
+        old = earlier[row] if row < 9 else []
+        assert tokens[: len(old)].tolist() == old
+        versions = batch["token_versions"][row][batch["loss_mask"][row, 1:] == 1]
+        assert versions.tolist() == [1] * len(old) + [5] * (len(tokens) - len(old))
+        assert (batch["token_versions"][row][batch["loss_mask"][row, 1:] == 0] == -1).all()
+        assert decode(tokens, skip_special_tokens=True).startswith(batch["str_outputs"][row])
+        # Each token's log-probability is that of the weights that sampled it.
+        length = len(batch["no_padded_query_ids"][row])
+        end = length + len(tokens)
+        for model, part in ((hf_model, slice(0, len(old))), (other, slice(len(old), None))):
+            want = hf_logprobs(model, batch["all_tokens"][row, :end], 0.7)[length - 1 :]
+            got = batch["logprobs"][row, length - 1 : end - 1]
+            torch.testing.assert_close(got[part], want[part], atol=0.15, rtol=0)
+
+
+def test_partial_rollouts_that_are_not_cut_give_the_samples_of_whole_ones(
+    ready, monkeypatch
+) -> None:
+    whole = ready.generate([0, 3], first_sample=30)
+    runtime = ready.runtime_args.model_copy(update={"max_rollout_round": 2})
+    monkeypatch.setattr(ready, "job", ready.job.model_copy(update={"runtime": runtime}))
+    parts = ready.generate([0, 3], first_sample=30)
+    assert torch.equal(whole["all_tokens"], parts["all_tokens"])
+    assert torch.equal(whole["logprobs"], parts["logprobs"])
+    assert whole["str_outputs"] == parts["str_outputs"]
+    finished = [begun.finish_reason for begun in parts["begun"]]
+    assert set(finished) <= {"stop", "length"}
+
+    # What is finished already is only handed back.
+    carried = [Carried(0, 30, 1, parts["begun"][:3]), Carried(3, 33, 1, parts["begun"][3:])]
+    ready.steps.clear()
+    again = ready.generate([], 0, carried=carried)
+    assert ready.steps == []
+    assert torch.equal(again["all_tokens"], parts["all_tokens"])

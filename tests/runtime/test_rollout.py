@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime import session
 from chatlearn_vllm.runtime.cluster import Cluster
@@ -42,6 +43,51 @@ class Answerer(BaseModule):
         }
 
 
+class PartialAnswerer(BaseModule):
+    """Writes one token per step to each open prompt, which ends after `prompt_index` tokens."""
+
+    open_prompts = ()
+    version = 1
+
+    def generate(
+        self, prompt_indices, first_sample, iteration, is_eval, min_finished, max_steps, carried
+    ):
+        assert not prompt_indices and not is_eval
+        self.version = iteration
+        for one in carried:
+            one.responses = one.responses or [Begun(), Begun()]
+        self.open_prompts = [*self.open_prompts, *carried]
+        done = self.take_finished()
+        for _ in range(max_steps):
+            if len(done) >= min(min_finished, len(self.open_prompts) + len(done)):
+                break
+            for one in self.open_prompts:
+                for begun in one.responses:
+                    begun.token_ids.append(7)
+                    begun.versions.append(self.version)
+            done += self.take_finished()
+        rows = [(one, copy) for one in done for copy in range(2)]
+        if not rows:
+            return None
+        return {
+            "sample_index": torch.tensor([one.first_sample + copy for one, copy in rows]),
+            "prompt_index": torch.tensor([one.prompt_index for one, _ in rows]),
+            "begun": [one.responses[copy] for one, copy in rows],
+        }
+
+    def take_finished(self):
+        def is_finished(one):
+            return len(one.responses[0].token_ids) >= one.prompt_index
+
+        done = [one for one in self.open_prompts if is_finished(one)]
+        self.open_prompts = [one for one in self.open_prompts if not is_finished(one)]
+        return done
+
+    def cut(self, iteration=0):
+        left, self.open_prompts = self.open_prompts, []
+        return [Carried(one.prompt_index, one.first_sample, 0, one.responses) for one in left]
+
+
 class Scorer(BaseModule):
     """Ten times the ordinal, and when."""
 
@@ -54,8 +100,11 @@ class Scorer(BaseModule):
 
 @pytest.fixture(scope="module")
 def groups(shared_cluster, tmp_path_factory):
-    session.init(str(write_job(tmp_path_factory.mktemp("rollout"))), ["models.reward.num_cpu=2"])
-    modules = [Answerer("policy"), Scorer("reward")]
+    session.init(
+        str(write_job(tmp_path_factory.mktemp("rollout"))),
+        ["models.reward.num_cpu=2", "models.policy_trainer.trainable=False"],
+    )
+    modules = [Answerer("policy"), PartialAnswerer("policy_trainer"), Scorer("reward")]
     cluster = Cluster(modules[0].job, modules)
     try:
         yield cluster.start()
@@ -112,3 +161,47 @@ def test_a_scorer_that_fails_meanwhile_is_named(groups):
     with pytest.raises(RankError, match="(?s)reward, replica .*an unlucky episode"):
         rollout.generate(PROMPTS, 0, 2, 13)
         rollout.scores("reward")
+
+
+def test_long_responses_go_on_in_later_episodes_until_their_last_round(groups):
+    prompts = [5, 5000, 9, 5, 200, 9, 5, 9]
+    work = [Carried(index, 2 * place, 0, []) for place, index in enumerate(prompts)]
+    rollout = Rollout(groups["policy_trainer"], max_open=4)
+
+    batch, carried = rollout.generate_until(work, 5, 2, iteration=1, max_rounds=3)
+
+    # The first of those that are answered, however many more are.
+    assert batch["sample_index"].tolist() == [0, 1, 4, 5, 6, 7, 10, 11, 12, 13]
+    assert "begun" not in batch
+    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 1), (200, 1), (9, 1)]
+
+    new = [Carried(3, 16 + 2 * place, 0, []) for place in range(4)]
+    batch, carried = Rollout(groups["policy_trainer"], max_open=4).generate_until(
+        [*carried, *new], 5, 2, iteration=2, max_rounds=3
+    )
+
+    assert batch["sample_index"].tolist()[:2] == [14, 15]
+    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 2), (200, 2)]
+    versions = carried[0].responses[0].versions
+    assert versions == sorted(versions) and set(versions) == {1, 2}
+
+    batch, carried = Rollout(groups["policy_trainer"], max_open=4).generate_until(
+        carried, 1, 2, iteration=3, max_rounds=3
+    )
+
+    # Both are answered in their last round, though one would have been enough.
+    assert batch["prompt_index"].tolist() == [5000, 5000]
+    assert [(one.prompt_index, len(one.responses[0].token_ids)) for one in carried] == [(200, 200)]
+
+
+def test_prompts_that_nobody_had_room_for_stay_as_they_are(groups):
+    work = [Carried(index, 2 * place, 0, []) for place, index in enumerate([1] * 4 + [3000] * 16)]
+
+    batch, carried = Rollout(groups["policy_trainer"], max_open=2).generate_until(
+        work, 4, 2, iteration=1, max_rounds=2
+    )
+
+    assert batch["prompt_index"].tolist() == [1] * 8
+    assert len(carried) == 16
+    untouched = [one for one in carried if one.num_rounds == 0]
+    assert untouched and all(one.responses == [] for one in untouched)
