@@ -9,6 +9,7 @@ from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, record
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.modules.reward_module import RewardModule
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.flow_steps import call_function, merged, policy_call, run_flow
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
@@ -80,10 +81,11 @@ class Trainer:
                 raise FlowError(
                     f"{self.flow.name} trains models.{module.name}: set its trainable: True"
                 )
-            if isinstance(module, PreferenceModule):
+            if isinstance(module, PreferenceModule | RewardModule):
                 raise FlowError(
                     f"{self.flow.name} trains models.{module.name}, a {type(module).__name__}: its "
-                    "rows come in pairs that have to stay together; use OnlineDPOEngine"
+                    "rows come in pairs that have to stay together; use OnlineDPOEngine or "
+                    "RewardEngine"
                 )
 
     @property
@@ -191,11 +193,11 @@ class Engine(RolloutEngine):
             ValueError: it is in doubt; nothing is started then.
         """
         self._settle_targets()
-        super()._drop_levels_that_mean_nothing()
+        super().check_policy_and_trainer()
         super().setup()
 
-    def _drop_levels_that_mean_nothing(self) -> None:
-        """Later: see `setup`."""
+    def check_policy_and_trainer(self) -> None:
+        """Not before `setup`, which knows whose weights the policy gets."""
 
     def _settle_targets(self) -> None:
         trained, pairs = self.trainer.models, dict(self._pairs)

@@ -91,8 +91,7 @@ class RolloutEngine(BaseEngine):
                 data_parallel_size=trainer.module_args.data_parallel_size,
             )
         self._check_sleep_level()
-        self._check_partial_rollouts()
-        self._drop_levels_that_mean_nothing()
+        self.check_policy_and_trainer()
 
     # ---- what kinds of training define ------------------------------------------------------
 
@@ -175,6 +174,15 @@ class RolloutEngine(BaseEngine):
         )
         self._memory[module.name] = memory
         memory.offload()
+
+    def check_policy_and_trainer(self) -> None:
+        """Check what the policy's keys mean for the model whose weights it gets, and the reverse.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        self._check_partial_rollouts()
+        self._drop_levels_that_mean_nothing()
 
     def _check_sleep_level(self) -> None:
         sleep_level = self.policy.model_args.sleep_level
