@@ -97,6 +97,10 @@ class EvalEngine(BaseEngine):
             writer.write(cur_iter, metrics)
         return metrics
 
+    def learn(self) -> list[dict[str, float]]:
+        """There is nothing to learn: evaluates once, see `eval`."""
+        return [{"episode": 0, **self.eval()}]
+
     def setup(self) -> None:
         """Start the ranks and build the models."""
         self.start_models()
@@ -118,8 +122,8 @@ class EvalEngine(BaseEngine):
         self._memory[module.name].offload()
 
     def run_episode(self, episode: int) -> dict[str, float]:
-        """Not for an evaluation: call `eval`, not `learn`."""
-        raise NotImplementedError("EvalEngine trains nothing: call eval()")
+        """Evaluate, while the models run."""
+        return self.evaluator.evaluate(self.groups, episode, self.run_dir, self.in_memory)
 
     def save_all(self, episode: int) -> None:
         """Nothing is trained, so nothing is saved."""
