@@ -48,8 +48,8 @@ class Gathering:
 
     @property
     def unset(self) -> dict[str, str]:
-        """Keys that are left out, without the maps around them; the variable that is not set."""
-        return {dotted.split(".")[-1]: name for (_, dotted), name in self._reader.unset.items()}
+        """Dotted keys that are left out, with the environment variable that is not set."""
+        return {dotted: name for (_, dotted), name in self._reader.unset.items()}
 
     def _left_out(self) -> Iterator[str]:
         by_file: dict[str, dict[str, str]] = {}

@@ -72,7 +72,7 @@ class _Validation:
 
     Args:
         tree: all keys of the job.
-        unset: names of keys that were left out, with the environment variable that is not set.
+        unset: dotted keys that were left out, with the environment variable that is not set.
     """
 
     def __init__(self, tree: Tree, unset: Mapping[str, str]) -> None:
@@ -180,7 +180,7 @@ class _Validation:
     def _report(self, key: Key, rule: str, suggestion: str | None = None) -> None:
         file, dotted = self._tree.origin(key)
         value = self._tree.get(key, NO_VALUE)
-        if value is NO_VALUE and (variable := self._unset.get(key[-1])):
+        if variable := self._unset.get(dotted):
             rule += f"; environment variable {variable} is not set"
         self.problems.append(Problem(file, dotted, rule, value, suggestion))
 

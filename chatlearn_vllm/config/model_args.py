@@ -104,8 +104,9 @@ class MicroBatchArgs(Section):
 
     max_tokens_per_micro_batch: Positive | None = None
     """Most tokens, padding included, that one forward (and backward) pass of one rank takes, at
-    least seq_length: rows of similar lengths go together, as many as fit. It replaces
-    train_micro_batch_size and generation_batch_size; None = these numbers of rows."""
+    least seq_length, for training on pairs twice that: rows of similar lengths go together, as many
+    as fit. It replaces train_micro_batch_size and generation_batch_size; None = these numbers of
+    rows."""
     sequence_packing: bool = False
     """Put the rows of a micro-batch behind each other instead of padding them to the longest; no
     token sees those of another row."""

@@ -12,7 +12,7 @@ import torch
 from chatlearn_vllm.data.batch import Batch
 
 if TYPE_CHECKING:
-    from chatlearn_vllm.modules.megatron_module import MegatronModule
+    from chatlearn_vllm.modules.base import BaseModule
 
 CHOSEN, REJECTED = "chosen_", "rejected_"
 """What the keys of a pair's two rows begin with, where a row of a batch is a whole pair."""
@@ -49,7 +49,7 @@ def is_pair(batch: Batch) -> torch.Tensor:
     return (batch["loss_mask"] != 0).any(1).view(-1, 2).any(1)
 
 
-def check_room_for_pairs(module: MegatronModule) -> None:
+def check_room_for_pairs(module: BaseModule) -> None:
     """Check that the two longest rows possible fit into one micro-batch of the module.
 
     Raises:

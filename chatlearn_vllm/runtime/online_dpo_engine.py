@@ -13,6 +13,7 @@ import torch
 from chatlearn_vllm.algorithms.preference import best_and_worst
 from chatlearn_vllm.data.batch import Batch, batch_size, select
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.pairs import check_room_for_pairs
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
 from chatlearn_vllm.runtime.scatter import train_rows
@@ -54,6 +55,7 @@ class OnlineDPOEngine(RolloutEngine):
                 f"{policy.model_args.num_inference_per_prompt} gives one response per prompt, and "
                 "Online DPO compares at least two; set num_inference_per_prompt: 2 or more"
             )
+        check_room_for_pairs(policy_trainer)
         self.reference = reference
         super().__init__(policy, reward, policy_trainer, scorers=[reference])
         self._unit = 2 * policy_trainer.module_args.data_parallel_size

@@ -7,6 +7,8 @@ from typing import Any
 
 from chatlearn_vllm.data.preferences import preference_pairs
 from chatlearn_vllm.data.prompts import load_prompts
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.pairs import check_room_for_pairs
 from chatlearn_vllm.runtime.record_engine import RecordEngine
 
 
@@ -15,9 +17,10 @@ class RewardEngine(RecordEngine):
 
     Records are of any form that `preference_pairs` reads; `sample_per_episode` and
     `train_global_batch_size` count pairs. Pairs that are not trained on, `runtime.eval_data_path`,
-    are compared every `eval_episode_interval` episodes and after the last one. For that the
-    module's `compare(data, iteration)` gets `{"pairs": ...}`, a list of B dicts with `prompt`,
-    `chosen` and `rejected`, and returns `chosen_rewards` and `rejected_rewards` [B].
+    are compared every `eval_episode_interval` episodes and after the last one. The module has
+    `train_records`, see `RecordEngine`, and `compare(data, iteration)`: it gets `{"pairs": ...}`, a
+    list of B dicts with `prompt`, `chosen` and `rejected`, and returns `chosen_rewards` and
+    `rejected_rewards` [B].
 
     Example:
         engine = RewardEngine(reward_trainer)
@@ -25,7 +28,18 @@ class RewardEngine(RecordEngine):
         engine.learn()
     """
 
-    _eval_pairs: Sequence[Any] | None = None
+    def __init__(self, reward_trainer: BaseModule) -> None:
+        """Say what is trained.
+
+        Args:
+            reward_trainer: a `RewardModule` with the two methods above.
+
+        Raises:
+            ValueError: keys of the yaml do not fit together.
+        """
+        check_room_for_pairs(reward_trainer)
+        super().__init__(reward_trainer)
+        self._eval_pairs: Sequence[Any] | None = None
 
     def set_eval_dataset(self, records: Sequence[Any]) -> None:
         """Say what to evaluate on; without it, `runtime.eval_data_path` is read."""

@@ -112,6 +112,12 @@ def test_a_bad_pair_is_named_before_anything_starts(inputs, tmp_path):
         made.setup()
 
 
+def test_a_micro_batch_without_room_for_a_pair_is_refused_before_anything_starts(inputs, tmp_path):
+    limit = "models.reward_trainer.model_args.max_tokens_per_micro_batch=31"
+    with pytest.raises(ValueError, match="=31 must be at least 2 x seq_length = 32"):
+        engine(tmp_path, inputs, limit)
+
+
 def engine(output, inputs, *overrides):
     path = output / "job.yaml"
     path.write_text(JOB.format(output=output, **inputs))
