@@ -10,7 +10,6 @@ import torch
 import yaml
 
 import chatlearn_vllm
-from chatlearn_vllm.algorithms.advantages import group_advantages
 from chatlearn_vllm.job.flow import FlowError, apply
 from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.observability.metrics import read_metrics
@@ -55,7 +54,7 @@ def run_the_page(modules):
     """What the page's first example does, with the function of its second one."""
     example, function = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
     names = {name: getattr(chatlearn_vllm, name) for name in chatlearn_vllm.__all__}
-    script = {**names, **modules, "group_advantages": group_advantages, "prompts": PROMPTS}
+    script = {**names, **modules, "prompts": PROMPTS}
     exec(function, script)
     exec(example, script)
     return script["history"], script["engine"].run_dir
@@ -148,11 +147,14 @@ def better_half(batch):
     return chosen, {"rollout/value_mean": batch["values"].mean().item()}
 
 
-def actor_critic_flows(models):
+def actor_critic_flows(models, *, trained_model_scores=False):
     def env_flow(prompts):
         samples = models.policy.forward_step(prompts)
         scored = models.reward.forward_step(samples)
-        return apply(better_half, scored, models.value.forward_step(samples))
+        scores = [scored, models.value.forward_step(samples)]
+        if trained_model_scores:  # were its values not those of `value`, they would not merge
+            scores.append(models.ppo_value.forward_step(samples))
+        return apply(better_half, *scores)
 
     def trainer_flow(batch):
         models.ppo_policy.train_step(batch)
@@ -170,7 +172,7 @@ def actor_critic(shared_cluster, tmp_path_factory):
     """Two models trained on half of the samples; evaluated with a model of its own."""
     session.init(str(write_actor_critic_job(tmp_path_factory.mktemp("actor_critic"))))
     models = actor_critic_modules()
-    env_flow, trainer_flow, eval_flow = actor_critic_flows(models)
+    env_flow, trainer_flow, eval_flow = actor_critic_flows(models, trained_model_scores=True)
     engine = Engine(
         Environment(env_flow),
         Trainer(trainer_flow),
@@ -188,11 +190,14 @@ def test_the_model_that_feeds_the_policy_is_trained_last_and_scorers_take_turns(
     first = calls.index("policy generate train 0")
     streamed = [call for call in calls if call.startswith("reward")]  # while the policy generates
     others = [call for call in calls[first:] if not call.startswith(("reward", "policy generate"))]
-    assert others[:22] == [
+    assert others[:25] == [
         "policy sleep",
         "value onload",
         "value forward_step 16",
         "value offload",
+        "ppo_value onload weights",
+        "ppo_value forward_step 16",
+        "ppo_value offload weights",
         "ppo_value onload weights grads optimizer",
         "ppo_value train 8",
         "ppo_value offload grads optimizer",
@@ -275,14 +280,20 @@ def test_a_policy_with_weights_of_its_own_is_evaluated_without_a_trainer(
     session.init(str(path))
     policy, reward, value = KnowingPolicy("policy"), ToyReward("reward"), Politeness("value")
 
+    def digits(batch):
+        lengths = torch.tensor([sum(map(str.isdigit, text)) for text in batch["str_outputs"]])
+        return {"digits": lengths}, {"eval/digits_mean": lengths.float().mean().item()}
+
     def eval_flow(prompts):
-        return reward.eval_forward(value.eval_forward(policy.eval_forward(prompts)))
+        answers = value.eval_forward(policy.eval_forward(prompts))
+        return reward.eval_forward(apply(digits, answers))
 
     engine = EvalEngine(eval_flow).set_dataset(PROMPTS[:6])
     metrics = engine.eval(cur_iter=3, train_iteration=12)
 
     assert metrics["eval/num_samples"] == 6
     assert metrics["eval/reward_mean"] > 0.7  # 0.89 of all tokens are expected to be good
+    assert metrics["eval/digits_mean"] == 6.0
     assert metrics["time/eval_s"] > 0
     assert calls_of(engine.run_dir) == [
         "value model_setup",
