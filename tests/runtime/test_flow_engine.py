@@ -11,12 +11,16 @@ import yaml
 
 import chatlearn_vllm
 from chatlearn_vllm.job.flow import FlowError, apply
+from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.modules.value_module import ValueModule
+from chatlearn_vllm.modules.vllm_module import VLLMModule
 from chatlearn_vllm.observability.metrics import read_metrics
 from chatlearn_vllm.runtime import session
 from chatlearn_vllm.runtime.eval_engine import EvalEngine
 from chatlearn_vllm.runtime.evaluator import Evaluator
-from chatlearn_vllm.runtime.flow_engine import Engine, Environment, Trainer
+from chatlearn_vllm.runtime.flow_engine import Engine, Environment, TakesWeights, Trainer
+from chatlearn_vllm.runtime.flow_steps import AnswersPrompts
 from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
 from tests.helpers.toy_modules import (
     GOOD_TOKEN,
@@ -324,6 +328,12 @@ def models(tmp_path):
 def refused(message, make, error=FlowError):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_the_package_s_own_classes_can_play_the_roles_that_are_meant_for_them():
+    assert issubclass(VLLMModule, AnswersPrompts) and issubclass(VLLMModule, TakesWeights)
+    assert issubclass(ValueModule, TakesWeights)
+    assert not issubclass(MegatronModule, AnswersPrompts | TakesWeights)
 
 
 def test_a_trainer_s_flow_only_trains(models):
