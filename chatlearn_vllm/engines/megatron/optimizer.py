@@ -68,9 +68,11 @@ def build_optimizer(
         use_gloo_process_groups=False,  # parallel.py makes none
     )
     for part in optimizer.chained_optimizers:
-        if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.Adam):
+        if type(part) is DistributedOptimizer:
             # Chosen for this instance only; megatron-core's own name keeps its class.
-            part.__class__ = TorchAdamDistributedOptimizer
+            part.__class__ = ReshardableDistributedOptimizer
+            if isinstance(part.optimizer, torch.optim.Adam):
+                part.__class__ = TorchAdamDistributedOptimizer
             part.dense_part = optimizer.chained_optimizers[0]
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
@@ -114,16 +116,46 @@ def build_scheduler(optimizer: MegatronOptimizer, args: "ModelArgs") -> Optimize
     )
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class ReshardableDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose checkpoints are right with several gradient buckets.
+
+    There are several where embeddings are tied over pipeline stages: those have one of their own.
+    """
+
+    dense_part: MegatronOptimizer
+    """The optimizer of the dense parameters, perhaps this one; every rank has some."""
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        """As upstream, with the padding at the end of each bucket, which upstream leaves out.
+
+        The places of parameters, by which the format `fully_reshardable` cuts these tensors, count
+        it: from the second bucket on every parameter would be saved with its neighbour's numbers.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is not None:
+            for number, buffer in enumerate(self.buffers):
+                for tensors in state[number].values():
+                    for key in ("param", "exp_avg", "exp_avg_sq"):
+                        tensors[key] = _with_padding(tensors[key], buffer)
+        return state
+
+
+def _with_padding(compact: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """What lies bucket after bucket -> [numel], each bucket where it is in the buffer."""
+    padded = compact.new_zeros(buffer.numel)
+    sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+    for bucket, part in zip(buffer.buckets, compact.split(sizes), strict=True):
+        padded[bucket.offset : bucket.offset + len(part)] = part
+    return padded
+
+
+class TorchAdamDistributedOptimizer(ReshardableDistributedOptimizer):
     """DistributedOptimizer whose checkpoints are right with torch's Adam inside.
 
     Without Transformer Engine and apex megatron-core (0.16.1 to 0.19.2) uses torch's Adam, whose
     state has one `step` tensor per parameter where the fused Adams have one number per group. Its
     code for state dicts assumes the latter; what goes wrong is said at each method.
     """
-
-    dense_part: MegatronOptimizer
-    """The optimizer of the dense parameters, perhaps this one; every rank has some."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As upstream, which asserts that a step was taken: a fresh optimizer could not load.
