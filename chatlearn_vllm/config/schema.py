@@ -282,6 +282,9 @@ class OutputKeys(Section):
     """Go on from the newest checkpoint of this experiment, if there is one."""
     data_checkpoint_path: str | None = None
     """Directory of the position in the data; None = with the checkpoints."""
+    async_save: bool = False
+    """Copy a checkpoint to host memory and write it while the job goes on; it counts when all ranks
+    have written it. Needs host memory for a trainer's weights and optimizer once more."""
     max_ckpt_to_keep: Positive | None = None
     """Keep only this many newest checkpoints, trainers' files and positions in the data together,
     and the one that the run was resumed from; older ones go when a newer one is complete. None =

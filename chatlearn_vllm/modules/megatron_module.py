@@ -329,8 +329,21 @@ class MegatronModule(BaseModule, ABC):
         return tensors
 
     def save_checkpoint(self, iteration: int) -> None:
-        """Save weights, optimizer, schedule and random states for a later resume."""
-        self.engine.save_checkpoint(self.checkpoint_dir, iteration)
+        """Save weights, optimizer, schedule and random states for a later resume.
+
+        With `runtime.async_save` it is there after `finish_checkpoint` only.
+        """
+        self.engine.save_checkpoint(
+            self.checkpoint_dir, iteration, in_background=self.runtime_args.async_save
+        )
+
+    def is_checkpoint_written(self) -> bool:
+        """Whether `finish_checkpoint` will not have to wait for this rank."""
+        return self.engine.is_checkpoint_written
+
+    def finish_checkpoint(self) -> None:
+        """Wait until what `save_checkpoint` writes in the background is there, if there is any."""
+        self.engine.finish_checkpoint()
 
     def load_checkpoint(self, iteration: int | None = None) -> int | None:
         """Load what `save_checkpoint` saved, the newest by default; any parallel sizes.

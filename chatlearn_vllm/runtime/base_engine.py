@@ -269,13 +269,14 @@ class BaseEngine(ABC):
             for episode in range(done + 1, total + 1):
                 metrics = self._run_timed_episode(episode)
                 writer.write(episode, metrics)
-                self._confirm_checkpoint()
+                self._confirm_checkpoint(wait=False)
                 history.append({"episode": episode, **metrics})
                 if episode % self.args.log_interval == 0 or episode == total:
                     progress.update(episode, metrics)
                 if self._stop.is_made:
                     self._end_early(episode)
                     break
+            self._confirm_checkpoint()
         return history
 
     def _run_timed_episode(self, episode: int) -> dict[str, float]:
@@ -308,6 +309,8 @@ class BaseEngine(ABC):
     def save(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
         """Save a trainer now; see `save_if_due`."""
         with self.timers.phase("save"):
+            if self._unconfirmed is not None:
+                self._confirm_checkpoint()
             # An earlier run may have left that episode's, which speaks of other files.
             remove_states(self._state_dir, [episode])
             trainer.call("save_checkpoint", episode)
@@ -316,11 +319,21 @@ class BaseEngine(ABC):
                     episode, self.weight_version, self.sampler.state_dict(), self.state_dict()
                 )
 
-    def _confirm_checkpoint(self) -> None:
-        """Say that the checkpoint of a finished episode is complete; remove what it replaces."""
-        state, self._unconfirmed = self._unconfirmed, None
-        if state is None:
+    def _confirm_checkpoint(self, *, wait: bool = True) -> None:
+        """Say that the checkpoint of a finished episode is complete; remove what it replaces.
+
+        Args:
+            wait: for what trainers write in the background; else do nothing while they do.
+        """
+        if self._unconfirmed is None:
             return
+        groups = [self.groups[trainer.name] for trainer in self._megatron_trainers()]
+        if self.args.async_save:
+            if not wait and not all(all(group.call("is_checkpoint_written")) for group in groups):
+                return
+            for group in groups:
+                group.call("finish_checkpoint")
+        state, self._unconfirmed = self._unconfirmed, None
         save_state(self._state_dir, state, keep=self.args.max_data_ckpt_nums)
         if self._saved_episode is None:
             self._remove_later_states(state.episode)
@@ -363,6 +376,7 @@ class BaseEngine(ABC):
 
     def _end_early(self, episode: int) -> None:
         """Save, unless that has been done, or nothing is to be saved."""
+        self._confirm_checkpoint()
         if self.args.save_episode_interval is not None and self._saved_episode != episode:
             self.save_all(episode)
             self._confirm_checkpoint()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,7 +41,7 @@ def model_dir(tmp_path_factory) -> Path:
     return directory
 
 
-def write_job(directory: Path, model_dir: Path) -> Path:
+def write_job(directory: Path, model_dir: Path, **runtime: Any) -> Path:
     common = {"load": str(model_dir), "seq_length": 32, "max_new_tokens": 12, "seed": 3}
     job = {
         "models": {
@@ -58,7 +59,7 @@ def write_job(directory: Path, model_dir: Path) -> Path:
             "num_episode": EPISODES, "sample_per_episode": 32, "train_micro_batch_size": 8,
             "train_global_batch_size": 16, "output_dir": str(directory), "exp_name": "run",
             "save_episode_interval": 1, "max_ckpt_to_keep": 2,
-            "colocation": ["policy,policy_trainer"],
+            "colocation": ["policy,policy_trainer"], **runtime,
         },
     }  # fmt: skip
     directory.mkdir()
@@ -102,6 +103,7 @@ def kill_when(process: subprocess.Popen, paths: list[Path], directory: Path) -> 
 
 
 def test_a_killed_job_goes_on_to_the_same_metrics_weights_and_optimizer(model_dir, tmp_path):
+    """The one that is killed also writes its checkpoints in the background."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     wait(start(whole, write_job(whole, model_dir)), whole)
     assert sorted(path.name for path in checkpoints(whole, "policy_trainer").iterdir()) == [
@@ -111,7 +113,7 @@ def test_a_killed_job_goes_on_to_the_same_metrics_weights_and_optimizer(model_di
         "episode_00000002", "episode_00000003",
     ]  # fmt: skip
 
-    job = write_job(parts, model_dir)
+    job = write_job(parts, model_dir, async_save=True)
     second = checkpoints(parts, "policy_trainer") / "iter_0000002"
     unfinished = second.with_name(".iter_0000002.writing")
     kill_when(start(parts, job), [second, unfinished], parts)

@@ -7,12 +7,14 @@ import random
 import re
 import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from chatlearn_vllm.engines.megatron import checkpoint, checkpoint_files
+from chatlearn_vllm.engines.megatron.background_writer import BackgroundWriter
 from tests.helpers.ranks import Ranks
 from tests.megatron import tiny_models
 
@@ -71,6 +73,17 @@ def test_resume_on_the_same_ranks_continues_the_curve(ranks, llama, tmp_path, se
     ranks[4].run(train_and_save, llama, tmp_path, steps=2, **settings)
     for _, curve in ranks[4].run(resume, llama, tmp_path, **settings):
         assert np.allclose(curve, expected, rtol=1e-5), f"{curve}\n{expected}"
+
+
+def test_tied_embeddings_on_two_stages_are_resumed_on_the_same_and_on_other_ranks(ranks, tmp_path):
+    tied = tiny_models.save_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    for settings in ({}, {"vpp": 2}):  # the embedding has a gradient bucket of its own
+        directory = tmp_path / f"saved{len(settings)}"
+        steps = ranks[4].run(train_save_and_train, tied, directory, pp=2, **settings)[0]
+        for _, curve in ranks[4].run(resume, tied, directory, pp=2, **settings):
+            assert curve == steps
+        ((_, curve),) = ranks[1].run(resume, tied, directory)
+        assert np.allclose(curve, steps, rtol=2e-4), f"{curve}\n{steps}"
 
 
 def test_each_parameter_has_its_own_step_count_after_a_resume(ranks, llama, saved_by_two):
@@ -162,6 +175,32 @@ def test_latest_names_the_newest_complete_checkpoint(ranks, llama, tmp_path):
     assert names == ["iter_0000001", "iter_0000002", "latest"]
 
 
+def test_what_is_saved_in_the_background_is_what_was_there_when_the_save_began(
+    ranks, llama, tmp_path
+):
+    now, later = tmp_path / "now", tmp_path / "later"
+    # with the distributed optimizer megatron-core makes copies of its own
+    settings = {"tp": 2, "use_distributed_optimizer": False}
+    ranks[2].run(save_in_the_background_of_a_step, llama, now, later, **settings)
+    names = sorted(path.name for path in now.glob("iter_*/*"))
+    assert names == sorted(path.name for path in later.glob("iter_*/*"))
+    for path in now.glob("iter_0000001/*"):
+        if path.suffix in (".distcp", ".pt"):
+            other = later / "iter_0000001" / path.name
+            assert path.read_bytes() == other.read_bytes(), path.name
+    assert (later / "latest").read_text() == "iter_0000002\n"
+    assert [checkpoint_files.problems(later / f"iter_000000{n}") for n in (1, 2)] == [[], []]
+    one, two = (later / f"iter_000000{n}" / "__0_0.distcp" for n in (1, 2))
+    assert one.read_bytes() != two.read_bytes()
+
+
+def test_a_failure_in_the_background_is_raised_on_all_ranks_with_its_rank(ranks, llama, tmp_path):
+    for message in ranks[2].run(error_of_saving_in_the_background, llama, tmp_path, tp=2):
+        assert re.search("could not be written: rank 1: .*OSError: disk full", message, re.DOTALL)
+        assert "rank 0" not in message
+    assert [path.name for path in tmp_path.iterdir()] == [".iter_0000001.writing"]
+
+
 def test_saving_leaves_no_process_behind(ranks, llama, tmp_path):
     assert ranks[2].run(processes_after_save, llama, tmp_path) == [0, 0]
 
@@ -183,7 +222,7 @@ def test_missing_psutil_is_said_instead_of_hanging(monkeypatch, tmp_path):
         importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name)
     )
     with pytest.raises(ValueError, match="pip install psutil"):
-        checkpoint.save(tmp_path, 1, state=None, args=None, hf_files=None)
+        checkpoint.UnfinishedSave(tmp_path, 1, None, None, None, in_background=False)
 
 
 def train_and_save(path, directory, steps, **settings):
@@ -192,6 +231,13 @@ def train_and_save(path, directory, steps, **settings):
         if directory is not None:
             engine.save_checkpoint(directory, steps)
         return curve
+
+
+def train_save_and_train(path, directory, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        tiny_models.train(engine, 2)
+        engine.save_checkpoint(directory, 2)
+        return tiny_models.train(engine, 3)
 
 
 def resume(path, directory, steps=3, **settings):
@@ -257,6 +303,52 @@ def save_twice_then_fail(path, directory):
             return str(error)
         finally:
             checkpoint._random_state = original
+
+
+def save_in_the_background_of_a_step(path, now, later, **settings):
+    released = threading.Event()
+    write_file = BackgroundWriter._write_file
+
+    def held_back(self, number):
+        assert released.wait(60)
+        return write_file(self, number)
+
+    BackgroundWriter._write_file = held_back
+    try:
+        with tiny_models.engine(path, **settings) as engine:
+            tiny_models.train(engine, 1)
+            engine.save_checkpoint(now, 1)
+            engine.save_checkpoint(later, 1, in_background=True)
+            tiny_models.train(engine, 1)
+            engine.offload()
+            engine.onload()
+            assert not engine.is_checkpoint_written
+            assert not (later / "iter_0000001").exists()
+            released.set()
+            engine.save_checkpoint(later, 2, in_background=True)
+            assert (later / "iter_0000001").exists()
+            engine.finish_checkpoint()
+            engine.save_checkpoint(now, 2)
+    finally:
+        BackgroundWriter._write_file = write_file
+
+
+def error_of_saving_in_the_background(path, directory, **settings):
+    def fail(self, number):
+        raise OSError("disk full")
+
+    write_file = BackgroundWriter._write_file
+    try:
+        with tiny_models.engine(path, **settings) as engine:
+            if torch.distributed.get_rank() == 1:
+                BackgroundWriter._write_file = fail
+            engine.save_checkpoint(directory, 1, in_background=True)
+            try:
+                engine.finish_checkpoint()
+            except RuntimeError as error:
+                return str(error)
+    finally:
+        BackgroundWriter._write_file = write_file
 
 
 def processes_after_save(path, directory):

@@ -14,7 +14,8 @@ The only package that imports megatron.core. In reading order:
     optimizer.py        data parallel wrapper, optimizer, schedule
     offload.py          device memory out and back in
     checkpoint.py       megatron-core's dist_checkpointing, for resume
-    checkpoint_files.py which checkpoints are whole; which may go
+    background_writer.py    writes its tensors while training goes on
+    checkpoint_files.py     which checkpoints are whole; which may go
     export.py           a checkpoint -> Hugging Face form or PEFT, in one process
     cpu.py              what lets all of this run without a GPU
 """

@@ -30,6 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from chatlearn_vllm.engines.megatron import checkpoint_files
+from chatlearn_vllm.engines.megatron.background_writer import BackgroundWriter
 from chatlearn_vllm.engines.megatron.checkpoint_files import (
     FORMAT_VERSION,
     HF_FILES,
@@ -38,7 +39,8 @@ from chatlearn_vllm.engines.megatron.checkpoint_files import (
     checkpoint_name,
 )
 from chatlearn_vllm.engines.megatron.files import (
-    atomic_directory,
+    begin_directory,
+    commit_directory,
     read_json,
     write_text_atomically,
 )
@@ -83,41 +85,82 @@ class HFFiles(NamedTuple):
     """Where the tokenizer files are."""
 
 
-def save(
-    directory: Path, iteration: int, state: Resumable, args: ModelArgs, hf_files: HFFiles
-) -> None:
-    """Write one checkpoint, whole or not at all, then point `latest` at it. All ranks.
+class UnfinishedSave:
+    """A checkpoint that is being written; from `finish` on it is there."""
 
-    Raises:
-        ValueError: psutil is not installed; megatron-core would hang instead of saying so.
-    """
-    if importlib.util.find_spec("psutil") is None:
-        raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
-    about = _describe(args, iteration)
-    name = checkpoint_name(iteration)
-    if dist.get_rank() == 0:
-        checkpoint_files.remove_unfinished(directory)
-    with atomic_directory(directory / name) as temporary:
-        sharded = _sharded_state(state, about["optimizer_format"], is_loading=False)
+    def __init__(
+        self,
+        directory: Path,
+        iteration: int,
+        state: Resumable,
+        args: ModelArgs,
+        hf_files: HFFiles,
+        *,
+        in_background: bool,
+    ) -> None:
+        """Write everything, or what is left to write in the background. All ranks.
+
+        Args:
+            directory: where the checkpoints are.
+            iteration: number of this one.
+            state: what to save; may change afterwards.
+            args: settings of the model.
+            hf_files: what an export needs besides.
+            in_background: let a thread write the tensors from copies in host memory.
+
+        Raises:
+            ValueError: psutil is not installed; megatron-core would hang instead of saying so.
+        """
+        if importlib.util.find_spec("psutil") is None:
+            raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
+        self._directory, self._name = directory, checkpoint_name(iteration)
+        self._about = {
+            **_describe(args, iteration),
+            "format_version": FORMAT_VERSION,
+            "head": state.head,
+            "model_type": hf_files.config["model_type"],
+            "load": args.load,
+        }
+        self._hf_files = hf_files
+        self._dtype = next(state.chunks[0].parameters()).dtype
+        if dist.get_rank() == 0:
+            checkpoint_files.remove_unfinished(directory)
+        self._temporary = begin_directory(directory / self._name)
+        sharded = _sharded_state(state, self._about["optimizer_format"], is_loading=False)
+        self._writer: BackgroundWriter | None = None
         with _write_results_stay_in_this_process():
-            dist_checkpointing.save(sharded, str(temporary))
-        torch.save(_random_state(), temporary / f"rng_{dist.get_rank():05d}.pt")
+            request = dist_checkpointing.save(
+                sharded, str(self._temporary), async_sharded_save=in_background
+            )
+        if request is not None:
+            self._writer = BackgroundWriter(request)
+        torch.save(_random_state(), self._temporary / f"rng_{dist.get_rank():05d}.pt")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `finish` will not have to wait for this rank. Not collective."""
+        return self._writer is None or self._writer.is_done
+
+    def finish(self) -> None:
+        """Wait for all ranks' files, note down what they are, point `latest` at them. All ranks.
+
+        Raises:
+            RuntimeError: on all ranks: a rank could not write in the background.
+        """
+        if self._writer is not None:
+            self._writer.finish()
         dist.barrier()
         if dist.get_rank() == 0:
-            dtype = next(state.chunks[0].parameters()).dtype
-            (temporary / HF_FILES).mkdir()
-            write_side_files(temporary / HF_FILES, hf_files.config, dtype, hf_files.directories)
-            about |= {
-                "format_version": FORMAT_VERSION,
-                "head": state.head,
-                "model_type": hf_files.config["model_type"],
-                "load": args.load,
-                "files": checkpoint_files.describe_files(temporary),
-            }
-            (temporary / MARKER).write_text(json.dumps(about, indent=2) + "\n")
-    if dist.get_rank() == 0:
-        write_text_atomically(directory / LATEST, name + "\n")
-    dist.barrier()
+            hf = self._temporary / HF_FILES
+            hf.mkdir()
+            write_side_files(hf, self._hf_files.config, self._dtype, self._hf_files.directories)
+            files = checkpoint_files.describe_files(self._temporary)
+            text = json.dumps({**self._about, "files": files}, indent=2) + "\n"
+            (self._temporary / MARKER).write_text(text)
+        commit_directory(self._directory / self._name)
+        if dist.get_rank() == 0:
+            write_text_atomically(self._directory / LATEST, self._name + "\n")
+        dist.barrier()
 
 
 def load(directory: Path, iteration: int | None, state: Resumable, args: ModelArgs) -> int | None:
@@ -304,8 +347,9 @@ def _write_results_stay_in_this_process() -> Iterator[None]:
     """Within the block megatron-core collects the results of its writers in a plain queue.
 
     For saves in the background it would start a process to hold that queue: seconds per save,
-    hundreds of MiB per rank, and it outlives a rank that is killed. Nothing here saves in the
-    background. The queue is a variable of megatron-core's module, which is put back.
+    hundreds of MiB per rank, and it outlives a rank that is killed. What is written in the
+    background here, a thread writes. The queue is a variable of megatron-core's module, which is
+    put back.
     """
     original = filesystem_async._results_queue
     filesystem_async._results_queue = queue.Queue()

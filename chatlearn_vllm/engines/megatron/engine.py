@@ -145,6 +145,7 @@ class MegatronEngine:
         self._modules: list[torch.nn.Module] = []
         self.optimizer = None
         self.scheduler = None
+        self._unfinished_save: checkpoint.UnfinishedSave | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -682,10 +683,44 @@ class MegatronEngine:
         return parallel_state.get_data_parallel_rank() == 0
 
     @cuda_means_cpu()
-    def save_checkpoint(self, directory: str | Path, iteration: int) -> None:
-        """Write everything that resuming needs to <directory>/iter_<iteration>."""
+    def save_checkpoint(
+        self, directory: str | Path, iteration: int, *, in_background: bool = False
+    ) -> None:
+        """Write everything that resuming needs to <directory>/iter_<iteration>.
+
+        With `in_background` it is there after `finish_checkpoint` only, which all other methods
+        for checkpoints call first. The weights may change and move in the meantime.
+        """
         self._require_onloaded(self._weights, self._optimizer_states)
-        checkpoint.save(Path(directory), iteration, self._resumable(), self.args, self._hf_files())
+        self.finish_checkpoint()
+        save = checkpoint.UnfinishedSave(
+            Path(directory),
+            iteration,
+            self._resumable(),
+            self.args,
+            self._hf_files(),
+            in_background=in_background,
+        )
+        if in_background:
+            self._unfinished_save = save
+        else:
+            save.finish()
+
+    @property
+    def is_checkpoint_written(self) -> bool:
+        """Whether `finish_checkpoint` will not have to wait for this rank. Not collective."""
+        return self._unfinished_save is None or self._unfinished_save.is_written
+
+    @cuda_means_cpu()
+    def finish_checkpoint(self) -> None:
+        """Wait until what `save_checkpoint` writes in the background is there, if there is any.
+
+        Raises:
+            RuntimeError: a rank could not write it.
+        """
+        save, self._unfinished_save = self._unfinished_save, None
+        if save is not None:
+            save.finish()
 
     @cuda_means_cpu()
     def load_checkpoint(self, directory: str | Path, iteration: int | None = None) -> int | None:
@@ -699,6 +734,7 @@ class MegatronEngine:
             The iteration that was read; None if there is no checkpoint and none was asked for.
         """
         self._require_onloaded(self._weights, self._optimizer_states)
+        self.finish_checkpoint()
         return checkpoint.load(Path(directory), iteration, self._resumable(), self.args)
 
     def _resumable(self) -> checkpoint.Resumable:

@@ -18,26 +18,41 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Collective over all ranks, which must share the file system; a process without a process group
     is alone. If the block raises, `path` is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.writing")
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
+    temporary = begin_directory(path)
     try:
         yield temporary
     except BaseException:
         if world_size() == 1:  # else other ranks may still be writing
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    commit_directory(path)
+
+
+def begin_directory(path: Path) -> Path:
+    """Make the directory that `commit_directory` renames to `path`. Collective."""
+    temporary = _unfinished(path)
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    return temporary
+
+
+def commit_directory(path: Path) -> None:
+    """Put what was written since `begin_directory` in the place of `path`. Collective."""
     barrier()  # every rank has written its part
     if rank() == 0:
         replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        _unfinished(path).rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
     barrier()  # no rank goes on before the directory is there
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
 
 
 def rank() -> int:
