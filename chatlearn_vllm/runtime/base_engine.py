@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -315,8 +316,12 @@ class BaseEngine(ABC):
             remove_states(self._state_dir, [episode])
             trainer.call("save_checkpoint", episode)
             if is_last:
+                # A copy: the next episode may have begun when it is written.
                 self._unconfirmed = DriverState(
-                    episode, self.weight_version, self.sampler.state_dict(), self.state_dict()
+                    episode,
+                    self.weight_version,
+                    deepcopy(self.sampler.state_dict()),
+                    deepcopy(self.state_dict()),
                 )
 
     def _confirm_checkpoint(self, *, wait: bool = True) -> None:
