@@ -219,14 +219,7 @@ def _check_files(path: Path) -> None:
 
 
 def _describe(args: ModelArgs, iteration: int) -> dict[str, Any]:
-    if not args.use_distributed_optimizer:
-        optimizer_format = "replicated"
-    elif args.overlap_grad_reduce:
-        # With several gradient buckets the paddings at their ends would shift the optimizer's
-        # state in the reshardable format: megatron-core warns and writes wrong numbers.
-        optimizer_format = "dp_reshardable"
-    else:
-        optimizer_format = "fully_reshardable"
+    optimizer_format = "fully_reshardable" if args.use_distributed_optimizer else "replicated"
     return {
         "iteration": iteration,
         "world_size": dist.get_world_size(),
@@ -258,14 +251,6 @@ def _check_readable(path: Path, about: dict[str, Any], args: ModelArgs) -> None:
         raise ValueError(
             f"{path}: was saved with use_distributed_optimizer={saved != 'replicated'}, "
             f"set it so (it is {args.use_distributed_optimizer})"
-        )
-    changed = [key for key in _changed_keys(about, args) if key != "world_size"]
-    if "dp_reshardable" in (saved, wanted) and (saved != wanted or changed):
-        raise ValueError(
-            f"{path}: optimizer format {saved!r} cannot be read here; with "
-            "overlap_grad_reduce=True on either side that setting and the tensor and pipeline "
-            "parallel sizes must stay the same"
-            + "".join(f"; {key} was {about[key]}, is {mine[key]}" for key in changed)
         )
 
 

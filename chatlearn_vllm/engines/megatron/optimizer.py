@@ -119,7 +119,8 @@ def build_scheduler(optimizer: MegatronOptimizer, args: "ModelArgs") -> Optimize
 class ReshardableDistributedOptimizer(DistributedOptimizer):
     """DistributedOptimizer whose checkpoints are right with several gradient buckets.
 
-    There are several where embeddings are tied over pipeline stages: those have one of their own.
+    There are several with overlap_grad_reduce, and where embeddings are tied over pipeline stages:
+    those have one of their own.
     """
 
     dense_part: MegatronOptimizer
