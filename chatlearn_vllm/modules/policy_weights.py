@@ -8,24 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatlearn_vllm.layouts import CheckpointShards, ShardedModel
-from chatlearn_vllm.observability.logging import get_logger
-from chatlearn_vllm.weight_sync.receiver import Arrival, ReaderPlan, WeightReceiver
+from chatlearn_vllm.modules.receives_weights import IncomingWeights
 
 if TYPE_CHECKING:
     from chatlearn_vllm.engines.vllm_engine import VLLMEngine
     from chatlearn_vllm.weight_sync.digest import Sample
-    from chatlearn_vllm.weight_sync.links import Links
-    from chatlearn_vllm.weight_sync.remote import Link
-    from chatlearn_vllm.weight_sync.sender import Sent
+    from chatlearn_vllm.weight_sync.receiver import WeightReceiver
     from chatlearn_vllm.weight_sync.transport import Export
-
-logger = get_logger(__name__)
 
 LOADER_BYTES = 512 * 2**20
 """Whole tensors that wait for vLLM's loader at a time, unless a single one is larger."""
 
 
-class PolicyWeights:
+class PolicyWeights(IncomingWeights):
     """The receiving end of the weight sync, for one engine."""
 
     def __init__(self, engine: VLLMEngine, path: str) -> None:
@@ -47,7 +42,6 @@ class PolicyWeights:
             )
         self.is_direct = path == "direct" or (path == "auto" and problem is None)
         self.reason = problem or f"weight_sync_path: {path}"
-        self._receiver: WeightReceiver | None = None
         self._targets: ShardedModel | None = None
 
     def shards(self, num_replicas: int) -> ShardedModel:
@@ -64,56 +58,30 @@ class PolicyWeights:
             return {name: param.dtype for name, param in self._engine.parameters().items()}
         return dict.fromkeys(self._engine.shards(1).model.tensor_names(), self._engine.dtype)
 
-    def plan(
-        self, rank: int, sources: ShardedModel, targets: ShardedModel, links: Links
-    ) -> ReaderPlan:
-        """See WeightReceiver.plan; `rank` counts over all replicas."""
+    def check_targets(self, rank: int, targets: ShardedModel) -> None:
+        """See IncomingWeights."""
         if self.is_direct:
             self._engine.check_layouts(targets.rank_layouts(rank))
-        self._receiver, self._targets = WeightReceiver(rank), targets
-        return self._receiver.plan(sources, targets, links)
+        self._targets = targets
 
-    def connect(self, connections: Mapping[int, Link]) -> None:
-        """See WeightReceiver.connect."""
-        self._receiver.connect(connections)
-
-    def import_from(
-        self, exports: Mapping[int, Export], *, keep_open: bool, sample: Sample | None
+    def take(
+        self, receiver: WeightReceiver, exports: Mapping[int, Export], sample: Sample | None
     ) -> None:
-        """Take over what training ranks show and send; the engine is STALE from here on.
+        """See IncomingWeights."""
+        parameters = self._engine.begin_weight_update()
+        receiver.open(exports)
+        if self.is_direct:
+            receiver.pull(parameters, sample=sample, meanwhile=self._engine.forget_prefixes)
+        else:
+            self._engine.load_weights(self._batches(sample))
 
-        Args:
-            exports: by training rank, of those whose memory is not open here yet.
-            keep_open: whether the training ranks' memory stays where it is until the next sync.
-            sample: which part of the weights is digested; None for no digests.
-        """
-        receiver = self._receiver
-        try:
-            with receiver.all_or_none():
-                targets = self._engine.begin_weight_update()
-                receiver.open(exports)
-                if self.is_direct:
-                    receiver.pull(targets, sample=sample, meanwhile=self._engine.forget_prefixes)
-                else:
-                    self._engine.load_weights(self._batches(sample))
-        finally:
-            if not keep_open:
-                receiver.close()
+    def set_ready(self, version: int) -> None:
+        """See IncomingWeights."""
+        self._engine.finish_weight_update(version)
 
-    def finish(self, version: int, sent: Mapping[int, Sent]) -> Arrival:
-        """Compare what has arrived with what was sent; the engine is READY if that is the same.
-
-        Args:
-            version: what the new weights are called.
-            sent: by training rank, of all that send to this rank.
-
-        Raises:
-            RuntimeError: `import_from` did not succeed.
-        """
-        arrival = self._receiver.compare(sent)
-        if arrival.is_good:
-            self._engine.finish_weight_update(version)
-        return arrival
+    def revoke(self, version: int) -> None:
+        """See IncomingWeights."""
+        self._engine.revoke_weight_update(version)
 
     def _batches(self, sample: Sample | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Gather whole tensors, batch by batch, for vLLM's loader."""

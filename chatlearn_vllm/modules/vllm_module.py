@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.receives_weights import ReceivesWeights
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.utils.vllm_utils import get_model
 
@@ -22,14 +23,7 @@ if TYPE_CHECKING:
 
     from chatlearn_vllm.engines.vllm_engine import VLLMEngine
     from chatlearn_vllm.engines.vllm_executor import Step
-    from chatlearn_vllm.layouts import ShardedModel
     from chatlearn_vllm.modules.policy_weights import PolicyWeights
-    from chatlearn_vllm.weight_sync.digest import Sample
-    from chatlearn_vllm.weight_sync.links import Links
-    from chatlearn_vllm.weight_sync.receiver import Arrival, ReaderPlan
-    from chatlearn_vllm.weight_sync.remote import LinkAddress
-    from chatlearn_vllm.weight_sync.sender import Sent
-    from chatlearn_vllm.weight_sync.transport import Export
 
 logger = get_logger(__name__)
 
@@ -54,7 +48,7 @@ class _Asked:
     """With partial rollouts its responses so far."""
 
 
-class VLLMModule(BaseModule, ABC):
+class VLLMModule(BaseModule, ReceivesWeights, ABC):
     """A policy that generates with vLLM.
 
     A subclass writes five hooks; each has a usable default, reached with `super()`. Per episode
@@ -483,73 +477,6 @@ class VLLMModule(BaseModule, ABC):
         from chatlearn_vllm.weight_sync.cuda_ipc import gpu_and_peers
 
         return gpu_and_peers(self.engine.device)
-
-    def weight_shards(self, num_replicas: int) -> ShardedModel:
-        """What a weight sync fills on the ranks of all replicas."""
-        return self._weights.shards(num_replicas)
-
-    def weight_dtypes(self) -> dict[str, torch.dtype]:
-        """Of what a weight sync fills on this rank, by name."""
-        return self._weights.dtypes()
-
-    def plan_weight_sync(
-        self, rank: int, sources: ShardedModel, targets: ShardedModel, links: Links
-    ) -> ReaderPlan:
-        """Plan this rank's copies, for `import_weights`.
-
-        Args:
-            rank: this rank's number over all replicas.
-            sources: the training ranks.
-            targets: the rollout ranks.
-            links: where all run.
-        """
-        return self._weights.plan(rank, sources, targets, links)
-
-    def connect_weight_links(self, addresses: list[LinkAddress]) -> None:
-        """Take the links from training ranks whose memory this rank cannot read, in order."""
-        from chatlearn_vllm.weight_sync.remote import open_links
-
-        timeout_s = 60.0 * self.model_args.distributed_timeout_minutes
-        self._weights.connect(
-            open_links(addresses, is_sender=False, device=self.engine.device, timeout_s=timeout_s)
-        )
-
-    def import_weights(
-        self,
-        source_ranks: tuple[int, ...],
-        keep_open: bool,
-        sample: Sample | None,
-        *exports: Export,
-    ) -> None:
-        """Copy new weights into the engine, which is STALE until `finish_weight_sync`.
-
-        Args:
-            source_ranks: training ranks that show memory which is not open here yet.
-            keep_open: whether that memory stays where it is until the next sync.
-            sample: which part of the weights is digested; None for no digests.
-            *exports: of these ranks, in that order.
-        """
-        self._weights.import_from(
-            dict(zip(source_ranks, exports, strict=True)),
-            keep_open=keep_open,
-            sample=sample,
-        )
-
-    def finish_weight_sync(
-        self, version: int, source_ranks: tuple[int, ...], *sent: Sent
-    ) -> Arrival:
-        """Declare the weights READY, if those that `import_weights` copied are those sent.
-
-        Args:
-            version: what the new weights are called from now on.
-            source_ranks: all training ranks that this rank reads, or that send to it.
-            *sent: what these say, in that order.
-        """
-        return self._weights.finish(version, dict(zip(source_ranks, sent, strict=True)))
-
-    def revoke_weight_sync(self, version: int) -> None:
-        """Declare the weights of `version` STALE: another rank did not get them."""
-        self.engine.revoke_weight_update(version)
 
     @cached_property
     def _weights(self) -> PolicyWeights:

@@ -26,7 +26,7 @@ from chatlearn_vllm.runtime.flow_steps import (
     require_frozen,
     run_flow,
 )
-from chatlearn_vllm.runtime.rollout import generate
+from chatlearn_vllm.runtime.rollout import Rollout
 from chatlearn_vllm.runtime.worker_group import WorkerGroup
 
 logger = get_logger(__name__)
@@ -171,8 +171,8 @@ class Evaluator:
                 return columns
             group = groups[call.module.name]
             if call is self._policy_call:
-                return generate(
-                    group,
+                # All split beforehand, so that a repeated evaluation gives the same.
+                return Rollout(group).generate(
                     range(self._num_prompts),
                     first_sample=0,
                     samples_per_prompt=1,

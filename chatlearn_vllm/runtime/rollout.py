@@ -248,14 +248,20 @@ class Rollout:
         return self._in_order(concat([scorer.scores[part] for part in range(len(self._parts))]))
 
     def _note_part(self, batch: Batch, reference: Any) -> None:
-        for scorer in self._scorers.values():
-            scorer.parts.append((len(self._parts), reference))
-            self._hand_to(scorer)
         self._parts.append(batch)
+        for scorer in self._scorers.values():
+            scorer.parts.append((len(self._parts) - 1, reference))
+            self._hand_to(scorer)
 
-    def _note_scores(self, key: tuple[str, int, int], batch: Batch) -> None:
+    def _note_scores(self, key: tuple[str, int, int], batch: Batch | None) -> None:
         name, replica, part = key
         scorer = self._scorers[name]
+        num_samples = len(self._parts[part]["sample_index"])
+        num_rows = batch_size(batch) if batch else 0
+        if num_rows != num_samples:
+            raise ValueError(
+                f"models.{name}: forward_step() returned {num_rows} rows for {num_samples} samples"
+            )
         scorer.scores[part] = batch
         scorer.idle.append(replica)
         self._hand_to(scorer)
@@ -272,19 +278,6 @@ class Rollout:
         """Rows of all parts in the order of the prompts."""
         samples = torch.cat([part["sample_index"] for part in self._parts])
         return select(batch, samples.argsort(stable=True))
-
-
-def generate(
-    policy: WorkerGroup,
-    prompt_indices: Sequence[int],
-    first_sample: int,
-    samples_per_prompt: int,
-    iteration: int,
-    is_eval: bool = False,
-) -> Batch:
-    """Answer prompts that nobody scores meanwhile; see `Rollout.generate`."""
-    rollout = Rollout(policy)
-    return rollout.generate(prompt_indices, first_sample, samples_per_prompt, iteration, is_eval)
 
 
 def check_weight_version(batch: Batch, expected: int) -> None:

@@ -94,6 +94,8 @@ class Scorer(BaseModule):
     def forward_step(self, data, iteration=0):
         if iteration == 13:
             raise ValueError("an unlucky episode")
+        if iteration == 14:
+            return {"rewards": [0.0]}
         now = torch.full((len(data["sample_index"]),), time.time(), dtype=torch.float64)
         return {"rewards": 10.0 * data["sample_index"] + iteration, "scored": now}
 
@@ -160,6 +162,14 @@ def test_a_scorer_that_fails_meanwhile_is_named(groups):
 
     with pytest.raises(RankError, match="(?s)reward, replica .*an unlucky episode"):
         rollout.generate(PROMPTS, 0, 2, 13)
+        rollout.scores("reward")
+
+
+def test_a_scorer_that_leaves_samples_out_is_named(groups):
+    rollout = Rollout(groups["policy"], max_open=3, scorers=[groups["reward"]])
+
+    with pytest.raises(ValueError, match=r"models.reward: forward_step\(\) returned 1 rows for 2"):
+        rollout.generate(PROMPTS, 0, 2, 14)
         rollout.scores("reward")
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlearn_vllm import GRPOEngine
 from chatlearn_vllm.runtime.errors import RankDiedError, RankError, RankId
-from chatlearn_vllm.runtime.rollout import generate
+from chatlearn_vllm.runtime.rollout import Rollout
 from chatlearn_vllm.runtime.worker_group import gather
 from examples.megatron.models.policy_trainer import PolicyTrainer
 from tests.helpers.job_modules import CountingPolicy, DigitReward
@@ -122,7 +122,7 @@ def tell(engine, name, method, *args):
 
 def difference_to_trainer(engine) -> float:
     """Largest difference of log-probabilities of new samples between policy and trainer."""
-    batch = generate(engine.groups["policy"], [0, 1, 2, 3], 0, 4, iteration=1)
+    batch = Rollout(engine.groups["policy"]).generate([0, 1, 2, 3], 0, 4, iteration=1)
     scores = engine.groups["policy_trainer"].call("compute_logprobs", batch)[0]
     return ((scores - batch["logprobs"]).abs() * batch["loss_mask"][:, 1:]).max().item()
 

@@ -21,7 +21,9 @@ def main() -> None:
     policy = VLLMPolicyInference("policy")
     reference = PolicyReference("reference") if "reference" in job.models else None
     reward = ArithmeticReward("reward")
-    policy_trainer = PolicyTrainer("policy_trainer")
+    # ChatLearn's own files call it ppo_policy.
+    name = "policy_trainer" if "policy_trainer" in job.models else "ppo_policy"
+    policy_trainer = PolicyTrainer(name)
 
     engine = GRPOEngine(policy, reference, reward, policy_trainer)
     args = job.runtime

@@ -21,7 +21,9 @@ def main() -> None:
     policy = VLLMPolicyInference("policy")
     reference = PolicyReference("reference")
     reward = ArithmeticReward("reward")
-    policy_trainer = OnlineDPOTrainer("policy_trainer")
+    # ChatLearn's own files call it ppo_policy.
+    name = "policy_trainer" if "policy_trainer" in job.models else "ppo_policy"
+    policy_trainer = OnlineDPOTrainer(name)
 
     engine = OnlineDPOEngine(policy, reference, reward, policy_trainer)
     args = job.runtime
