@@ -220,7 +220,7 @@ class MegatronModule(BaseModule, ABC):
 
     def _micro_batches(self, rows: Batch) -> list[Batch]:
         """Cut this rank's rows of one optimizer step."""
-        groups = self.engine.group_rows(
+        groups = self.engine.batching.group_rows(
             rows, self.runtime_args.train_micro_batch_size, is_optimizer_step=True
         )
         return [take(rows, group) for group in groups]
@@ -240,7 +240,9 @@ class MegatronModule(BaseModule, ABC):
     def _score_rows(self, data: Batch, score_fn: ScoreFn, width: int) -> torch.Tensor:
         """Run the model on all rows: what `score_fn` returns, [b, up to width] -> [B, width]."""
         inputs = {key: data[key] for key in ("all_tokens", "loss_mask") if key in data}
-        groups = self.engine.group_rows(inputs, self._rows_per_forward(), is_optimizer_step=False)
+        groups = self.engine.batching.group_rows(
+            inputs, self._rows_per_forward(), is_optimizer_step=False
+        )
         scores = self.engine.forward_only([take(inputs, rows) for rows in groups], score_fn)
         return put_back(scores, groups, width)
 

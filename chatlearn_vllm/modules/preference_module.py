@@ -47,7 +47,7 @@ class PreferenceModule(MegatronModule):
         return self._train_epochs(data, iteration)
 
     def _micro_batches(self, rows: Batch) -> list[Batch]:
-        groups = self.engine.group_rows(
+        groups = self.engine.batching.group_rows(
             rows,
             max(1, self.runtime_args.train_micro_batch_size // 2),
             is_optimizer_step=True,

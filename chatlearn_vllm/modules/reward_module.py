@@ -163,7 +163,7 @@ class RewardModule(MegatronModule):
 
     def _micro_batches(self, rows: Batch) -> list[Batch]:
         pairs = interleave_pairs(rows)
-        groups = self.engine.group_rows(
+        groups = self.engine.batching.group_rows(
             pairs, self.runtime_args.train_micro_batch_size, is_optimizer_step=True, together=2
         )
         return [take(pairs, group, together=2) for group in groups]

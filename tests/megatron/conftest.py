@@ -1,4 +1,4 @@
-"""Fixtures: ranks that are shared by all tests of this folder."""
+"""Fixtures: ranks that are shared by all tests of a module."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,7 +34,9 @@ class FirstRanks:
         self.run = run
 
 
-@pytest.fixture(scope="package")
+# Not of the whole folder: groups of gloo that python has not yet collected keep threads that poll,
+# and hundreds of engines in one process make everything slow.
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[RanksBySize]:
     """`ranks[n].run(function, ...)` runs a module-level function on n ranks."""
     by_size = RanksBySize()

@@ -201,7 +201,7 @@ def steps_and_scores(path, order=None, **settings):
         if order is not None:
             rows = {key: value[order] for key, value in rows.items()}
         rows = tiny_models.rows_of_rank(engine, rows)
-        groups = engine.group_rows(rows, 2, is_optimizer_step=False)
+        groups = engine.batching.group_rows(rows, 2, is_optimizer_step=False)
         parts = engine.forward_only(
             [take(rows, group) for group in groups],
             lambda batch, logprobs, _: logprobs * batch["loss_mask"][:, 1:],
@@ -224,7 +224,7 @@ def groups_of_pairs(path, max_rows, **settings):
     """How rows of 9 to 21 tokens are grouped where neighbours stay together."""
     with tiny_models.engine(path, trainable=False, **settings) as engine:
         rows = tiny_models.batch()
-        return engine.group_rows(rows, max_rows, is_optimizer_step=True, together=2)
+        return engine.batching.group_rows(rows, max_rows, is_optimizer_step=True, together=2)
 
 
 def error_of_grouping(path, num_rows=(4, 4), **settings):
@@ -232,7 +232,7 @@ def error_of_grouping(path, num_rows=(4, 4), **settings):
         rows = tiny_models.rows_of_rank(engine, tiny_models.batch())
         rows = {key: value[: num_rows[engine.data_parallel_rank]] for key, value in rows.items()}
         try:
-            engine.group_rows(rows, 2, is_optimizer_step=True)
+            engine.batching.group_rows(rows, 2, is_optimizer_step=True)
         except ValueError as error:
             return str(error)
 

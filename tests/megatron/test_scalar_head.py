@@ -265,7 +265,7 @@ def values_and_steps_of_a_tied_model(path, directory, **settings):
 
 def all_values(engine, rows):
     """[B, S] of every token up to the last that counts."""
-    groups = engine.group_rows(rows, 2, is_optimizer_step=False)
+    groups = engine.batching.group_rows(rows, 2, is_optimizer_step=False)
 
     def up_to_the_last(batch, values):
         assert values.shape == batch["all_tokens"].shape

@@ -146,7 +146,7 @@ def shard(
     """Micro-batches of this data parallel rank's rows, by default its share of `batch()`."""
     if rows is None:
         rows = rows_of_rank(engine, batch() if engine.head == "lm" else batch_with_returns())
-    groups = engine.group_rows(rows, micro_batch_size, is_optimizer_step=True)
+    groups = engine.batching.group_rows(rows, micro_batch_size, is_optimizer_step=True)
     return [take(rows, group) for group in groups]
 
 

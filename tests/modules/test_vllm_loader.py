@@ -45,7 +45,13 @@ def save_two(root: Path, *, tied: bool = False) -> tuple[Path, Path]:
     return root / "0", root / "1"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in ("tp1, tied", "pp2")))
+        for case in CASES
+    ],
+)
 def test_the_engine_answers_from_the_checkpoint_loaded_last(ranks, tmp_path, case) -> None:
     tp, pp, tied = CASES[case]
     first, second = save_two(tmp_path, tied=tied)

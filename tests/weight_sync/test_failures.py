@@ -127,7 +127,7 @@ def difference_to_trainer(engine) -> float:
     return ((scores - batch["logprobs"]).abs() * batch["loss_mask"][:, 1:]).max().item()
 
 
-@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "during"])
 def test_the_death_of_a_training_rank_leaves_the_engines_with_the_weights_they_had(
     existing_cluster, tmp_path, when
 ):

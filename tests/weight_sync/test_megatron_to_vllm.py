@@ -170,7 +170,7 @@ def mixture(tmp_path_factory):
         pytest.param({}, marks=pytest.mark.slow),
         {"tp": 2},
         pytest.param({"pp": 2}, marks=pytest.mark.slow),
-        {"tp": 2, "pp": 2},
+        pytest.param({"tp": 2, "pp": 2}, marks=pytest.mark.slow),
         {"tp": 2, "weight_sync_path": "load_weights"},
     ],
     ids=["tp1", "tp2", "pp2", "tp2 pp2", "tp2 through the loader"],
@@ -209,6 +209,7 @@ def test_biases_and_norms_of_qwen_arrive(tmp_path, family) -> None:
     check_all(tmp_path, done, {"tp": 2})
 
 
+@pytest.mark.slow
 def test_mixtral_arrives(tmp_path) -> None:
     save_tiny_moe(tmp_path / "init", "mixtral")
     done = {"tp2 ep2": train(tmp_path, "tp2 ep2", MIXTURE["tp2 ep2"])}

@@ -3,6 +3,7 @@
 The only package that imports megatron.core. In reading order:
 
     engine.py           MegatronEngine: what modules/megatron_module.py drives
+    settings.py         what keys of the yaml mean for megatron-core
     parallel.py         process group, parallel groups, seeds
     architectures.py    Hugging Face config.json -> TransformerConfig
     model.py            GPTModel chunks of this rank
@@ -10,6 +11,7 @@ The only package that imports megatron.core. In reading order:
     scalar_head.py      what a value or reward model has in place of the vocabulary projection
     init_weights.py     reproducible weights for a policy made from nothing
     hf_checkpoint.py    Hugging Face safetensors in and out
+    batching.py, micro_batches.py   rows -> micro-batches that the ranks agree on
     logprobs.py         log-probabilities and entropy from vocabulary-parallel logits
     optimizer.py        data parallel wrapper, optimizer, schedule
     offload.py          device memory out and back in

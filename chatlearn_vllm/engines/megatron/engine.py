@@ -19,8 +19,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from chatlearn_vllm.data.balance import row_lengths
-from chatlearn_vllm.data.batch import batch_size
 from chatlearn_vllm.engines.megatron import (
     checkpoint,
     hf_checkpoint,
@@ -31,6 +29,7 @@ from chatlearn_vllm.engines.megatron import (
 )
 from chatlearn_vllm.engines.megatron.architectures import transformer_config
 from chatlearn_vllm.engines.megatron.attention import check_takes_packed, packed_seq_params
+from chatlearn_vllm.engines.megatron.batching import Batching
 from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
 from chatlearn_vllm.engines.megatron.files import read_json
 from chatlearn_vllm.engines.megatron.hf_checkpoint import HFWeights, LaidOut
@@ -38,10 +37,7 @@ from chatlearn_vllm.engines.megatron.init_weights import RandomWeights
 from chatlearn_vllm.engines.megatron.logprobs import vocab_parallel_logprobs
 from chatlearn_vllm.engines.megatron.micro_batches import (
     ModelInput,
-    equal_groups,
-    groups_by_tokens,
     to_device,
-    trim,
 )
 from chatlearn_vllm.engines.megatron.model import (
     ModelProvider,
@@ -56,6 +52,7 @@ from chatlearn_vllm.engines.megatron.scalar_head import (
     hf_config_with_scalar_head,
     with_scalar_head,
 )
+from chatlearn_vllm.engines.megatron.settings import check_settings, transformer_settings
 from chatlearn_vllm.engines.process_group import join_process_group
 from chatlearn_vllm.layouts import (
     SCORE,
@@ -120,7 +117,7 @@ class MegatronEngine:
         self.is_head_new = False
         """Whether `build` found no weights of the scalar head."""
         self._provider = model_provider or self.default_model_provider
-        self._check_settings()
+        check_settings(args, trainable=trainable, head=head)
         self.hf_directory = self._find_hf_directory()
         self.hf_config = read_json(self.hf_directory / "config.json")
         self.shape = ModelShape.from_hf_config(self.hf_config, head)
@@ -135,11 +132,12 @@ class MegatronEngine:
         self.device = parallel.device()
         with cuda_means_cpu():
             parallel.seed_everything(args.seed)
-        self.config = transformer_config(self.hf_config, **self._transformer_settings())
-        if self._has_own_lengths:
+        self.config = transformer_config(self.hf_config, **transformer_settings(args))
+        self.batching = Batching(args, self.config, self.device)
+        if self.batching.has_own_lengths:
             # Pipeline stages tell each other the shapes. TransformerConfig refuses this as an
             # argument with its default dispatcher of tokens to experts, even without experts: that
-            # one needs equal shapes on ranks that share experts. `_agree_on_lengths` gives them.
+            # one needs equal shapes on ranks that share experts. `batching` gives them.
             self.config.variable_seq_lengths = True
         self.chunks: list[GPTModel] = []
         self._modules: list[torch.nn.Module] = []
@@ -182,6 +180,15 @@ class MegatronEngine:
             post_process=post_process,
             vp_stage=vp_stage,
         )
+
+    def _find_hf_directory(self) -> Path:
+        directory = self.args.load or self.args.tokenizer
+        if not directory:
+            raise ValueError(
+                "load: must name a Hugging Face directory with config.json "
+                "(without weights beside it, training starts from random ones)"
+            )
+        return Path(directory)
 
     # ---------------------------------------------------------------- running
 
@@ -245,85 +252,6 @@ class MegatronEngine:
         results = self._run_schedule(micro_batches, score_fn, forward_only=True)
         return parallel.broadcast_from_last_stage([result.cpu() for result in results])
 
-    @property
-    def micro_batch_multiple(self) -> int:
-        """What the number of micro-batches of a call must be a multiple of."""
-        is_interleaved = bool(self.config.virtual_pipeline_model_parallel_size)
-        return self.config.pipeline_model_parallel_size if is_interleaved else 1
-
-    def group_rows(
-        self, batch: Batch, max_rows: int, *, is_optimizer_step: bool, together: int = 1
-    ) -> list[list[int]]:
-        """Decide which rows of a batch make each micro-batch.
-
-        With max_tokens_per_micro_batch, data parallel ranks group alike in an optimizer step, and
-        always where the model has experts: as if the longest row of each were as long as that of
-        any of them, the second longest likewise, and so on. So all have equally many micro-batches,
-        and the first ones have equally many rows, the second ones too, and so on. In these cases,
-        collective over the data parallel group.
-
-        Args:
-            batch: this data parallel rank's rows.
-            max_rows: most rows of a micro-batch where max_tokens_per_micro_batch is not set;
-                counts so many rows `together` as one.
-            is_optimizer_step: whether they are for `train_step`, not for `forward_only`.
-            together: so many rows, one after the other, stay in one micro-batch; divides the number
-                of rows. 2 where each row is compared with its neighbour.
-
-        Returns:
-            The rows of each micro-batch. Some may have none, see `micro_batches.take`: virtual
-            pipeline stages ask for at least as many micro-batches as there are stages.
-
-        Raises:
-            ValueError: a row is too long, or data parallel ranks have different numbers of rows.
-        """
-        limit = self.args.max_tokens_per_micro_batch
-        if limit is None:
-            units = equal_groups(
-                batch_size(batch) // together, max_rows, multiple_of=self.micro_batch_multiple
-            )
-            return _rows_of_units(units, together)
-        own = self._unit_lengths(batch, together)
-        longest_first = sorted(range(len(own)), key=lambda unit: -own[unit])
-        lengths = [own[unit] for unit in longest_first]
-        if is_optimizer_step or self.config.num_moe_experts:
-            lengths = self._agree_on_row_lengths(lengths)
-        if lengths[0] > limit:
-            what, least = "a sequence takes", "seq_length"
-            if together > 1:
-                what = f"{together} sequences that belong together take"
-                least = f"{together} x {least}"
-            raise ValueError(
-                f"{what} {lengths[0]} tokens, more than max_tokens_per_micro_batch={limit}; "
-                f"raise that key to at least {least}"
-            )
-        groups = groups_by_tokens(
-            lengths,
-            limit,
-            is_packed=self.args.sequence_packing,
-            multiple_of=self.micro_batch_multiple,
-        )
-        units = [[longest_first[place] for place in group] for group in groups]
-        return _rows_of_units(units, together)
-
-    def _unit_lengths(self, batch: Batch, together: int) -> list[int]:
-        """Tokens that each unit of `together` rows takes in a micro-batch that it begins."""
-        lengths = [self._padded(length) for length in row_lengths(batch)]
-        units = [lengths[first : first + together] for first in range(0, len(lengths), together)]
-        if self.args.sequence_packing:
-            return [sum(unit) for unit in units]
-        return [together * max(unit) for unit in units]
-
-    def _agree_on_row_lengths(self, lengths: list[int]) -> list[int]:
-        """Place by place the longest of all data parallel ranks."""
-        most, fewest = self._largest_of_ranks([len(lengths), -len(lengths)])
-        if most != -fewest:
-            raise ValueError(
-                f"data parallel ranks have {-fewest} to {most} rows; each needs equally many where "
-                "max_tokens_per_micro_batch is set"
-            )
-        return self._largest_of_ranks(lengths)
-
     def _forward_backward(self, micro_batches: list[Batch], loss_fn: LossFn) -> dict[str, float]:
         """Accumulate gradients; return the sums of the statistics over all ranks."""
         # megatron-core divides the loss by the number of micro-batches (in place!) and averages
@@ -350,7 +278,7 @@ class MegatronEngine:
         self, micro_batches: list[Batch], output_fn: Callable, *, forward_only: bool
     ) -> list[Any]:
         """Drive megatron-core's pipeline schedule; results on the last stage, else empty."""
-        inputs = self._model_inputs(micro_batches)
+        inputs = self.batching.model_inputs(micro_batches)
         iterators = [iter(inputs) for _ in self._modules]
         num_rows, length = inputs[0].shape  # of all, where stages do not tell each other
         return get_forward_backward_func()(
@@ -363,60 +291,6 @@ class MegatronEngine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-
-    def _model_inputs(self, micro_batches: list[Batch]) -> list[ModelInput]:
-        """Micro-batches as the model takes them: trimmed, of lengths that the ranks agree on."""
-        if self._has_own_lengths:
-            batches = [trim([batch])[0][0] for batch in micro_batches]
-        else:
-            batches, _ = trim(micro_batches)
-        inputs = [
-            ModelInput.packed(batch) if self.args.sequence_packing else ModelInput.padded(batch)
-            for batch in batches
-        ]
-        if self.config.num_moe_experts:
-            inputs = self._agree_on_lengths(inputs)
-        return [each.lengthened(self._padded(each.length)) for each in inputs]
-
-    @property
-    def _has_own_lengths(self) -> bool:
-        """Whether each micro-batch has a length of its own, not that of the longest of a call."""
-        return self.args.max_tokens_per_micro_batch is not None or self.args.sequence_packing
-
-    def _padded(self, length: int) -> int:
-        """What sequence parallel ranks can hold equal parts of."""
-        size = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return -(-length // size) * size
-
-    def _agree_on_lengths(self, inputs: list[ModelInput]) -> list[ModelInput]:
-        """Lengthen to the longest of all data parallel ranks, micro-batch by micro-batch.
-
-        These ranks pass tokens through each other's experts.
-
-        Raises:
-            ValueError: on all ranks, if they have different numbers of micro-batches or rows: some
-                would wait for ever.
-        """
-        count = len(inputs)
-        rows = [micro_batch.shape[0] for micro_batch in inputs]
-        most, fewest, most_rows, fewest_rows = self._largest_of_ranks(
-            [count, -count, max(rows), -min(rows)]
-        )
-        has_equal_rows = most == -fewest
-        if has_equal_rows:
-            lengths = [micro_batch.length for micro_batch in inputs]
-            largest = self._largest_of_ranks([*lengths, *rows, *(-number for number in rows)])
-            lengths, most_each, fewest_each = (
-                largest[i : i + count] for i in range(0, 3 * count, count)
-            )
-            has_equal_rows = most_each == [-number for number in fewest_each]
-        if not has_equal_rows:
-            raise ValueError(
-                f"a model with experts needs equally many micro-batches of equally many rows on "
-                f"all data parallel ranks, but there are {-fewest} to {most} micro-batches of "
-                f"{-fewest_rows} to {most_rows} rows"
-            )
-        return [each.lengthened(length) for each, length in zip(inputs, lengths, strict=True)]
 
     def _forward_step(
         self, output_fn: Callable, iterator: Iterator[ModelInput], module: torch.nn.Module
@@ -485,14 +359,6 @@ class MegatronEngine:
         """Combine numbers of the data parallel ranks; the result on all of them, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
-        return tensor.tolist()
-
-    def _largest_of_ranks(self, values: list[int]) -> list[int]:
-        """Value by value the largest of the data parallel ranks."""
-        tensor = torch.tensor(values, device=self.device)
-        dist.all_reduce(
-            tensor, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group()
-        )
         return tensor.tolist()
 
     # ---------------------------------------------------------------- parameters
@@ -817,82 +683,9 @@ class MegatronEngine:
         dist.destroy_process_group()
         gc.collect()
 
-    # ---------------------------------------------------------------- settings
-
-    def _find_hf_directory(self) -> Path:
-        directory = self.args.load or self.args.tokenizer
-        if not directory:
-            raise ValueError(
-                "load: must name a Hugging Face directory with config.json "
-                "(without weights beside it, training starts from random ones)"
-            )
-        return Path(directory)
-
-    def _check_settings(self) -> None:
-        args = self.args
-        if self.head == "scalar" and self.trainable and args.lora_r:
-            raise ValueError(
-                f"lora_r={args.lora_r} is not supported for a model with a scalar head: adapters "
-                "leave all other weights as they are, and the head has to learn; set lora_r: 0"
-            )
-        if self.head == "lm" and args.temperature <= 0:
-            raise ValueError(
-                f"temperature={args.temperature} must be > 0 here: the model scores tokens under "
-                "softmax(logits / temperature), as the rollout sampled them"
-            )
-        if args.overlap_param_gather and not args.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather=True needs overlap_grad_reduce=True")
-
-    def _transformer_settings(self) -> dict[str, Any]:
-        args = self.args
-        dtype = resolve_dtype(args)
-        settings: dict[str, Any] = dict(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-            num_layers_in_first_pipeline_stage=args.num_layers_in_first_pipeline_stage,
-            num_layers_in_last_pipeline_stage=args.num_layers_in_last_pipeline_stage,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            sequence_parallel=args.sequence_parallel,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            recompute_granularity=args.recompute_granularity,
-        )
-        if args.recompute_granularity == "full":
-            settings.update(
-                recompute_method=args.recompute_method or "uniform",
-                recompute_num_layers=args.recompute_num_layers or 1,
-            )
-        return {**settings, **args.transformer_args}
-
-
-def _rows_of_units(groups: list[list[int]], together: int) -> list[list[int]]:
-    """Groups of units of so many rows -> groups of rows."""
-    return [
-        [row for unit in units for row in range(unit * together, (unit + 1) * together)]
-        for units in groups
-    ]
-
 
 def _merged(
     adapters: dict[str, tuple[torch.Tensor, torch.Tensor]], scale: float, parameter: LaidOut
 ) -> torch.Tensor:
     adapter = adapters.get(parameter.layout.name)
     return parameter.data if adapter is None else merged(parameter.data, *adapter, scale)
-
-
-def resolve_dtype(args: ModelArgs) -> torch.dtype:
-    """The dtype of weights and activations on this machine.
-
-    Raises:
-        ValueError: float16 on a CPU, where megatron-core's loss scaling does not run.
-    """
-    name = args.dtype
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    if name == "float16" and not torch.cuda.is_available():
-        raise ValueError("dtype=float16 needs a GPU; use float32 or bfloat16 on a CPU")
-    return getattr(torch, name)
