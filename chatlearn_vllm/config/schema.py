@@ -227,6 +227,11 @@ class TrainingKeys(Section):
 
     num_training_epoch: Positive = 1
     """Passes over the samples of an episode."""
+    max_relay_episode: Limit = 0
+    """Train on the samples of so many episodes, the present one included (replay); 0 and 1 = only
+    the present one, -1 = all. The samples keep the advantages of their episode."""
+    relay_episode_offset: Count = 0
+    """First episode whose samples are kept for that."""
     train_micro_batch_size: Positive = 2
     """Rows per forward and backward pass of one data parallel rank."""
     train_global_batch_size: Positive | None = None
@@ -311,10 +316,6 @@ class UnusedRuntimeKeys(Section):
     """File of a few prompts."""
     stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
     """How samples are queued for the trainer."""
-    max_relay_episode: Limit = 0
-    """Earlier episodes whose samples are trained on again; -1 = all."""
-    relay_episode_offset: Count = 0
-    """First episode that the relay buffer keeps."""
     max_iteration_per_sample: Positive = 1
     """Iterations that one sample may take."""
     training_shuffle_mode: Literal["batch", "sample"] = "batch"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from chatlearn_vllm.algorithms.aggregation import aggregate
 from chatlearn_vllm.algorithms.mismatch import count_not_finite, mismatch_metrics, mismatch_sums
 from chatlearn_vllm.data.batch import Batch, batch_size
+from chatlearn_vllm.data.relay_buffer import num_episodes_kept
 from chatlearn_vllm.engines.megatron.checkpoint_files import prune
 from chatlearn_vllm.engines.megatron.micro_batches import put_back, take
 from chatlearn_vllm.modules.base import BaseModule
@@ -412,8 +413,13 @@ class MegatronModule(BaseModule, ABC):
 
     def _num_steps_of_job(self) -> int:
         runtime = self.runtime_args
-        steps_per_epoch = -(-runtime.sample_per_episode // self._global_batch_size())
-        return runtime.num_episode * runtime.num_training_epoch * steps_per_epoch
+        num_samples = (
+            runtime.sample_per_episode
+            * num_episodes_kept(episode, runtime.max_relay_episode, runtime.relay_episode_offset)
+            for episode in range(1, runtime.num_episode + 1)
+        )
+        steps = sum(-(-samples // self._global_batch_size()) for samples in num_samples)
+        return runtime.num_training_epoch * steps
 
     def _global_batch_size(self) -> int:
         runtime = self.runtime_args
@@ -436,8 +442,12 @@ class MegatronModule(BaseModule, ABC):
     def _compare_with_rollout(self, data: Batch, episode: int) -> dict[str, float]:
         mask = data["loss_mask"][:, 1:]
         self._check_finite(data, mask, episode)
-        if "token_versions" in data:  # tokens of earlier weights differ for a good reason
-            mask = mask * (data["token_versions"] == data["weight_version"][:, None])
+        if "weight_version" in data:  # tokens of earlier weights differ for a good reason
+            versions = data.get("token_versions", data["weight_version"][:, None])
+            (newest,) = self.engine.all_reduce_data_parallel(
+                [float(data["weight_version"].max())], dist.ReduceOp.MAX
+            )
+            mask = mask * (versions == newest)
         sums, largest = mismatch_sums(
             data["logprobs"], data["old_logprobs"], mask, cliprange=self.model_args.cliprange
         )

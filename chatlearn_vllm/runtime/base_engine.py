@@ -155,6 +155,10 @@ class BaseEngine(ABC):
         """What a checkpoint notes down of this kind of training; JSON."""
         return {}
 
+    def state_batches(self) -> Any:
+        """What a checkpoint holds of this kind of training that is no JSON; None for nothing."""
+        return None
+
     # ---- set-up and tear-down ---------------------------------------------------------------
 
     def setup(self) -> None:
@@ -322,6 +326,7 @@ class BaseEngine(ABC):
                     self.weight_version,
                     deepcopy(self.sampler.state_dict()),
                     deepcopy(self.state_dict()),
+                    self.state_batches(),
                 )
 
     def _confirm_checkpoint(self, *, wait: bool = True) -> None:

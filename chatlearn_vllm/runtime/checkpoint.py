@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from chatlearn_vllm.engines.megatron import checkpoint_files
 
@@ -29,6 +32,8 @@ class DriverState:
     """`PromptSampler.state_dict()` after that episode's prompts were drawn."""
     engine: dict[str, Any] = field(default_factory=dict)
     """`BaseEngine.state_dict()` after that episode."""
+    batches: Any = None
+    """`BaseEngine.state_batches()` after that episode: tensors, in a file of their own."""
 
 
 def save_state(directory: Path, state: DriverState, keep: int | None = None) -> None:
@@ -42,11 +47,14 @@ def save_state(directory: Path, state: DriverState, keep: int | None = None) -> 
     directory.mkdir(parents=True, exist_ok=True)
     path = _path(directory, state.episode)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
+    if state.batches is not None:  # first: the other file speaks of it
+        torch.save(state.batches, unfinished)
+        os.replace(unfinished, _batches_path(path))
+    plain = asdict(replace(state, batches=None)) | {"batches": state.batches is not None}
+    unfinished.write_text(json.dumps(plain), encoding="utf-8")
     os.replace(unfinished, path)
     if keep is not None:
-        for old in _paths(directory)[:-keep]:
-            old.unlink()
+        remove_states(directory, saved_episodes(directory)[:-keep])
 
 
 def load_state(directory: Path, episode: int | None = None) -> DriverState | None:
@@ -71,13 +79,18 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
     if not episodes:
         return None
     path = _path(directory, episodes[-1] if episode is None else episode)
+    others = [other for other in episodes if _path(directory, other) != path]
+    remedy = checkpoint_files.remedy(directory, others)
     try:
-        return DriverState(**json.loads(path.read_text(encoding="utf-8")))
+        state = DriverState(**json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        others = [other for other in episodes if _path(directory, other) != path]
-        raise ValueError(
-            f"{path}: is not JSON ({error}). {checkpoint_files.remedy(directory, others)}"
-        ) from None
+        raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
+    if not state.batches:
+        return replace(state, batches=None)
+    try:
+        return replace(state, batches=torch.load(_batches_path(path), weights_only=True))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{_batches_path(path)}: cannot be read ({error}). {remedy}") from None
 
 
 def saved_episodes(directory: Path) -> list[int]:
@@ -88,7 +101,9 @@ def saved_episodes(directory: Path) -> list[int]:
 def remove_states(directory: Path, episodes: Iterable[int]) -> None:
     """Remove the states of some episodes; those that are not there do not matter."""
     for episode in episodes:
-        _path(directory, episode).unlink(missing_ok=True)
+        path = _path(directory, episode)
+        path.unlink(missing_ok=True)
+        _batches_path(path).unlink(missing_ok=True)
 
 
 def check_trainers(directory: Path, episode: int, trainers: Collection[Path]) -> None:
@@ -125,6 +140,10 @@ def check_trainers(directory: Path, episode: int, trainers: Collection[Path]) ->
 
 def _path(directory: Path, episode: int) -> Path:
     return directory / f"episode_{episode:08d}.json"
+
+
+def _batches_path(path: Path) -> Path:
+    return path.with_suffix(".pt")
 
 
 def _paths(directory: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from chatlearn_vllm.config.schema import MismatchWarnConfig
 from chatlearn_vllm.data.balance import balanced, row_lengths
 from chatlearn_vllm.data.batch import Batch, select
 from chatlearn_vllm.data.carried import Carried, carried_metrics
+from chatlearn_vllm.data.relay_buffer import RelayBuffer, RelaySampleFn, all_samples
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
@@ -90,8 +91,18 @@ class RolloutEngine(BaseEngine):
                 data_parallel_rank=0,
                 data_parallel_size=trainer.module_args.data_parallel_size,
             )
+        self._relay_sample_fn: RelaySampleFn = all_samples
         self._check_sleep_level()
         self.check_policy_and_trainer()
+
+    def set_relay_sample_fn(self, function: RelaySampleFn) -> None:
+        """Say what is trained on; without it, all samples of the episodes that are kept.
+
+        Args:
+            function: called on the driver, once an episode, with those of the last
+                `runtime.max_relay_episode` episodes, the present one last.
+        """
+        self._relay_sample_fn = function
 
     # ---- what kinds of training define ------------------------------------------------------
 
@@ -135,6 +146,7 @@ class RolloutEngine(BaseEngine):
         self._num_samples = 0
         self._carried: list[Carried] = []
         """Prompts that earlier episodes did not finish, with partial rollouts."""
+        self._relay = RelayBuffer(self.args.max_relay_episode, self.args.relay_episode_offset)
         self._rollout_version = 0
         self._rollout: Rollout | None = None
         """That of the present episode."""
@@ -142,6 +154,7 @@ class RolloutEngine(BaseEngine):
         if self.resumed_from is not None:
             self._num_samples = self.finished_episodes * self.args.sample_per_episode
             self.load_state_dict(self.resumed_from.engine)
+            self._relay.load_state_dict(self.resumed_from.batches or ())
         version = self.resumed_from.weight_version if self.resumed_from else 0
         self._syncs = {
             trainer: self._plan_sync(trainer, target, version)
@@ -259,6 +272,10 @@ class RolloutEngine(BaseEngine):
             state["carried"] = [one.state_dict() for one in self._carried]
         return state
 
+    def state_batches(self) -> Any:
+        """The relay buffer, if the next episode trains on any of it."""
+        return self._relay.state_dict() or None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; an older one may lack keys."""
         self._num_samples = state.get("num_samples", self._num_samples)
@@ -281,6 +298,7 @@ class RolloutEngine(BaseEngine):
         batch, metrics = self.collect(episode)
         batch, prepared = self.prepare(batch, episode)
         metrics |= prepared
+        batch = self._relay_sample_fn(self._relay.add(episode, batch))
         for trainer, target in self._targets.items():
             metrics |= self._train(trainer, batch, episode)
             frequency = target.module_args.sync_frequency if target is not None else 0

@@ -113,6 +113,25 @@ def test_the_comparison_does_not_depend_on_the_ranks(ranks, llama):
             assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
 
 
+def test_the_comparison_leaves_out_what_earlier_weights_sampled(ranks, llama):
+    # Rows 0 to 3 are of an earlier episode; their error would show, on whichever rank they are.
+    earlier = [[0.3]] * 4 + [[0.01]] * 4
+    versions = [1] * 4 + [2] * 4
+    for world_size in (1, 2):
+        for found in ranks[world_size].run(
+            train, llama, rollout_error=earlier, weight_version=versions
+        ):
+            assert found[0]["logprob_abs_diff_max"] == pytest.approx(0.01, abs=1e-5)
+            assert found[0]["logprob_abs_diff_mean"] == pytest.approx(0.01, abs=1e-5)
+    # Of a partial rollout some tokens: here those up to position 8.
+    error = torch.where(torch.arange(23) < 8, 0.3, 0.01).expand(8, 23).tolist()
+    tokens = torch.where(torch.arange(23) < 8, 1, 2).expand(8, 23).tolist()
+    (found,) = ranks[1].run(
+        train, llama, rollout_error=error, weight_version=[2] * 8, token_versions=tokens
+    )
+    assert found[0]["logprob_abs_diff_max"] == pytest.approx(0.01, abs=1e-5)
+
+
 def test_the_first_rank_warns_once_and_training_goes_on(ranks, llama):
     first, second = ranks[2].run(warnings_of_two_episodes, llama)
     assert [message.split("=")[0] for message in first] == [
@@ -242,7 +261,7 @@ def built(path, kind=Trainer, **settings):
         module.shutdown()
 
 
-def rollout(module, rows=8, rollout_error=0.0):
+def rollout(module, rows=8, rollout_error=0.0, weight_version=None, token_versions=None):
     """This rank's rows: of every group of 4 rows, which one step takes, each rank's share."""
     batch = tiny_models.batch(rows)
     batch["advantages"] = torch.linspace(-1.0, 1.5, rows)
@@ -252,12 +271,17 @@ def rollout(module, rows=8, rollout_error=0.0):
     batch = {key: value[mine] for key, value in batch.items()}
     error = torch.tensor(rollout_error).expand(rows, batch["all_tokens"].size(1) - 1)[mine]
     batch["logprobs"] = module.compute_logprobs(batch) + error
+    if weight_version is not None:
+        batch["weight_version"] = torch.tensor(weight_version)[mine]
+    if token_versions is not None:
+        batch["token_versions"] = torch.tensor(token_versions)[mine]
     return batch
 
 
-def train(path, rows=8, rollout_error=0.0, **settings):
+def train(path, rows=8, rollout_error=0.0, weight_version=None, token_versions=None, **settings):
     with built(path, **settings) as module:
-        return module.train(rollout(module, rows, rollout_error), iteration=0)
+        batch = rollout(module, rows, rollout_error, weight_version, token_versions)
+        return module.train(batch, iteration=0)
 
 
 def warnings_of_two_episodes(path):

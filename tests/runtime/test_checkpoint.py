@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from chatlearn_vllm.engines.megatron import checkpoint_files
 from chatlearn_vllm.runtime.checkpoint import (
@@ -90,3 +91,30 @@ def write_checkpoint(directory, iteration):
     (path / "weights").write_text("1234")
     files = checkpoint_files.describe_files(path)
     (path / checkpoint_files.MARKER).write_text(json.dumps({"files": files}))
+
+
+def test_batches_are_saved_beside_the_state_and_go_with_it(tmp_path):
+    batches = [{"episode": 1, "batch": {"rewards": torch.tensor([0.5]), "text": ["a"]}}]
+    save_state(tmp_path, DriverState(1, 1, {}, batches=batches))
+    save_state(tmp_path, DriverState(2, 2, {}))
+    assert load_state(tmp_path, episode=1).batches == batches
+    assert load_state(tmp_path).batches is None
+
+    save_state(tmp_path, DriverState(3, 3, {}, batches=batches), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "episode_00000003.json",
+        "episode_00000003.pt",
+    ]
+
+
+def test_broken_batches_are_named_with_what_can_be_loaded_instead(tmp_path):
+    for episode in (1, 2):
+        save_state(tmp_path, DriverState(episode, episode, {}, batches=[torch.zeros(4)]))
+    path = tmp_path / "episode_00000002.pt"
+    path.write_bytes(path.read_bytes()[:100])
+
+    with pytest.raises(ValueError, match="episode_00000002.pt: cannot be read .*: 1 goes on"):
+        load_state(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="episode_00000002.pt: cannot be read"):
+        load_state(tmp_path)

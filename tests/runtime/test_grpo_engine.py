@@ -158,6 +158,47 @@ def test_no_sample_has_the_seed_of_another_also_after_a_resume(dynamic_job):
         assert resumed[name] == dynamic_job.history[2][name]
 
 
+def relay_engine(path, *overrides):
+    session.init(str(path), overrides)
+    engine = GRPOEngine(UnevenPolicy("policy"), None, Style("style"), Trainer("policy_trainer"))
+    engine.set_dataset(PROMPTS)
+    return engine
+
+
+def test_earlier_episodes_are_trained_on_again_also_after_a_resume(shared_cluster, tmp_path):
+    path = write_job(tmp_path, max_relay_episode=2, num_episode=4, save_episode_interval=1)
+    engine = relay_engine(path)
+    history = engine.learn()
+
+    samples = [
+        rows["sample_index"].tolist()
+        for (rows,) in (
+            rows_trained_on(engine.run_dir, "policy_trainer", episode)[0] for episode in (1, 2, 3)
+        )
+    ]
+    assert [sorted(rows) for rows in samples] == [
+        list(range(8)),
+        list(range(16)),
+        list(range(8, 24)),
+    ]
+    saved = sorted(path.name for path in (engine.run_dir / "checkpoints/driver").iterdir())
+    assert saved == [
+        f"episode_0000000{number}.{kind}" for number in (1, 2, 3, 4) for kind in ("json", "pt")
+    ]
+
+    def only_the_earlier(buffers):
+        return buffers[0].batch
+
+    resumed = relay_engine(path, "runtime.load_data_checkpoint_iteration=3")
+    resumed.set_relay_sample_fn(only_the_earlier)
+    (last,) = resumed.learn()
+
+    for name in ("rollout/reward_mean", "rollout/weight_version"):
+        assert last[name] == history[-1][name]
+    (rows,), _ = rows_trained_on(engine.run_dir, "policy_trainer", 4)
+    assert sorted(rows["sample_index"].tolist()) == list(range(16, 24))
+
+
 def test_rewards_are_added_each_times_its_weight(dynamic_job):
     (rows,), _ = rows_trained_on(dynamic_job.run_dir, "policy_trainer", 1)
     of_judge = rows["accuracy"] + 0.001 * rows["sample_index"]
