@@ -7,8 +7,10 @@ import os
 import random
 import socket
 import traceback
+import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -23,9 +25,12 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
+        self._job_id = uuid.uuid4().hex[:12]
+        """Part of the names of what the processes make in shared memory."""
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             environment = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            environment["CHATLEARN_VLLM_JOB_ID"] = self._job_id
             # not a daemon: saving a checkpoint starts processes of its own
             process = context.Process(target=_serve, args=(theirs, environment))
             process.start()
@@ -80,6 +85,9 @@ class Ranks:
             process.terminate()
             process.join()
         self._connections = []
+        # What vLLM's communicator on CPU leaves behind in a process that is ended.
+        for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
+            leftover.unlink(missing_ok=True)
 
 
 def free_port() -> int:
