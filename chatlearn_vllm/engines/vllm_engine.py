@@ -212,22 +212,26 @@ class VLLMEngine:
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
-        outputs = self._partial_outputs(decode)
+        outputs = self._finished_partial(list(self._partial), decode)
         steps = 0
         try:
             # step() may return nothing while batches are in flight.
             while len(outputs) < wanted and steps != max_steps:
+                if not self._engine.has_unfinished_requests():
+                    lost = [name for name in self._order if name not in outputs]
+                    raise RuntimeError(f"vLLM has dropped requests without an answer: {lost}")
                 stepped = self._engine.step()
                 steps += 1
                 if self._error_in_step is not None:
                     raise self._error_in_step
                 for output in stepped:
-                    partial = self._partial.get(output.request_id.rpartition("#")[0])
-                    if partial is not None:
-                        partial.note(output, self.state.version)
+                    name = output.request_id.rpartition("#")[0]
+                    if name in self._partial:
+                        self._partial[name].note(output, self.state.version)
+                        if output.finished:
+                            outputs |= self._finished_partial([name], decode)
                     elif output.finished:
                         outputs[output.request_id] = output
-                outputs |= self._partial_outputs(decode)
         except BaseException:
             self.abort()
             raise
@@ -239,12 +243,12 @@ class VLLMEngine:
         self._order = [request_id for request_id in self._order if request_id not in outputs]
         return finished
 
-    def _partial_outputs(self, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
-        """Partial requests that are finished, by their ids; each is returned once."""
-        finished = [one for one in self._partial.values() if one.is_finished]
-        for one in finished:
-            del self._partial[one.request_id]
-        return {one.request_id: one.output(decode) for one in finished}
+    def _finished_partial(
+        self, names: list[str], decode: Callable[[list[int]], str] | None
+    ) -> dict[str, Any]:
+        """Those of some partial requests that are finished, by their ids; each once."""
+        finished = [name for name in names if self._partial[name].is_finished]
+        return {name: self._partial.pop(name).output(decode) for name in finished}
 
     def cut(self) -> list[PartialRequest]:
         """Drop all queued and running requests; the partial ones as far as they have come."""

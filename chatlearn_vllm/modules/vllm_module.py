@@ -361,7 +361,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             return None
         return self._batch_of(outputs, asked)
 
-    def cut(self, iteration: int = 0) -> list[Carried] | None:
+    def cut(self) -> list[Carried] | None:
         """End the rollout; collective over the replica.
 
         Returns:

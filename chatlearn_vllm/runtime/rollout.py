@@ -159,7 +159,7 @@ class Rollout:
             samples_per_prompt,
             is_over,
         )
-        cut = [one for left in self._policy.call("cut", iteration) if left for one in left]
+        cut = [one for left in self._policy.call("cut") if left for one in left]
         batch = self._in_order(concat(self._parts))
         num_rows = num_prompts * samples_per_prompt
         surplus = [

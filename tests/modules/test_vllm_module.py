@@ -259,6 +259,17 @@ def test_prompts_can_come_and_answers_leave_while_others_are_being_answered(read
     assert ready.engine.requests == ()
 
 
+def test_a_request_that_is_gone_is_an_error_and_no_endless_wait(ready, monkeypatch) -> None:
+    def add_and_abort(data, is_eval=False):
+        ready._add_request_internal(data["prompt"], data["input_ids"], is_eval=is_eval)
+        ready.engine._engine.abort_request([ready.engine.requests[-1]])
+
+    monkeypatch.setattr(ready, "_add_request", add_and_abort)
+    with pytest.raises(RuntimeError, match=r"dropped requests without an answer: \['3'\]"):
+        ready.generate([0, 1], first_sample=0)
+    assert ready.engine.requests == ()
+
+
 def test_a_prompt_that_add_request_leaves_out_is_an_error(ready, monkeypatch) -> None:
     def without_the_last(data, is_eval=False):
         ready._add_request_internal(data["prompt"][:-1], data["input_ids"][:-1], is_eval=is_eval)

@@ -83,7 +83,7 @@ class PartialAnswerer(BaseModule):
         self.open_prompts = [one for one in self.open_prompts if not is_finished(one)]
         return done
 
-    def cut(self, iteration=0):
+    def cut(self):
         left, self.open_prompts = self.open_prompts, []
         return [Carried(one.prompt_index, one.first_sample, 0, one.responses) for one in left]
 
