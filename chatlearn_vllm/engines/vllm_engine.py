@@ -8,8 +8,6 @@ per replica each rank runs its own engine and, given the same requests, the iden
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.generation_engine import GenerationEngine
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.layouts import (
@@ -29,42 +28,7 @@ from chatlearn_vllm.layouts import (
 )
 
 
-class Weights(Enum):
-    """What the engine's parameters hold."""
-
-    DUMMY = "DUMMY"
-    """Random values; no weights have arrived yet."""
-    ASLEEP = "ASLEEP"
-    """Given back to the device, or out of reach until `wake_weights`."""
-    EMPTY = "EMPTY"
-    """Memory is back, the values are lost (sleep level 2)."""
-    STALE = "STALE"
-    """A sync began and did not finish; the values may mix two versions."""
-    READY = "READY"
-    """Exactly the weights of `version`."""
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What an engine can do now."""
-
-    weights: Weights
-    version: int | None
-    """Weight version for READY and STALE (the last complete one); None where there is none."""
-    kv_cache_awake: bool = True
-
-    def __str__(self) -> str:
-        text = self.weights.value
-        if self.version is not None and self.weights in (Weights.READY, Weights.STALE):
-            text += f"({self.version})"
-        return text if self.kv_cache_awake else f"{text} without KV cache"
-
-
-class EngineStateError(RuntimeError):
-    """An engine was asked for something that its state does not allow."""
-
-
-class VLLMEngine:
+class VLLMEngine(GenerationEngine):
     """A vLLM V1 engine whose scheduler steps pass through an owner, and whose state is explicit."""
 
     def __init__(
@@ -110,11 +74,7 @@ class VLLMEngine:
         self._shape = shape
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
-        loaded = arguments.get("load_format") != "dummy"
-        self.state = EngineState(Weights.READY if loaded else Weights.DUMMY, 0 if loaded else None)
-        self._weights_asleep_as: Weights = self.state.weights
-        self._has_prefixes = True
-        self._version_before: int | None = None
+        super().__init__(has_weights=arguments.get("load_format") != "dummy")
 
     @property
     def model(self) -> torch.nn.Module:
@@ -202,13 +162,7 @@ class VLLMEngine:
         Raises:
             EngineStateError: the engine is not READY.
         """
-        if self.state.weights is not Weights.READY or not self.state.kv_cache_awake:
-            self.abort()
-            raise EngineStateError(
-                f"cannot generate: the engine is {self.state}, it must be READY. "
-                "Weights arrive by a weight sync; a sleeping engine is woken by wake_weights(), "
-                "a sync (sleep level 2) and wake_kv_cache()"
-            )
+        self.require_ready()
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
@@ -280,67 +234,21 @@ class VLLMEngine:
         self._engine.abort_request(whole + parts)
         self._order, self._partial = [], {}
 
-    def sleep(self, level: int) -> None:
-        """Give device memory back: KV cache, and weights to the host (1) or to nothing (2)."""
-        if self.state.weights is Weights.ASLEEP:
-            return
+    def _sleep(self, level: int) -> None:
         self._engine.reset_prefix_cache()
         self._engine.sleep(level)
-        lost = level == 2 and self.state.weights is not Weights.DUMMY
-        self._weights_asleep_as = Weights.EMPTY if lost else self.state.weights
-        self.state = EngineState(Weights.ASLEEP, self.state.version, kv_cache_awake=False)
 
-    def wake_weights(self) -> None:
-        """Take the weights' memory back; after sleep level 2 their values are lost."""
-        if self.state.weights is not Weights.ASLEEP:
-            return
+    def _wake_weights(self) -> None:
         self._engine.wake_up(["weights"])
-        version = None if self._weights_asleep_as is Weights.EMPTY else self.state.version
-        self.state = EngineState(self._weights_asleep_as, version, kv_cache_awake=False)
 
-    def wake_kv_cache(self) -> None:
-        """Take the KV cache's memory back; the last step before generating."""
-        if self.state.kv_cache_awake:
-            return
-        if self.state.weights is Weights.ASLEEP:
-            raise EngineStateError("wake_kv_cache(): the engine is ASLEEP; wake_weights() first")
+    def _wake_kv_cache(self) -> None:
         self._engine.wake_up(["kv_cache"])
-        self.state = EngineState(self.state.weights, self.state.version)
 
-    def begin_weight_update(self) -> dict[str, torch.nn.Parameter]:
-        """Declare the weights STALE and return the live parameters to write into.
-
-        Raises:
-            EngineStateError: the weights are asleep.
-        """
-        if self.state.weights is Weights.ASLEEP:
-            raise EngineStateError("cannot write weights: the engine is ASLEEP; wake_weights()")
-        self.state = EngineState(Weights.STALE, self.state.version, self.state.kv_cache_awake)
-        self._has_prefixes = True
-        return self.parameters()
-
-    def forget_prefixes(self) -> None:
-        """Forget what the KV cache holds for prompts to come, computed with the old weights.
-
-        vLLM visits every block: some 10 ms for a large cache, so a GPU may copy meanwhile. A call
-        between `begin_weight_update` and `finish_weight_update` takes that off the latter.
-        """
+    def _forget_prefixes(self) -> None:
         self._engine.reset_prefix_cache()
-        self._has_prefixes = False
 
-    def finish_weight_update(self, version: int) -> None:
-        """Declare the weights READY at `version` and forget what was cached for the old ones."""
-        if self._has_prefixes:
-            self.forget_prefixes()
+    def _note_version(self, version: int) -> None:
         vllm_compat.set_weight_version(self._engine, version)
-        self._version_before = self.state.version
-        self.state = EngineState(Weights.READY, version, self.state.kv_cache_awake)
-
-    def revoke_weight_update(self, version: int) -> None:
-        """Declare the weights STALE again if they are READY at `version`."""
-        if self.state.weights is Weights.READY and self.state.version == version:
-            before = self._version_before
-            self.state = EngineState(Weights.STALE, before, self.state.kv_cache_awake)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Pass a whole checkpoint through vLLM's loader; `finish_weight_update` comes after it.

@@ -11,7 +11,7 @@ from chatlearn_vllm.layouts import CheckpointShards, ShardedModel
 from chatlearn_vllm.modules.receives_weights import IncomingWeights
 
 if TYPE_CHECKING:
-    from chatlearn_vllm.engines.vllm_engine import VLLMEngine
+    from chatlearn_vllm.engines.generation_engine import GenerationEngine
     from chatlearn_vllm.weight_sync.digest import Sample
     from chatlearn_vllm.weight_sync.receiver import WeightReceiver
     from chatlearn_vllm.weight_sync.transport import Export
@@ -23,7 +23,7 @@ LOADER_BYTES = 512 * 2**20
 class PolicyWeights(IncomingWeights):
     """The receiving end of the weight sync, for one engine."""
 
-    def __init__(self, engine: VLLMEngine, path: str) -> None:
+    def __init__(self, engine: GenerationEngine, path: str) -> None:
         """Choose the path.
 
         Args:

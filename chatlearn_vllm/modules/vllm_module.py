@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from chatlearn_vllm.engines.vllm_engine import VLLMEngine
+    from chatlearn_vllm.engines.generation_engine import GenerationEngine
     from chatlearn_vllm.engines.vllm_executor import Step
+    from chatlearn_vllm.layouts import ModelShape
     from chatlearn_vllm.modules.policy_weights import PolicyWeights
 
 logger = get_logger(__name__)
@@ -77,7 +78,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         installed_version()
         self.model: nn.Module | None = None
         """This rank's live vLLM model, once `setup` ran."""
-        self._engine: VLLMEngine | None = None
+        self._engine: GenerationEngine | None = None
         self._datasets: dict[bool, Any] = {}
         self._step: Step | None = None
         self._iteration = 0
@@ -234,7 +235,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         return self._step.execute()
 
     @property
-    def engine(self) -> VLLMEngine:
+    def engine(self) -> GenerationEngine:
         """This rank's engine.
 
         Raises:
@@ -259,18 +260,23 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self.model is None:
             self.model = self.engine.model
 
-    def _build_engine(self) -> VLLMEngine:
-        if self._engine is not None:
-            return self._engine
+    def _build_engine(self) -> GenerationEngine:
+        if self._engine is None:
+            from chatlearn_vllm.engines.vllm_arguments import sampling_arguments
+            from chatlearn_vllm.layouts import ModelShape
+
+            sampling_arguments(self.model_args, is_eval=False)
+            model_dir = Path(self.model_args.load or self._tokenizer_dir())
+            shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
+            self._engine = self._vllm_engine(model_dir, shape)
+        return self._engine
+
+    def _vllm_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
         import torch
 
-        from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
+        from chatlearn_vllm.engines.vllm_arguments import engine_arguments
         from chatlearn_vllm.engines.vllm_engine import VLLMEngine
-        from chatlearn_vllm.layouts import ModelShape
 
-        sampling_arguments(self.model_args, is_eval=False)
-        model_dir = Path(self.model_args.load or self._tokenizer_dir())
-        shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
         arguments, notices = engine_arguments(
             self.model_args,
             model_dir,
@@ -281,8 +287,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self.rank == 0 and self.replica_id == 0:
             for notice in notices:
                 logger.info("%s: %s", self.name, notice)
-        self._engine = VLLMEngine(arguments, shape, owner=self)
-        return self._engine
+        return VLLMEngine(arguments, shape, owner=self)
 
     def _tokenizer_dir(self) -> str:
         directory = self.model_args.tokenizer or self.model_args.load

@@ -12,7 +12,7 @@ from chatlearn_vllm.data.carried import Carried
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
-from chatlearn_vllm.engines.vllm_engine import EngineStateError
+from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.vllm_executor import Step
 from chatlearn_vllm.modules.vllm_module import sample_seed
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
