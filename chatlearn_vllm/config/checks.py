@@ -110,6 +110,11 @@ def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
         "must be 0, with dropout the trainer would not score tokens as the rollout sampled them",
     )
     report.require(
+        model.model_args.inference_engine == "vllm",
+        (*at, "model_args", "inference_engine"),
+        "must be vllm, the others are not there yet",
+    )
+    report.require(
         not model.model_args.use_beam_search,
         (*at, "model_args", "use_beam_search"),
         "must be False, a beam has no sampling probability to train on; "

@@ -22,6 +22,8 @@ from chatlearn_vllm.config.section import (
 )
 
 DTYPE_OF_FLAG = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPE_OF_NAME = {"half": "float16", "float": "float32"}
+"""Further names that vLLM has for them."""
 
 
 class WeightArgs(Section):
@@ -40,8 +42,12 @@ class WeightArgs(Section):
     """Longest sequence in tokens: prompt and response together (vLLM's max_model_len)."""
     max_new_tokens: Positive = 512
     """Longest response in tokens; prompts are cut to seq_length - max_new_tokens."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the weights. auto: bfloat16 on GPUs, float32 on CPUs."""
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        BeforeValidator(lambda value: _DTYPE_OF_NAME.get(value, value)),
+    ] = "auto"
+    """Type of the weights. auto: bfloat16 on GPUs, float32 on CPUs. half is vLLM's name of float16,
+    float of float32. On CPUs vLLM works in float32 whatever is said here."""
     bf16: bool | None = None
     """Megatron's spelling of `dtype: bfloat16`."""
     fp16: bool | None = None
@@ -290,9 +296,12 @@ class SchedulerArgs(Section):
     """vLLM scheduler, cache and engine
 
     Any other field of vLLM's EngineArgs may be given under its own name: kv_cache_memory_bytes,
-    quantization, revision, tokenizer_revision, tokenizer_mode, trust_remote_code, ...
+    revision, tokenizer_revision, tokenizer_mode, trust_remote_code, ...
     """
 
+    inference_engine: Literal["vllm", "transformers", "server"] = "vllm"
+    """What generates: vLLM in the ranks' processes, Hugging Face Transformers in the same place
+    (one rank per replica), or a vLLM server elsewhere."""
     max_num_seqs: Positive = 256
     """Sequences that one replica decodes at the same time."""
     max_num_batched_tokens: Positive | None = None
@@ -312,8 +321,31 @@ class SchedulerArgs(Section):
     weight_sync_path: Literal["auto", "direct", "load_weights"] = "auto"
     """How new weights enter the engine. direct: copied into its parameters. load_weights: whole
     tensors through vLLM's loader, which quantises them again. auto: direct where possible."""
+    quantization: str | None = None
+    """fp8: quantise the weights as they are loaded, again at each weight sync. awq, gptq, or another
+    of vLLM's names: that of the checkpoint in `load`, for models that no trainer sends weights to.
+    docs/engines.md."""
     log_metrics: bool = False
     """Log the engine's own counters (running requests, cache use) while it generates."""
+
+
+class SpeculationArgs(Section):
+    """Speculative decoding (vLLM)
+
+    Something cheap drafts the next tokens, one step of the model verifies them all; responses are
+    drawn with the same probabilities as without. docs/engines.md.
+    """
+
+    speculative_config: dict[str, Any] | None = None
+    """vLLM's own map: method (ngram, draft_model, eagle, eagle3, ...), num_speculative_tokens, model
+    (the draft's directory) and further fields of its SpeculativeConfig; None = no drafts."""
+    speculative_model: str | None = None
+    """Older name of `model` in speculative_config; `[ngram]` is method ngram, else draft_model."""
+    num_speculative_tokens: Positive | None = None
+    """Older place of num_speculative_tokens: tokens that are drafted at a time."""
+    speculative_min_gain: NonNegative = 1.0
+    """Draft no more when generating with drafts is less than so many times as fast as without, as
+    measured in the last episodes; 0 = always draft, and measure nothing."""
 
 
 class ModuleArgs(Section):
@@ -589,6 +621,7 @@ class ModelArgs(
     PromptArgs,
     SamplingArgs,
     SchedulerArgs,
+    SpeculationArgs,
     ModuleArgs,
     MegatronArgs,
     UnusedArgs,

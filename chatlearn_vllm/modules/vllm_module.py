@@ -72,10 +72,11 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         Raises:
             RuntimeError: vLLM is missing or of an unsupported version.
         """
-        from chatlearn_vllm.engines.vllm_compat import installed_version
-
         super().__init__(name, job, replica_id)
-        installed_version()
+        if self.model_args.inference_engine == "vllm":
+            from chatlearn_vllm.engines.vllm_compat import installed_version
+
+            installed_version()
         self.model: nn.Module | None = None
         """This rank's live vLLM model, once `setup` ran."""
         self._engine: GenerationEngine | None = None
@@ -268,7 +269,12 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             sampling_arguments(self.model_args, is_eval=False)
             model_dir = Path(self.model_args.load or self._tokenizer_dir())
             shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
-            self._engine = self._vllm_engine(model_dir, shape)
+            make = {
+                "vllm": self._vllm_engine,
+                "transformers": self._transformers_engine,
+                "server": self._server_engine,
+            }
+            self._engine = make[self.model_args.inference_engine](model_dir, shape)
         return self._engine
 
     def _vllm_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
@@ -288,6 +294,12 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             for notice in notices:
                 logger.info("%s: %s", self.name, notice)
         return VLLMEngine(arguments, shape, owner=self)
+
+    def _transformers_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
+        raise NotImplementedError("inference_engine: transformers")
+
+    def _server_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
+        raise NotImplementedError("inference_engine: server")
 
     def _tokenizer_dir(self) -> str:
         directory = self.model_args.tokenizer or self.model_args.load
