@@ -235,7 +235,8 @@ class Engine(RolloutEngine):
         def run_call(call: Call, inputs: Batch) -> Batch:
             if call is self.environment.policy_call:
                 samples = self.roll_out(episode)
-                self._memory[self.policy.name].offload()
+                with self.timers.phase("offload"):
+                    self._memory[self.policy.name].offload()
                 return samples
             if call.module is not None:
                 with self.timers.phase(call.module.name):

@@ -79,7 +79,8 @@ class GRPOEngine(RolloutEngine):
             left_out.append(select(batch, (~is_informative).nonzero().flatten()))
             if sum(map(batch_size, kept)) >= wanted:
                 break
-        self._memory[self.policy.name].offload()
+        with self.timers.phase("offload"):
+            self._memory[self.policy.name].offload()
         num_kept = sum(map(batch_size, kept))
         if num_kept < wanted:
             logger.warning(

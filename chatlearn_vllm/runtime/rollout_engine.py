@@ -125,7 +125,8 @@ class RolloutEngine(BaseEngine):
     def collect(self, episode: int) -> tuple[Batch, dict[str, float]]:
         """The episode's responses with their rewards; the policy leaves device memory."""
         batch = self.roll_out(episode)
-        self._memory[self.policy.name].offload()
+        with self.timers.phase("offload"):
+            self._memory[self.policy.name].offload()
         metrics = self.add_rewards(batch, episode)
         return batch, metrics | self.sample_metrics(batch)
 
@@ -422,10 +423,12 @@ class RolloutEngine(BaseEngine):
         if target is self.policy:
             metrics = self._wake_policy(trainer, sync)
         elif sync and target is not None:
-            self._memory[target.name].onload()
+            with self.timers.phase("onload"):
+                self._memory[target.name].onload()
             with self.timers.phase("sync"):
                 self._syncs[trainer].sync()
-            self._memory[target.name].offload()
+            with self.timers.phase("offload"):
+                self._memory[target.name].offload()
         with self.timers.phase("offload"):
             memory.offload("weights")
             if target is self.policy:

@@ -1,6 +1,6 @@
 """Where does the demo's model come from? There is no hub: this script makes one.
 
-python examples/megatron/make_tiny_llama.py --out DIR [--preset demo|100m] [--init-weights] ...
+python examples/megatron/make_tiny_llama.py --out DIR [--preset demo|100m|1b] [--init-weights] ...
 
 Writes a Hugging Face directory: config.json and generation_config.json of a Llama, its tokenizer
 (tokenizer.model is the sentencepiece model, tokenizer.json the same for `transformers` and vLLM),
@@ -46,6 +46,16 @@ PRESETS = {
         "head_dim": 64,
         "ffn_hidden_size": 3072,
         "max_position_embeddings": 1024,
+    },
+    # 1.03 B parameters: the layers of Llama-3.2-1B, 17 of them, as the vocabulary is so small.
+    "1b": {
+        "hidden_size": 2048,
+        "num_layers": 17,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "head_dim": 64,
+        "ffn_hidden_size": 8192,
+        "max_position_embeddings": 2048,
     },
 }
 
