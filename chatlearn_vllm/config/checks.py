@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.model_args import (
     DTYPE_OF_FLAG,
     LoggingArgs,
@@ -50,8 +51,10 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
     _check_runtime(job.runtime, report)
+        check_engine(model, job.runtime, report)
     _check_colocation(job, report)
     if check_files:
+    check_device_mappings(job, report)
         _check_files(job, report)
 
 
@@ -60,23 +63,15 @@ def _check_devices(model: ModelConfig, report: Reporter) -> None:
     num_gpu, num_cpu = (*at, "num_gpu"), (*at, "num_cpu")
     sizes = [(*at, "tensor_model_parallel_size"), (*at, "pipeline_model_parallel_size")]
     sizes += [(*at, "model_args", size[-1]) for size in sizes]
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
 
     report.require(
         (model.num_gpu > 0) != (model.num_cpu > 0),
         num_gpu,
         "a model has either num_gpu > 0 or, without devices, num_cpu > 0",
-        given=[num_cpu],
-    )
-    divides = model.num_gpu % (tp * pp) == 0
-    report.require(
-        divides,
-        num_gpu,
-        f"must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size "
-        f"= {tp} x {pp}",
-        given=sizes,
+        given=[num_cpu, (*at, "device_mapping")],
     )
     report.require(
+    divides = check_replicas(model, report)
         model.num_cpu % model.cpu_per_process == 0,
         num_cpu,
         f"must be a multiple of cpu_per_process={model.cpu_per_process}",
@@ -142,6 +137,13 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
         given=[(*at, "max_num_seqs")],
     )
     max_tokens = args.max_tokens_per_micro_batch
+    max_model_len = args.engine_args.get("max_model_len", args.seq_length)
+    report.require(
+        type(max_model_len) is int and max_model_len >= args.seq_length,
+        (*at, "max_model_len"),
+        f"must be at least seq_length={args.seq_length}, prompt and response together",
+        given=[(*at, "seq_length")],
+    )
     report.require(
         max_tokens is None or max_tokens >= args.seq_length,
         (*at, "max_tokens_per_micro_batch"),
@@ -210,6 +212,13 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         given=[(*at, "num_attention_heads")],
     )
     check_layers(model, layers, report)
+    context_parallel = args.transformer_args.get("context_parallel_size", 1)
+    report.require(
+        context_parallel == 1,
+        (*at, "context_parallel_size"),
+        "must be 1, a sequence is not split over ranks here; tensor_model_parallel_size with "
+        "sequence_parallel: True makes room for long ones, too",
+    )
     check_experts(model, report)
 
 
@@ -245,12 +254,6 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
             given=[("runtime", "train_micro_batch_size"), *devices],
         )
     elif model.num_gpu:
-        report.require(
-            runtime.sample_per_episode % max(model.num_replica, 1) == 0,
-            samples,
-            f"must be a multiple of the {model.num_replica} replicas of {name}",
-            given=devices,
-        )
         responses = model.model_args.responses_per_prompt
         report.require(
             runtime.sample_per_episode % responses == 0,

@@ -13,6 +13,8 @@ _PARALLEL_SIZES = (
     "expert_model_parallel_size",
 )
 
+_NGRAM_NAMES = ("ngram", "[ngram]")
+
 
 def derive(job: JobConfig, tree: Tree) -> JobConfig:
     """Fill in the values that were not given and follow from others.
@@ -21,7 +23,9 @@ def derive(job: JobConfig, tree: Tree) -> JobConfig:
         job: as the user gave it.
         tree: who gave what.
     """
-    models = {name: _derive_model(model, job, tree) for name, model in job.models.items()}
+    models = {
+        name: _derive_model(_with_devices(model), job, tree) for name, model in job.models.items()
+    }
     shards = [model.data_parallel_size for model in models.values() if model.trainable]
     rows_per_pass = job.runtime.train_micro_batch_size * max([1, *shards])
     rows_per_step = job.runtime.train_global_batch_size or rows_per_pass
@@ -30,6 +34,13 @@ def derive(job: JobConfig, tree: Tree) -> JobConfig:
 
 
 def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig:
+def _with_devices(model: ModelConfig) -> ModelConfig:
+    """The model with as many devices as its device_mapping names, unless num_gpu says a number."""
+    if model.device_mapping is None or "num_gpu" in model.model_fields_set:
+        return model
+    return model.model_copy(update={"num_gpu": len(model.device_mapping)})
+
+
     args = model.model_args
     sizes = {size: _parallel_size(model, size, tree) for size in _PARALLEL_SIZES}
     changes: dict[str, Any] = dict(sizes)
@@ -64,3 +75,13 @@ def _dtype(args: ModelArgs) -> str:
     """Megatron's flags say what `dtype` leaves open."""
     flagged = [dtype for flag, dtype in DTYPE_OF_FLAG.items() if args[flag]]
     return flagged[0] if flagged and args.dtype == "auto" else args.dtype
+
+
+    """vLLM's map, with what the older keys say and vLLM's choice of a method if none is named."""
+    given = {key: value for key, value in older.items() if value is not None}
+    if not config:
+        return None
+    if config.get("method") is None:
+    if config["method"] == "ngram" and config.get("model") in _NGRAM_NAMES:
+        del config["model"]
+    return config

@@ -28,7 +28,6 @@ _SET_BY_OUR_KEY = {
     "served_model_name": "load",
     "tensor_parallel_size": "tensor_model_parallel_size",
     "pipeline_parallel_size": "pipeline_model_parallel_size",
-    "max_model_len": "seq_length",
     "max_tokens": "max_new_tokens",
     "stop": "stop_token_list",
     "params_dtype": "dtype",

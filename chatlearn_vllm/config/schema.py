@@ -78,7 +78,11 @@ class ModelConfig(Section):
     """The key under `models`."""
     num_gpu: Count = 0
     """Devices of all replicas together: GPUs, or CPU cores on a machine without GPUs; 0 = a model
-    without devices."""
+    without devices. With device_mapping it follows from that."""
+    device_mapping: Integers | None = None
+    """Devices that the model runs on, by their number in the job, rank after rank; models that name
+    the same device share it. None = num_gpu devices, shared as runtime.colocation says. Either all
+    models with devices have this key or none."""
     num_cpu: Count = 0
     """CPU cores of all processes of a model without devices, e.g. a rule reward."""
     cpu_per_process: Positive = 1

@@ -2,9 +2,11 @@
 
 A bundle is one device: a GPU, or a CPU core on a machine without GPUs. The models of one
 `runtime.colocation` entry lie over each other, each starting at the first bundle of the group;
-every other model gets bundles of its own. Ranks of a replica are on consecutive bundles.
+every other model gets bundles of its own. Ranks of a replica are on consecutive bundles. Where
+models have a `device_mapping`, they lie on the devices that it names, rank after rank, instead.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ class RankPlacement:
     world_size: int
     """Ranks of the replica."""
     bundle: int | None
-    """Index of the device; None for a model without devices."""
+    """Index of the device among those of the job; None for a model without devices."""
     share: float
     """Part of the device, 1 / number of ranks on it; 0.0 without a device."""
     num_cpu: int = 0
@@ -33,10 +35,15 @@ class RankPlacement:
 class PlacementPlan:
     """Where all ranks of a job go."""
 
-    num_bundles: int
-    """Devices that the job needs."""
+    devices: tuple[int, ...]
+    """Number of the device behind each bundle: counted up, or those that `device_mapping` names."""
     ranks: tuple[RankPlacement, ...]
     """Models in the order of the job, then replicas, then ranks."""
+
+    @property
+    def num_bundles(self) -> int:
+        """Devices that the job needs."""
+        return len(self.devices)
 
     def of_model(self, model: str) -> tuple[RankPlacement, ...]:
         """The ranks of one model, by replica and rank."""
@@ -46,13 +53,18 @@ class PlacementPlan:
         """The ranks that share one device."""
         return tuple(rank for rank in self.ranks if rank.bundle == bundle)
 
+    def shares_devices(self, model: str) -> bool:
+        """Whether another model has a rank on a device of this one."""
+        bundles = {rank.bundle for rank in self.of_model(model)} - {None}
+        return any(rank.bundle in bundles for rank in self.ranks if rank.model != model)
+
     def describe(self) -> str:
         """A text table: one row per device, one column per model, `replica.rank` in the cells."""
         models = list(dict.fromkeys(rank.model for rank in self.ranks if rank.bundle is not None))
         rows = [["device", "share", *models]]
-        for bundle in range(self.num_bundles):
+        for bundle, device in enumerate(self.devices):
             cells = {r.model: f"{r.replica}.{r.rank}" for r in self.on_bundle(bundle)}
-            row = [str(bundle), f"1/{len(cells)}", *(cells.get(model, "-") for model in models)]
+            row = [str(device), f"1/{len(cells)}", *(cells.get(model, "-") for model in models)]
             rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -67,28 +79,37 @@ class PlacementPlan:
 
 
 def place(job: JobConfig, only: Collection[str] | None = None) -> PlacementPlan:
-    """Lay the models of a job out over as few devices as its colocation allows.
+    """Lay the models of a job out over their device_mapping, or over as few devices as its
+    colocation allows.
 
     Args:
         job: checked, so device counts fit the parallel sizes and groups name known models.
         only: the models that take part; None = all of the job.
     """
     models = {name: model for name, model in job.models.items() if only is None or name in only}
-    first_bundle, num_bundles = _first_bundles(models, job.runtime.colocation_groups())
-    num_on_bundle = [0] * num_bundles
-    for name, first in first_bundle.items():
-        for bundle in range(first, first + models[name].num_gpu):
-            num_on_bundle[bundle] += 1
+    mapped = {name: model.device_mapping for name, model in models.items() if model.device_mapping}
+    if mapped:
+        devices = tuple(sorted({device for own in mapped.values() for device in own}))
+        bundle_of = {device: bundle for bundle, device in enumerate(devices)}
+        bundles = {name: [bundle_of[device] for device in own] for name, own in mapped.items()}
+    else:
+        first_bundle, num_bundles = _first_bundles(models, job.runtime.colocation_groups())
+        devices = tuple(range(num_bundles))
+        bundles = {
+            name: list(range(first, first + models[name].num_gpu))
+            for name, first in first_bundle.items()
+        }
+    num_ranks_on = Counter(bundle for own in bundles.values() for bundle in own)
     ranks = [
         rank
         for name, model in models.items()
         for rank in (
-            _device_ranks(model, first_bundle[name], num_on_bundle)
+            _device_ranks(model, bundles[name], num_ranks_on)
             if model.num_gpu
             else _cpu_ranks(model)
         )
     ]
-    return PlacementPlan(num_bundles, tuple(ranks))
+    return PlacementPlan(devices, tuple(ranks))
 
 
 def _first_bundles(
@@ -108,7 +129,7 @@ def _first_bundles(
 
 
 def _device_ranks(
-    model: ModelConfig, first_bundle: int, num_on_bundle: Sequence[int]
+    model: ModelConfig, bundles: Sequence[int], num_ranks_on: Mapping[int, int]
 ) -> list[RankPlacement]:
     size = model.ranks_per_replica
     return [
@@ -117,10 +138,10 @@ def _device_ranks(
             replica=index // size,
             rank=index % size,
             world_size=size,
-            bundle=first_bundle + index,
-            share=1 / num_on_bundle[first_bundle + index],
+            bundle=bundle,
+            share=1 / num_ranks_on[bundle],
         )
-        for index in range(model.num_gpu)
+        for index, bundle in enumerate(bundles)
     ]
 
 

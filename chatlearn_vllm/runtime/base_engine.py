@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from chatlearn_vllm.data.prompts import PromptSampler, load_prompts
+from chatlearn_vllm.job.placement import place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -197,11 +198,8 @@ class BaseEngine(ABC):
 
     def shares_devices(self, module: BaseModule) -> bool:
         """Whether another model of this job runs on the devices of this one."""
-        running = {own.name for own in self.modules}
-        return any(
-            module.name in group and len(running.intersection(group)) > 1
-            for group in self.args.colocation_groups()
-        )
+        plan = place(self.job, only=[own.name for own in self.modules])
+        return plan.shares_devices(module.name)
 
     def teardown(self, failed: bool = False) -> None:
         """End every process of the job; safe at any point of `setup` or `learn`, and twice.

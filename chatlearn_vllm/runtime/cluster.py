@@ -176,15 +176,15 @@ class Cluster:
             self._ray_processes = sorted(_children() - before)
 
     def _num_cpus_needed(self) -> int:
-        """Logical CPUs: one per process that has a device, and what CPU models ask for."""
-        return sum(max(1, rank.num_cpu) for rank in self._plan.ranks)
+        """Logical CPUs: as many per device as one of them has processes, and for CPU models."""
+        cpus = sum(rank.num_cpu for rank in self._plan.ranks)
+        return cpus + self._plan.num_bundles * self._ranks_per_bundle()
 
     def _check_resources(self, has_gpu: bool) -> None:
-        on_devices = [rank for rank in self._plan.ranks if rank.bundle is not None]
-        cpus = sum(rank.num_cpu for rank in self._plan.ranks)
         if has_gpu:
-            needed = {"GPU": self._plan.num_bundles, "CPU": cpus + len(on_devices)}
+            needed = {"GPU": self._plan.num_bundles, "CPU": self._num_cpus_needed()}
         else:
+            cpus = sum(rank.num_cpu for rank in self._plan.ranks)
             needed = {"CPU": cpus + self._plan.num_bundles}
         _require(needed, ray.cluster_resources(), "the cluster has", self._job.path)
         deadline = time.monotonic() + RELEASE_TIMEOUT_S
@@ -193,14 +193,18 @@ class Cluster:
             time.sleep(0.2)
         _require(needed, ray.available_resources(), "free are", self._job.path)
 
+    def _ranks_per_bundle(self) -> int:
+        """The most ranks that share a device."""
+        bundles = range(self._plan.num_bundles)
+        return max((len(self._plan.on_bundle(bundle)) for bundle in bundles), default=0)
+
     def _reserve_devices(self, has_gpu: bool) -> list[int]:
         """Reserve one bundle per device; returns the bundles' indices, those of a host adjacent."""
         if self._plan.num_bundles == 0:
             return []
-        bundles = [
-            {"GPU": 1, "CPU": len(self._plan.on_bundle(bundle))} if has_gpu else {"CPU": 1}
-            for bundle in range(self._plan.num_bundles)
-        ]
+        # Alike, because the hosts decide later which bundle stands for which device.
+        bundle = {"GPU": 1, "CPU": self._ranks_per_bundle()} if has_gpu else {"CPU": 1}
+        bundles = [bundle] * self._plan.num_bundles
         self._placement_group = placement_group(bundles, strategy="PACK")
         if not self._placement_group.wait(PLACEMENT_TIMEOUT_S):
             raise RuntimeError(

@@ -107,8 +107,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
             "did you mean enable_chunked_prefill?",
         ),
         (
-            "models.policy.model_args.max_model_len=9",
-            "models.policy.model_args.max_model_len=9: is set by seq_length; leave it out",
+            "models.policy.model_args.max_tokens=9",
+            "models.policy.model_args.max_tokens=9: is set by max_new_tokens; leave it out",
         ),
         (
             "models.policy.temperature=0.5",
@@ -149,11 +149,13 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "multiple of 4 = train_micro_batch_size x data parallel size of models.policy_trainer"),
         ("runtime.train_global_batch_size=32", "runtime.train_global_batch_size=32: "
          "must be at most sample_per_episode=16"),
-        ("runtime.sample_per_episode=17", "runtime.sample_per_episode=17: "
-         "must be a multiple of the 2 replicas of models.policy"),
         ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
          "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
         # model arguments
+        ("models.policy.model_args.max_model_len=63", "models.policy.model_args.max_model_len=63: "
+         "must be at least seq_length=64, prompt and response together"),
+        ("models.policy_trainer.model_args.context_parallel_size=2", "context_parallel_size=2: "
+         "must be 1, a sequence is not split over ranks here"),
         ("models.policy.model_args.max_new_tokens=64", "models.policy.model_args.max_new_tokens="
          "64: must be less than seq_length=64, the prompt needs room too"),
         ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "

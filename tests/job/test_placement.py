@@ -83,6 +83,36 @@ def test_models_that_take_no_part_need_no_device():
     assert {rank.share for rank in plan.ranks} == {0.5}
 
 
+def test_models_lie_on_the_devices_of_their_mapping_and_share_what_both_name():
+    plan = place(
+        job(
+            policy={"num_gpu": 6, "device_mapping": (0, 1, 2, 3, 8, 9)},
+            trainer={"num_gpu": 4, "device_mapping": (3, 2, 1, 0), "trainable": True},
+            judge={"num_gpu": 1, "device_mapping": (11,)},
+            reward={"num_cpu": 1},
+        )
+    )
+    assert plan.devices == (0, 1, 2, 3, 8, 9, 11)
+    assert plan.num_bundles == 7  # what no model names is not reserved
+    assert bundles(plan, "policy") == [0, 1, 2, 3, 4, 5]
+    assert bundles(plan, "trainer") == [3, 2, 1, 0]
+    assert [rank.share for rank in plan.of_model("policy")] == [0.5] * 4 + [1.0] * 2
+    assert [model for model in ("policy", "trainer", "judge", "reward")
+            if plan.shares_devices(model)] == ["policy", "trainer"]  # fmt: skip
+    assert plan.describe().splitlines()[4:7] == [
+        "3       1/2    3.0     0.0      -",
+        "8       1/1    4.0     -        -",
+        "9       1/1    5.0     -        -",
+    ]
+
+
+def test_who_shares_devices_depends_on_who_takes_part():
+    whole = job(["a,b"], a={"num_gpu": 2}, b={"num_gpu": 1}, c={"num_gpu": 1})
+    assert place(whole).shares_devices("a")
+    assert not place(whole).shares_devices("c")
+    assert not place(whole, only={"a", "c"}).shares_devices("a")
+
+
 def test_the_plan_can_be_drawn():
     plan = place(
         job(
