@@ -13,8 +13,6 @@ _PARALLEL_SIZES = (
     "expert_model_parallel_size",
 )
 
-_NGRAM_NAMES = ("ngram", "[ngram]")
-
 
 def derive(job: JobConfig, tree: Tree) -> JobConfig:
     """Fill in the values that were not given and follow from others.
@@ -33,7 +31,6 @@ def derive(job: JobConfig, tree: Tree) -> JobConfig:
     return job.model_copy(update={"models": models, "runtime": runtime})
 
 
-def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig:
 def _with_devices(model: ModelConfig) -> ModelConfig:
     """The model with as many devices as its device_mapping names, unless num_gpu says a number."""
     if model.device_mapping is None or "num_gpu" in model.model_fields_set:
@@ -41,6 +38,7 @@ def _with_devices(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"num_gpu": len(model.device_mapping)})
 
 
+def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig:
     args = model.model_args
     sizes = {size: _parallel_size(model, size, tree) for size in _PARALLEL_SIZES}
     changes: dict[str, Any] = dict(sizes)
@@ -75,13 +73,3 @@ def _dtype(args: ModelArgs) -> str:
     """Megatron's flags say what `dtype` leaves open."""
     flagged = [dtype for flag, dtype in DTYPE_OF_FLAG.items() if args[flag]]
     return flagged[0] if flagged and args.dtype == "auto" else args.dtype
-
-
-    """vLLM's map, with what the older keys say and vLLM's choice of a method if none is named."""
-    given = {key: value for key, value in older.items() if value is not None}
-    if not config:
-        return None
-    if config.get("method") is None:
-    if config["method"] == "ngram" and config.get("model") in _NGRAM_NAMES:
-        del config["model"]
-    return config
