@@ -51,7 +51,6 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
     _check_runtime(job.runtime, report)
-        check_engine(model, job.runtime, report)
     _check_colocation(job, report)
     if check_files:
     check_device_mappings(job, report)
