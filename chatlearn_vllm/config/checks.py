@@ -52,8 +52,8 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_batches(model, job.runtime, report)
     _check_runtime(job.runtime, report)
     _check_colocation(job, report)
-    if check_files:
     check_device_mappings(job, report)
+    if check_files:
         _check_files(job, report)
 
 
@@ -69,8 +69,8 @@ def _check_devices(model: ModelConfig, report: Reporter) -> None:
         "a model has either num_gpu > 0 or, without devices, num_cpu > 0",
         given=[num_cpu, (*at, "device_mapping")],
     )
-    report.require(
     divides = check_replicas(model, report)
+    report.require(
         model.num_cpu % model.cpu_per_process == 0,
         num_cpu,
         f"must be a multiple of cpu_per_process={model.cpu_per_process}",
@@ -135,7 +135,6 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
         f"must be at least max_num_seqs={args.max_num_seqs}, one token per running sequence",
         given=[(*at, "max_num_seqs")],
     )
-    max_tokens = args.max_tokens_per_micro_batch
     max_model_len = args.engine_args.get("max_model_len", args.seq_length)
     report.require(
         type(max_model_len) is int and max_model_len >= args.seq_length,
@@ -143,6 +142,7 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
         f"must be at least seq_length={args.seq_length}, prompt and response together",
         given=[(*at, "seq_length")],
     )
+    max_tokens = args.max_tokens_per_micro_batch
     report.require(
         max_tokens is None or max_tokens >= args.seq_length,
         (*at, "max_tokens_per_micro_batch"),
@@ -210,7 +210,6 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         f"{groups} groups must divide num_attention_heads={heads}",
         given=[(*at, "num_attention_heads")],
     )
-    check_layers(model, layers, report)
     context_parallel = args.transformer_args.get("context_parallel_size", 1)
     report.require(
         context_parallel == 1,
@@ -218,6 +217,7 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         "must be 1, a sequence is not split over ranks here; tensor_model_parallel_size with "
         "sequence_parallel: True makes room for long ones, too",
     )
+    check_layers(model, layers, report)
     check_experts(model, report)
 
 
