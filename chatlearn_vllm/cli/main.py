@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     _add_sync_plan(commands)
     _add_export(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -105,6 +106,15 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="store_true",
         help="write LoRA adapters by themselves, for PEFT, instead of merging them",
     )
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from chatlearn_vllm.bench.options import add_arguments
+
+    help_text = "measure engines that generate: transformers, vLLM, vLLM through VLLMModule"
+    command = commands.add_parser("bench", help=help_text, description=help_text)
+    command.set_defaults(run=_bench)
+    add_arguments(command)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -173,6 +183,18 @@ def _export(arguments: argparse.Namespace) -> int:
         return USER_ERROR
     print(f"{source} is now in {arguments.out}")
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from chatlearn_vllm.bench.cases import OptionError
+    from chatlearn_vllm.bench.command import bench
+
+    given = vars(arguments)
+    try:
+        return bench({name: given[name] for name in given.keys() - {"run"}})
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
 
 
 if __name__ == "__main__":

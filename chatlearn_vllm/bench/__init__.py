@@ -1,0 +1,15 @@
+"""Measure engines that generate: transformers, bare vLLM, vLLM through VLLMModule.
+
+    options.py, environment.py   what is asked for: of the command line, of run_benchmark.sh
+    cases.py                     what is measured, and which parallel sizes cannot be
+    workload.py                  the model's directory and the prompts, the same for every case
+    run.py                       one child process (or one per rank) after the other
+    child.py                     what such a process does, with one of
+        transformers_case.py, vllm_case.py, vllm_module_case.py
+    measure.py                   times become numbers
+    machine.py, memory.py        devices, and what a model needs of them
+    remedies.py                  what a user can do about a failure
+    report.py                    the terminal's table, plots and the page
+
+The process that starts the cases imports neither torch nor vLLM, so it holds no device memory.
+"""

@@ -1,0 +1,105 @@
+"""What does a process do that measures one case, and how does it tell?
+
+    python -m chatlearn_vllm.bench.child TASK.json
+
+The task names the case and the file to which events go, one JSON object per line: the phases it
+goes through, and its result or its error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.bench.cases import Case
+from chatlearn_vllm.bench.options import BenchOptions
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case to be measured."""
+
+    case: Case
+    options: BenchOptions
+    model_dir: Path
+    work_dir: Path
+    """For files of this case."""
+    events: Path
+    """To which the first rank writes."""
+
+    def save(self, path: Path) -> None:
+        """Write it for the child."""
+        case = self.case.to_dict()
+        content = {
+            "case": {name: case[name] for name in Case.__dataclass_fields__},
+            "options": self.options.to_dict(),
+            "model_dir": str(self.model_dir),
+            "work_dir": str(self.work_dir),
+            "events": str(self.events),
+        }
+        path.write_text(json.dumps(content))
+
+    @classmethod
+    def load(cls, path: Path) -> Task:
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        return cls(
+            Case(**content["case"]),
+            BenchOptions.from_dict(content["options"]),
+            *(Path(content[name]) for name in ("model_dir", "work_dir", "events")),
+        )
+
+    def phase(self, name: str) -> None:
+        """Say what comes now; memory is measured by phases."""
+        self._write({"phase": name})
+
+    def pass_prompts(self, number: int) -> list[Any]:
+        """See workload.prompts_of_pass."""
+        from chatlearn_vllm.bench.workload import prompts_of_pass
+
+        return prompts_of_pass(self.options, self.model_dir, number)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            with self.events.open("a") as file:
+                file.write(json.dumps(event | {"time": time.time()}) + "\n")
+
+    def run(self) -> bool:
+        """Measure; whether that went well."""
+        try:
+            result = _measure(self)
+        except Exception as error:  # whatever an engine raises is this case's result
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}"
+            self._write({"error": text, "is_skip": isinstance(error, Skip)})
+            return False
+        self._write({"result": result})
+        return True
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """A case cannot be measured on this machine, and needs not; the message says why."""
+
+
+def _measure(task: Task) -> dict[str, Any]:
+    if not task.case.is_vllm:
+        from chatlearn_vllm.bench.transformers_case import measure
+    elif task.case.engine == "vllm":
+        from chatlearn_vllm.bench.vllm_case import measure
+    else:
+        from chatlearn_vllm.bench.vllm_module_case import measure
+    return measure(task)
+
+
+if __name__ == "__main__":
+    is_good = Task.load(Path(sys.argv[1])).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Engines leave threads and workers that could wait for one another; the parent ends the rest.
+    os._exit(0 if is_good else 1)

@@ -1,0 +1,68 @@
+"""What happens from the command line of a benchmark to its report?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.bench.cases import OptionError
+from chatlearn_vllm.bench.environment import options_from_environment
+from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.bench.report import PAGE, print_table, write_report
+from chatlearn_vllm.bench.run import RESULTS, Bench
+
+SOME_FAILED = 1
+"""Exit code if a case failed."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM; what was measured is reported."""
+
+
+def bench(given: Mapping[str, Any]) -> int:
+    """Measure and report.
+
+    Args:
+        given: values of the options that the user gave, and `from_environment`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        OptionError: the options, the model or the machine do not fit together; nothing was started.
+    """
+    values = {name: value for name, value in given.items() if name != "from_environment"}
+    if given["from_environment"]:
+        values = options_from_environment(os.environ) | values
+    if "cases" in values:
+        values["cases"] = tuple(values["cases"])
+    options = BenchOptions.of(values)
+    out = Path(options.out or time.strftime("outputs/bench/%Y%m%d-%H%M%S"))
+    try:
+        run = Bench(options, out, ["chatlearn-vllm", *sys.argv[1:]], say=_say)
+    except OptionError:
+        raise
+    except ValueError as error:  # of the model's config.json
+        raise OptionError(f"--model={options.model}: {error}") from error
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = 0 if run.run() else SOME_FAILED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    write_report(run.results, out)
+    print_table(run.results)
+    print(f"{out / RESULTS}, {out / PAGE}")
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,297 @@
+"""How is one case measured after the other, so that no failure takes the rest along?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.bench import remedies
+from chatlearn_vllm.bench.cases import Case, check_cases, ratios
+from chatlearn_vllm.bench.child import Task
+from chatlearn_vllm.bench.environment import without_variables
+from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
+from chatlearn_vllm.bench.memory import num_parameters
+from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.bench.workload import model_config, model_dir, remove_made_model
+from chatlearn_vllm.layouts import ModelShape
+
+FORMAT = 1
+"""Of results.json."""
+RESULTS = "results.json"
+_LOOK_EVERY_S = 0.25
+_LOG_END = 20_000
+"""Characters of a log in which the cause of a failure is looked for."""
+
+
+class Bench:
+    """One run over all cases; its results so far are in OUT/results.json at any time."""
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        out: Path,
+        command: Sequence[str],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Check everything that can be checked without starting an engine.
+
+        Args:
+            options: what to measure.
+            out: directory of results, logs and a made model.
+            command: as the user gave it, for the results.
+            say: gets a line per case.
+
+        Raises:
+            OptionError: the cases cannot be read, or do not fit the model or the machine.
+            ValueError: config.json describes a model that is not supported.
+        """
+        self._options = options
+        self._out = out
+        self._say = say
+        self._machine = this_machine()
+        self._cases = options.parsed_cases()
+        out.mkdir(parents=True, exist_ok=True)
+        self._model_dir = model_dir(options, out)
+        self._shape = ModelShape.from_hf_config(model_config(self._model_dir))
+        check_cases(self._cases, self._shape, len(self._machine.gpus))
+        self.results: dict[str, Any] = {
+            "format": FORMAT,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": list(command),
+            "options": options.to_dict(),
+            "notices": list(options.notices),
+            "machine": self._machine.to_dict(),
+            "versions": versions(),
+            "model": {
+                "name": options.model or f"Llama shape {options.shape}, random weights",
+                "num_parameters": num_parameters(self._shape),
+                "config": model_config(self._model_dir),
+            },
+            "cases": [
+                {**case.to_dict(), "status": "not run", "reason": None} for case in self._cases
+            ],
+            "ratios": [],
+        }
+
+    def run(self) -> bool:
+        """Measure all cases; whether none of them failed.
+
+        Raises:
+            KeyboardInterrupt: the user ended it; what was measured is in the results.
+        """
+        try:
+            for number, case in enumerate(self._cases):
+                self._say(f"[{number + 1}/{len(self._cases)}] {case} ...")
+                entry = self.results["cases"][number]
+                try:
+                    entry |= self._measure(number, case)
+                except KeyboardInterrupt:
+                    entry |= {"status": "interrupted", "reason": "ended by the user"}
+                    raise
+                finally:
+                    self.results["ratios"] = ratios(self.results["cases"])
+                    self._save()
+                self._say(f"[{number + 1}/{len(self._cases)}] {case}: {_in_a_line(entry)}")
+        finally:
+            remove_made_model(self._options, self._out)
+        return all(entry["status"] in ("ok", "skipped") for entry in self.results["cases"])
+
+    def _measure(self, number: int, case: Case) -> dict[str, Any]:
+        log = self._out / f"{number + 1:02d}-{str(case).replace(':', '_').replace('=', '')}.log"
+        with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as work_dir:
+            events = Path(work_dir, "events.jsonl")
+            events.touch()
+            task = Task(case, self._options, self._model_dir, Path(work_dir), events)
+            with _Processes(task, log, on_gpu=bool(self._machine.gpus)) as processes:
+                entry = self._watch(case, processes, events)
+        return entry | {"log": str(log)}
+
+    def _watch(self, case: Case, processes: _Processes, events: Path) -> dict[str, Any]:
+        """Wait for the end of a case and look at its memory meanwhile; its part of the results."""
+        gpus = self._machine.gpus[: case.num_gpus]
+        free = min((gpu.free_bytes for gpu in this_machine().gpus[: case.num_gpus]), default=0)
+        peaks = MemoryPeaks(gpus)
+        start = time.monotonic()
+        is_late = False
+        while processes.are_running and not _said(events, "result"):
+            phase = next(iter(_said(events, "phase")[::-1]), "start")
+            peaks.sample(phase, processes.ids)
+            if is_late := time.monotonic() - start > self._options.case_timeout:
+                break
+            time.sleep(_LOOK_EVERY_S)
+        seconds = time.monotonic() - start
+        if results := _said(events, "result"):
+            (result,) = results
+            memory = peaks.result(result.pop("memory_phases"))
+            return {"status": "ok", "seconds": seconds, "memory": memory, **result}
+        error = next(iter(_said(events, "error")), None)
+        if error is not None and _said(events, "is_skip")[0]:
+            return {"status": "skipped", "reason": error.partition(": ")[2], "seconds": seconds}
+        situation = _situation(case, self._options, self._shape, self._machine, free)
+        return {
+            "status": "failed",
+            "seconds": seconds,
+            **_failure(error, situation, processes, is_late=is_late),
+        }
+
+    def _save(self) -> None:
+        text = json.dumps(self.results, indent=1)
+        paths = [self._out / RESULTS]
+        paths += [Path(self._options.json)] if self._options.json else []
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(path.name + ".writing")
+            beside.write_text(text)
+            beside.replace(path)
+
+
+def _said(events: Path, kind: str) -> list[Any]:
+    """What a case has said so far under one name."""
+    lines = events.read_text().split("\n")[:-1]  # the last one may not be whole yet
+    return [event[kind] for line in lines if kind in (event := json.loads(line))]
+
+
+def _situation(
+    case: Case, options: BenchOptions, shape: ModelShape, machine: Machine, free_bytes: int
+) -> remedies.Situation:
+    import psutil
+
+    if machine.gpus:
+        return remedies.Situation(
+            case, options, shape, machine.gpus[0].total_bytes, free_bytes, on_gpu=True
+        )
+    free_bytes = psutil.virtual_memory().available
+    return remedies.Situation(case, options, shape, machine.host_bytes, free_bytes, on_gpu=False)
+
+
+def _failure(
+    error: str | None, situation: remedies.Situation, processes: _Processes, *, is_late: bool
+) -> dict[str, str | None]:
+    """Why a case failed, and what to do."""
+    if is_late:
+        return {"reason": "timed out", "remedy": remedies.timed_out(situation.options)}
+    end_of_log = processes.log.read_text(errors="replace")[-_LOG_END:]
+    if error is None and processes.killed:
+        return {"reason": "killed", "remedy": remedies.killed(situation)}
+    last = next((line for line in reversed(end_of_log.splitlines()) if line.strip()), "")
+    remedy = remedies.remedy(error or "", situation) or remedies.remedy(end_of_log, situation)
+    return {
+        "reason": error or f"ended without a result: {last}",
+        "remedy": remedy or f"see {processes.log}",
+    }
+
+
+def _in_a_line(entry: dict[str, Any]) -> str:
+    if entry["status"] != "ok":
+        remedy = f"; {entry['remedy']}" if entry.get("remedy") else ""
+        return f"{entry['status']}: {entry['reason']}{remedy}"
+    speed = entry["throughput"]["output_tokens_per_s"]
+    return f"{speed:,.0f} tokens/s, {entry['seconds']:.0f} s in all"
+
+
+class _Processes:
+    """The processes of one case: one, or VLLMModule's ranks. Leaving the context ends them all."""
+
+    def __init__(self, task: Task, log: Path, *, on_gpu: bool) -> None:
+        self.log = log
+        self._job_id = f"bench-{uuid.uuid4().hex[:12]}"
+        path = task.work_dir / "task.json"
+        task.save(path)
+        environment = {
+            **without_variables(os.environ),
+            "CHATLEARN_VLLM_JOB_ID": self._job_id,
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        }
+        if not on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+            # vLLM's CPU engine is many times slower with more threads than cores.
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        if task.case.engine == "vllm-module":
+            ranks = _rank_environments(task.case.num_processes)
+        else:
+            ranks = [{}]
+        self._processes: list[subprocess.Popen] = []
+        self._file = log.open("w")
+        command = [sys.executable, "-m", "chatlearn_vllm.bench.child", str(path)]
+        for rank in ranks:
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment | rank,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for the parent, which ends this group
+                )
+            )
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    @property
+    def ids(self) -> list[int]:
+        """Of the processes that were started."""
+        return [process.pid for process in self._processes]
+
+    @property
+    def are_running(self) -> bool:
+        """Whether the first rank is, and no other failed, which would leave the first waiting."""
+        first, *others = (process.poll() for process in self._processes)
+        return first is None and all(code in (None, 0) for code in others)
+
+    @property
+    def killed(self) -> bool:
+        """Whether one was killed, not by us."""
+        return any(process.poll() == -signal.SIGKILL for process in self._processes)
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            # Whatever the process has started is in its group, too: vLLM's engine and workers.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._file.close()
+        for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _rank_environments(world_size: int) -> list[dict[str, str]]:
+    """What torch.distributed reads, as in a job."""
+    port = str(_free_port())
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for rank in range(world_size)
+    ]
+
+
+def _free_port() -> int:
+    """A free port below those that the system gives to outgoing connections."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free TCP port between 20000 and 32000")

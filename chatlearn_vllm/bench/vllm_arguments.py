@@ -1,0 +1,132 @@
+"""Which engine arguments and sampling parameters do bare vLLM and VLLMModule share?
+
+Both are made of the same job: VLLMModule reads it, bare vLLM gets what `engine_arguments` makes of
+it, without what VLLMModule adds for its own purposes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from chatlearn_vllm.bench.options import DTYPES
+from chatlearn_vllm.bench.workload import has_weights
+from chatlearn_vllm.config import JobConfig, load_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chatlearn_vllm.bench.child import Task
+
+ONLY_OF_MODULE = (
+    "distributed_executor_backend", "disable_custom_all_reduce", "disable_log_stats",
+    "enable_sleep_mode", "logprobs_mode",
+)  # fmt: skip
+"""Engine arguments that VLLMModule sets for its job; bare vLLM runs with its own defaults."""
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+}
+WARMUP_TOKENS = 32
+"""Tokens per completion of a pass that is not measured."""
+
+
+def make_job(task: Task) -> JobConfig:
+    """Write and read the job with a policy that does what the options say."""
+    options, case = task.options, task.case
+    policy = {
+        "load": str(task.model_dir),
+        "load_format": "auto" if has_weights(task.model_dir) else "dummy",
+        "dtype": DTYPES.get(options.dtype, "auto"),
+        "seed": options.seed,
+        "seq_length": options.seq_length,
+        "max_new_tokens": options.max_tokens,
+        "n": options.completions,
+        "temperature": options.temperature,
+        "ignore_eos": options.ignore_eos,
+        "tensor_model_parallel_size": case.tensor_parallel_size,
+        "pipeline_model_parallel_size": case.pipeline_parallel_size,
+        "max_num_seqs": options.num_seqs,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enforce_eager": options.enforce_eager,
+    }
+    if options.max_num_batched_tokens is not None:
+        policy["max_num_batched_tokens"] = options.max_num_batched_tokens
+    if case.speculative:
+        policy["speculative_config"] = speculative_config(task)
+    (task.work_dir / "policy.yaml").write_text(yaml.safe_dump(policy))
+    job = {
+        "models": {"policy": {"num_gpu": case.num_gpus, "model_config_file": "policy.yaml"}},
+        "runtime": {"sample_per_episode": options.num_completions},
+    }
+    path = task.work_dir / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return load_config(path)
+
+
+def speculative_config(task: Task) -> dict[str, Any]:
+    """For vLLM: the draft model that was given, else n-gram lookup."""
+    options = task.options
+    if options.draft is not None:
+        # The kind of draft is read from its config.json.
+        draft = str(Path(options.draft).resolve())
+        return {"model": draft, "num_speculative_tokens": options.num_speculative_tokens}
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": options.num_speculative_tokens,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+
+
+def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM`."""
+    from chatlearn_vllm.engines import vllm_compat
+    from chatlearn_vllm.engines.vllm_arguments import engine_arguments
+    from chatlearn_vllm.layouts import ModelShape
+
+    case = task.case
+    args = job.models["policy"].model_args
+    config = json.loads((task.model_dir / "config.json").read_text())
+    shape = ModelShape.from_hf_config(config)
+    arguments, _ = engine_arguments(args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu)
+    for name in ONLY_OF_MODULE:
+        arguments.pop(name, None)
+    arguments |= vllm_compat.engine_overrides(pipeline_parallel_size=case.pipeline_parallel_size)
+    if case.num_gpus > 1:
+        arguments["distributed_executor_backend"] = "mp"
+    if case.logprobs:
+        arguments["logprobs_mode"] = "processed_logprobs"
+    # The counters of accepted tokens are part of the statistics.
+    arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
+    return arguments
+
+
+def speculation(task: Task, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+    """What vLLM's counters say about drafts; None for a case without.
+
+    `mean_accepted_length` counts the target's own token, as vLLM's log does.
+    """
+    if not task.case.speculative:
+        return None
+    counts = {name: metrics.get(counter, 0.0) for name, counter in COUNTERS.items()}
+    return speculation_of(task, **counts)
+
+
+def speculation_of(
+    task: Task, *, drafts: float, draft_tokens: float, accepted_tokens: float
+) -> dict[str, Any]:
+    """The same from counts of drafts, of the tokens in them and of those accepted."""
+    return {
+        "method": "draft_model" if task.options.draft else "ngram",
+        "num_speculative_tokens": task.options.num_speculative_tokens,
+        "drafts": drafts,
+        "draft_tokens": draft_tokens,
+        "accepted_tokens": accepted_tokens,
+        "acceptance_rate": accepted_tokens / draft_tokens if draft_tokens else None,
+        "mean_accepted_length": 1 + accepted_tokens / drafts if drafts else None,
+    }

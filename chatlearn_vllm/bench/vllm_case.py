@@ -1,0 +1,140 @@
+"""How fast is vLLM by itself: `LLM.generate` on a list of prompts?"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.vllm_arguments import (
+    WARMUP_TOKENS,
+    bare_engine_arguments,
+    make_job,
+    speculation,
+)
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.bench.child import Task
+    from chatlearn_vllm.bench.workload import Prompt
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Measure one case of bare vLLM; its part of the results."""
+    from chatlearn_vllm.engines.vllm_compat import installed_version
+
+    installed_version()
+    import torch
+
+    from chatlearn_vllm.engines.vllm_arguments import sampling_arguments
+
+    options = task.options
+    task.phase("load")
+    start = time.perf_counter()
+    job = make_job(task)
+    arguments = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
+    from vllm import LLM
+
+    llm = LLM(**arguments)
+    load_s = time.perf_counter() - start
+
+    sampling = sampling_arguments(job.models["policy"].model_args, is_eval=False)
+    if not task.case.logprobs:
+        sampling["logprobs"] = None
+    sampling["max_tokens"] = options.max_tokens
+    bare = _BareVLLM(task, llm, sampling)
+
+    task.phase("warmup")
+    for number in range(options.warmup):
+        bare.generate(options.repeat + number, min(options.max_tokens, WARMUP_TOKENS))
+    task.phase("throughput")
+    before = _counters(llm) if task.case.speculative else {}
+    passes = [bare.generate(number, options.max_tokens) for number in range(options.repeat)]
+    after = _counters(llm) if task.case.speculative else {}
+    result = {
+        "load_s": load_s,
+        "throughput": throughput(passes, options.num_completions),
+        "latency": None,
+        "speculation": speculation(task, {name: after[name] - before[name] for name in after}),
+        "engine_arguments": arguments,
+        "sampling": sampling | {"seed": "one per request" if task.case.seeds else None},
+        "environment": {n: v for n, v in os.environ.items() if n.startswith("VLLM_")},
+        "memory_phases": ["throughput"],
+    }
+    if options.latency_requests:
+        task.phase("latency")
+        result["latency"] = {"alone": bare.alone(), "loaded": bare.loaded()}
+    return result
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    """vLLM's counters by name."""
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+class _BareVLLM:
+    """An engine, and what is asked of it."""
+
+    def __init__(self, task: Task, llm: Any, sampling: dict[str, Any]) -> None:
+        self._task = task
+        self._llm = llm
+        self._sampling = sampling
+
+    def generate(self, number: int, max_tokens: int) -> Pass:
+        """Answer the prompts of one pass."""
+        from vllm import SamplingParams
+
+        prompts = self._task.pass_prompts(number)
+        sampling = self._sampling | {"max_tokens": max_tokens}
+        inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
+        start = time.perf_counter()
+        params: Any = SamplingParams(**sampling)
+        if self._task.case.seeds:
+            params = [
+                SamplingParams(**sampling, seed=self._seed(number, row))
+                for row in range(len(prompts))
+            ]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        completions = [one for output in outputs for one in output.outputs]
+        return Pass(seconds, len(completions), sum(len(one.token_ids) for one in completions))
+
+    def _seed(self, number: int, row: int) -> int:
+        from chatlearn_vllm.modules.vllm_module import sample_seed
+
+        options = self._task.options
+        ordinal = (number * options.prompts + row) * options.completions
+        return sample_seed(options.seed, ordinal, is_eval=False)
+
+    def alone(self) -> dict[str, Any]:
+        """Latencies of requests that have the engine to themselves."""
+        options = self._task.options
+        prompts = self._task.pass_prompts(options.repeat + options.warmup)
+        chosen = [prompts[n % len(prompts)] for n in range(options.latency_requests)]
+        return latency([self._stream([prompt], 1) for prompt in chosen])
+
+    def loaded(self) -> dict[str, Any]:
+        """Latencies of all requests of a pass, sent together."""
+        options = self._task.options
+        prompts = self._task.pass_prompts(options.repeat + options.warmup + 1)
+        return latency([self._stream(prompts, options.completions)])
+
+    def _stream(self, prompts: list[Prompt], completions: int) -> Stopwatch:
+        """Step the engine until all are answered, and note when tokens come."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        sampling = self._sampling | {"n": 1, "output_kind": RequestOutputKind.DELTA}
+        watch = Stopwatch()
+        for row in range(len(prompts) * completions):
+            seed = {"seed": row} if self._task.case.seeds else {}
+            engine.add_request(
+                str(row),
+                {"prompt_token_ids": prompts[row // completions].token_ids},
+                SamplingParams(**sampling, **seed),
+            )
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                watch.tokens(output.request_id, len(output.outputs[0].token_ids))
+        return watch

@@ -1,0 +1,152 @@
+"""Which model and which prompts does every case get?"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.bench.cases import OptionError
+from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.data.prompts import load_prompts
+
+NUM_SPECIAL = 3
+"""<pad>=0, <s>=1, </s>=2 of a made tokenizer."""
+
+_TINY = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_1B = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_SIZES = {"tiny": _TINY, "1b": _1B, "8b": _8B}
+"""tiny: for CPUs; 1b, 8b: those of Llama 3.2 1B and Llama 3.1 8B."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt."""
+
+    text: str
+    """What it says; a name where its tokens are random."""
+    token_ids: list[int]
+
+
+def make_model(shape: str, directory: Path, *, max_position_embeddings: int) -> None:
+    """Write config.json and a tokenizer of a Llama, without weights.
+
+    Args:
+        shape: one of options.SHAPES.
+        directory: to be made.
+        max_position_embeddings: longest sequence, in tokens.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "initializer_range": 0.02, "max_position_embeddings": max_position_embeddings,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
+        "dtype": "bfloat16", **_SIZES[shape],
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    _make_tokenizer(directory, _SIZES[shape]["vocab_size"])
+
+
+def _make_tokenizer(directory: Path, vocab_size: int) -> None:
+    """One token per byte, then words, so that each id of the vocabulary has a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *letters]
+    tokens += [f"Ġw{number}" for number in range(vocab_size - len(tokens))]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "pad_token": "<pad>", "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def model_dir(options: BenchOptions, out: Path) -> Path:
+    """The directory of the model, made under `out` where none was given."""
+    if options.model is not None:
+        return Path(options.model).resolve()
+    directory = out / f"model-{options.shape}"
+    length = max(options.seq_length, 2 * options.max_tokens)
+    make_model(options.shape, directory, max_position_embeddings=length)
+    return directory.resolve()
+
+
+def remove_made_model(options: BenchOptions, out: Path) -> None:
+    """Remove what `model_dir` made."""
+    if options.model is None:
+        shutil.rmtree(out / f"model-{options.shape}", ignore_errors=True)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a model's directory holds weights; without, they are random."""
+    return any(
+        next(directory.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pt")
+    )
+
+
+def model_config(directory: Path) -> dict[str, Any]:
+    """The parsed config.json."""
+    return json.loads((directory / "config.json").read_text())
+
+
+def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:
+    """The prompts of one pass; those of different passes differ, so no cache knows them.
+
+    Args:
+        options: number, length and source of prompts.
+        directory: of the model, whose tokenizer reads texts.
+        number: of the pass.
+
+    Raises:
+        OptionError: the file holds too few prompts.
+    """
+    if options.prompt_file is not None:
+        return _read_prompts(options, directory, number)
+    vocab_size = model_config(directory)["vocab_size"]
+    rng = random.Random(f"{options.seed}/{number}")
+    return [
+        Prompt(
+            f"pass {number}, prompt {row}",
+            [rng.randrange(NUM_SPECIAL, vocab_size) for _ in range(options.prompt_tokens)],
+        )
+        for row in range(options.prompts)
+    ]
+
+
+def _read_prompts(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:
+    from transformers import AutoTokenizer
+
+    texts = [record["prompt"] for record in load_prompts(options.prompt_file)]
+    if len(texts) < options.prompts:
+        raise OptionError(
+            f"--prompt-file={options.prompt_file} holds {len(texts)} prompts, "
+            f"--prompts={options.prompts}: lower the latter"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    start = number * options.prompts
+    chosen = [texts[(start + row) % len(texts)] for row in range(options.prompts)]
+    # Their ends: there stands what the model has to answer.
+    return [Prompt(text, tokenizer.encode(text)[-options.prompt_tokens :]) for text in chosen]
