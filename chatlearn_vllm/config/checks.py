@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
+from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
 from chatlearn_vllm.config.model_args import (
     DTYPE_OF_FLAG,
     LoggingArgs,
@@ -51,6 +52,7 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
     _check_runtime(job.runtime, report)
+        check_engine(model, job.runtime, report)
     _check_colocation(job, report)
     check_device_mappings(job, report)
     if check_files:
@@ -314,6 +316,7 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
 
 
 def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
+        check_draft_directory(model, report)
     """Settings that have no effect or an effect that their user may not expect.
 
     Args:

@@ -13,6 +13,9 @@ _PARALLEL_SIZES = (
     "expert_model_parallel_size",
 )
 
+_NGRAM_NAMES = ("ngram", "[ngram]")
+"""What vLLM takes in place of a draft's directory."""
+
 
 def derive(job: JobConfig, tree: Tree) -> JobConfig:
     """Fill in the values that were not given and follow from others.
@@ -49,6 +52,7 @@ def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig
         # As Megatron does, so that files for any tensor parallel size may ask for it.
         "sequence_parallel": args.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
         "recompute_granularity": args.recompute_granularity or recompute,
+        "speculative_config": _speculative_config(args),
     }
     changes["model_args"] = args.model_copy(update=derived | sizes)
     if (model.generation_batch_size or 0) <= 0:
@@ -73,3 +77,17 @@ def _dtype(args: ModelArgs) -> str:
     """Megatron's flags say what `dtype` leaves open."""
     flagged = [dtype for flag, dtype in DTYPE_OF_FLAG.items() if args[flag]]
     return flagged[0] if flagged and args.dtype == "auto" else args.dtype
+
+
+def _speculative_config(args: ModelArgs) -> dict[str, Any] | None:
+    """vLLM's map, with what the older keys say and vLLM's choice of a method if none is named."""
+    older = {"model": args.speculative_model, "num_speculative_tokens": args.num_speculative_tokens}
+    given = {key: value for key, value in older.items() if value is not None}
+    config = given | (args.speculative_config or {})
+    if not config:
+        return None
+    if config.get("method") is None:
+        config["method"] = "ngram" if config.get("model") in _NGRAM_NAMES else "draft_model"
+    if config["method"] == "ngram" and config.get("model") in _NGRAM_NAMES:
+        del config["model"]
+    return config

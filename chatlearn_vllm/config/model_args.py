@@ -44,7 +44,9 @@ class WeightArgs(Section):
     """Longest response in tokens; prompts are cut to seq_length - max_new_tokens."""
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        BeforeValidator(lambda value: _DTYPE_OF_NAME.get(value, value)),
+        BeforeValidator(
+            lambda name: _DTYPE_OF_NAME.get(name, name) if isinstance(name, str) else name
+        ),
     ] = "auto"
     """Type of the weights. auto: bfloat16 on GPUs, float32 on CPUs. half is vLLM's name of float16,
     float of float32. On CPUs vLLM works in float32 whatever is said here."""
@@ -322,9 +324,9 @@ class SchedulerArgs(Section):
     """How new weights enter the engine. direct: copied into its parameters. load_weights: whole
     tensors through vLLM's loader, which quantises them again. auto: direct where possible."""
     quantization: str | None = None
-    """fp8: quantise the weights as they are loaded, again at each weight sync. awq, gptq, or another
-    of vLLM's names: that of the checkpoint in `load`, for models that no trainer sends weights to.
-    docs/engines.md."""
+    """fp8: vLLM quantises weights as they come, again at each weight sync. awq, gptq, or another of
+    vLLM's names: how the checkpoint in `load` is quantised, for models that no trainer sends
+    weights to; docs/engines.md."""
     log_metrics: bool = False
     """Log the engine's own counters (running requests, cache use) while it generates."""
 
@@ -337,9 +339,11 @@ class SpeculationArgs(Section):
     """
 
     speculative_config: dict[str, Any] | None = None
-    """vLLM's own map: method (ngram, draft_model, eagle, eagle3, ...), num_speculative_tokens, model
-    (the draft's directory) and further fields of its SpeculativeConfig; None = no drafts."""
-    speculative_model: str | None = None
+    """vLLM's own map: method (ngram, draft_model, eagle, eagle3, ...), num_speculative_tokens,
+    model (the draft's directory) and further fields of its SpeculativeConfig; None = no drafts."""
+    speculative_model: Annotated[
+        str | None, BeforeValidator(lambda name: "[ngram]" if name == ["ngram"] else name)
+    ] = None
     """Older name of `model` in speculative_config; `[ngram]` is method ngram, else draft_model."""
     num_speculative_tokens: Positive | None = None
     """Older place of num_speculative_tokens: tokens that are drafted at a time."""

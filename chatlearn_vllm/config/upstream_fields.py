@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+_SPECULATIVE_CONFIG = ("vllm/config/speculative.py", "SpeculativeConfig")
 _SOURCES = {
     "engine_args": (("vllm/engine/arg_utils.py", "EngineArgs"),),
     "sampling_args": (("vllm/sampling_params.py", "SamplingParams"),),
@@ -29,6 +30,12 @@ def upstream_fields() -> Mapping[str, frozenset[str]]:
             for target, sources in _SOURCES.items()
         }
     )
+
+
+@functools.cache
+def speculative_fields() -> frozenset[str]:
+    """Fields of vLLM's SpeculativeConfig; empty where vLLM is not installed."""
+    return _fields(*_SPECULATIVE_CONFIG)
 
 
 def _fields(path: str, class_name: str) -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from chatlearn_vllm.engines.speculation import Speculation
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.layouts import ParamLayout, ShardedModel
 
@@ -59,6 +60,8 @@ class GenerationEngine(ABC):
     """
 
     state: EngineState
+    speculation: Speculation | None = None
+    """Of an engine that drafts tokens and verifies them."""
 
     def __init__(self, *, has_weights: bool) -> None:
         """Set the state.

@@ -2,12 +2,15 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from chatlearn_vllm.config import ModelArgs
+from chatlearn_vllm.config.engine_support import CHECKPOINT_QUANTIZATION, DRAFT_DIR_METHODS
+from chatlearn_vllm.config.parallel_checks import read_config_json
 from chatlearn_vllm.layouts import ModelShape
 
 CPU_BLOCK_SIZE = 32
@@ -18,10 +21,12 @@ def resolve_dtype(args: ModelArgs, *, on_gpu: bool) -> torch.dtype:
     """The dtype of weights and activations.
 
     On a GPU what the yaml says, `auto` meaning bfloat16; always float32 on CPU, where half
-    precision is slower and vLLM would pack its weights.
+    precision is slower and vLLM would pack its weights. Kernels for AWQ and GPTQ checkpoints need
+    half precision there, too.
     """
     if not on_gpu:
-        return torch.float32
+        is_quantized = args.quantization in CHECKPOINT_QUANTIZATION
+        return torch.bfloat16 if is_quantized else torch.float32
     return torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
@@ -65,6 +70,10 @@ def engine_arguments(
         "disable_custom_all_reduce": True,
         "disable_log_stats": False,
     }
+    if args.quantization is not None:
+        kwargs["quantization"] = args.quantization
+    if args.speculative_config is not None:
+        kwargs["speculative_config"] = speculative_arguments(args.speculative_config)
     if args.max_num_batched_tokens is not None:
         kwargs["max_num_batched_tokens"] = max(args.max_num_batched_tokens, args.max_num_seqs)
     if on_gpu:
@@ -92,16 +101,42 @@ def _adapt_to_cpu(kwargs: dict[str, Any], args: ModelArgs, shape: ModelShape) ->
         kwargs["enforce_eager"] = True
         notices.append("enforce_eager: true (compiling on CPU takes longer than it saves)")
     notices.append("sleep mode: off (not on CPU); sleep and wake only change the engine's state")
-    if args.dtype not in ("auto", "float32"):
-        notices.append(f"dtype: {args.dtype} becomes float32 (CPU)")
+    if args.dtype not in ("auto", kwargs["dtype"]):
+        notices.append(f"dtype: {args.dtype} becomes {kwargs['dtype']} (CPU)")
     if args.engine_args.get("kv_cache_memory_bytes") is None:
         # Room for max_num_seqs full sequences, at most a quarter of the host's memory.
-        heads = math.ceil(shape.num_query_groups / args.tensor_model_parallel_size)
-        token_bytes = 2 * 4 * heads * shape.head_dim * shape.num_layers
-        blocks = args.max_num_seqs * math.ceil(args.seq_length / block_size) + 1
+        tokens, token_bytes = args.seq_length, _kv_token_bytes(shape, args)
+        if speculative := args.speculative_config:
+            tokens += speculative.get("num_speculative_tokens") or 0
+            if speculative["method"] in DRAFT_DIR_METHODS:
+                token_bytes += _draft_kv_token_bytes(read_config_json(speculative["model"]))
+        blocks = args.max_num_seqs * math.ceil(tokens / block_size) + 1
         wanted_bytes = blocks * block_size * token_bytes
         kwargs["kv_cache_memory_bytes"] = min(wanted_bytes, _host_memory_bytes() // 4)
     return notices
+
+
+def _kv_token_bytes(shape: ModelShape, args: ModelArgs) -> int:
+    """Of the keys and values of a token on one rank, in float32."""
+    heads = math.ceil(shape.num_query_groups / args.tensor_model_parallel_size)
+    return 2 * 4 * heads * shape.head_dim * shape.num_layers
+
+
+def _draft_kv_token_bytes(config: Mapping[str, Any]) -> int:
+    """The same for a draft; of its config.json, which may be of a kind that has no layouts."""
+    heads = config.get("num_attention_heads", 1)
+    head_dim = config.get("head_dim") or config.get("hidden_size", 1) // heads
+    groups = config.get("num_key_value_heads") or heads
+    return 2 * 4 * groups * head_dim * config.get("num_hidden_layers", 1)
+
+
+def speculative_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM's `speculative_config` is to be.
+
+    A draft is loaded from its own directory, whatever the model that verifies it waits for.
+    """
+    own = {"draft_load_config": {"load_format": "auto"}} if config["method"] != "ngram" else {}
+    return own | dict(config)
 
 
 def _host_memory_bytes() -> int:

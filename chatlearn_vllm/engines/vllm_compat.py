@@ -160,6 +160,32 @@ def _keep_cpu_experts_plain() -> None:
             return self.apply(layer, x, topk_weights, topk_ids)
 
 
+def repair_cpu_drafts() -> None:
+    """Have drafts verified at the temperature that was asked for, on CPU; never undone.
+
+    vLLM's stand-in for the kernel that spreads temperature, top_k and top_p over the tokens of a
+    draft writes into a copy, so that they are what the memory held before: responses of another
+    distribution, with its log-probabilities. https://github.com/vllm-project/vllm/pull/42638
+    """
+    if is_cpu_platform():
+        from vllm.v1.sample import rejection_sampler
+
+        rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def _expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """[batch] to [num_tokens]: each value for all tokens of its request, one value replaced."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)
+
+
 def rewritten_weights(name: str, module: torch.nn.Module) -> str | None:
     """Why a module's own parameters are not what a checkpoint holds; None if they are.
 
@@ -190,6 +216,44 @@ def set_weight_version(engine: Any, version: int) -> None:
     """Let vLLM note the version in what it generates; 0.25 has no place for it."""
     if hasattr(engine, "set_weight_version"):
         engine.set_weight_version(str(version))
+
+
+def set_drafting(engine: Any, drafts: bool) -> None:
+    """Have the scheduler ask for drafts in its next steps, or not.
+
+    vLLM chooses the length of drafts for each step from a table by the size of the batch, if
+    `num_speculative_tokens_per_batch_size` asks for it. The scheduler reads that table here, too;
+    there is no public call that changes it. With length 0 a draft that is a model still reads the
+    new tokens, so that it knows them when it drafts again.
+    """
+    scheduler = engine.engine_core.engine_core.scheduler
+    config = engine.vllm_config
+    if drafts:
+        schedule = config.speculative_config.num_speculative_tokens_per_batch_size
+        scheduler.dynamic_sd_lookup = None
+        if schedule:
+            from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+            scheduler.dynamic_sd_lookup = build_dynamic_sd_schedule_lookup(
+                schedule, config.scheduler_config.max_num_seqs, config.num_speculative_tokens
+            )
+    else:
+        scheduler.dynamic_sd_lookup = [0] * (config.scheduler_config.max_num_seqs + 1)
+
+
+def draft_model(engine: Any) -> torch.nn.Module | None:
+    """The model that makes drafts on this rank; None if drafts come from elsewhere."""
+    return engine.collective_rpc(_draft_of)[0]
+
+
+def _draft_of(worker: Any) -> torch.nn.Module | None:
+    runner = worker.model_runner
+    if hasattr(runner, "get_draft_model"):  # from 0.32 on
+        model = runner.get_draft_model()
+    else:
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        model = getattr(drafter, "model", None)
+    return model if isinstance(model, torch.nn.Module) else None
 
 
 def keep_process_groups(engine: Any) -> None:

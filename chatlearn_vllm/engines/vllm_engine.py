@@ -8,6 +8,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.draft_weights import DraftWeights
 from chatlearn_vllm.engines.generation_engine import GenerationEngine
+from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.layouts import (
@@ -58,6 +61,9 @@ class VLLMEngine(GenerationEngine):
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
         with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
+        if arguments.get("speculative_config"):
+            self.speculation = Speculation(self._switch_drafting)
+            vllm_compat.repair_cpu_drafts()
             config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
             executor = bind_executor(Executor.get_class(config), self, self._distributed_id)
             self._engine = LLMEngine(
@@ -65,6 +71,7 @@ class VLLMEngine(GenerationEngine):
                 executor_class=executor,
                 log_stats=True,
                 usage_context=UsageContext.LLM_CLASS,
+                stat_loggers=[bind_step_counter(self.speculation)] if self.speculation else None,
                 multiprocess_mode=False,
             )
             vllm_compat.keep_process_groups(self._engine)
@@ -72,6 +79,8 @@ class VLLMEngine(GenerationEngine):
                 self._engine.collective_rpc("execute_dummy_batch")
             self._rng = vllm_compat.RandomState.capture()
         self._shape = shape
+        draft = vllm_compat.draft_model(self._engine) if self.speculation else None
+        self._draft_weights = DraftWeights(draft, self.model) if draft is not None else None
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
@@ -174,7 +183,8 @@ class VLLMEngine(GenerationEngine):
                 if not self._engine.has_unfinished_requests():
                     lost = [name for name in self._order if name not in outputs]
                     raise RuntimeError(f"vLLM has dropped requests without an answer: {lost}")
-                stepped = self._engine.step()
+                with self.speculation.step() if self.speculation else nullcontext():
+                    stepped = self._engine.step()
                 steps += 1
                 if self._error_in_step is not None:
                     raise self._error_in_step
@@ -235,12 +245,19 @@ class VLLMEngine(GenerationEngine):
         self._order, self._partial = [], {}
 
     def _sleep(self, level: int) -> None:
+    def _switch_drafting(self, drafts: bool) -> None:
+        vllm_compat.set_drafting(self._engine, drafts)
+
         self._engine.reset_prefix_cache()
+        if level == 2 and self._draft_weights is not None:
+            self._draft_weights.keep()
         self._engine.sleep(level)
 
     def _wake_weights(self) -> None:
         self._engine.wake_up(["weights"])
 
+        if self._draft_weights is not None:
+            self._draft_weights.give_back()
     def _wake_kv_cache(self) -> None:
         self._engine.wake_up(["kv_cache"])
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from chatlearn_vllm.engines.generation_engine import GenerationEngine
+    from chatlearn_vllm.engines.speculation import SpeculationStats
     from chatlearn_vllm.engines.vllm_executor import Step
     from chatlearn_vllm.layouts import ModelShape
     from chatlearn_vllm.modules.policy_weights import PolicyWeights
@@ -280,15 +281,19 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
     def _vllm_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
         import torch
 
+        from chatlearn_vllm.config.engine_support import cpu_problem
         from chatlearn_vllm.engines.vllm_arguments import engine_arguments
         from chatlearn_vllm.engines.vllm_engine import VLLMEngine
 
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu and (problem := cpu_problem(self.module_args, self.runtime_args)):
+            raise ValueError(problem)
         arguments, notices = engine_arguments(
             self.model_args,
             model_dir,
             shape,
             seed=self.model_args.seed + self.replica_id,
-            on_gpu=torch.cuda.is_available(),
+            on_gpu=on_gpu,
         )
         if self.rank == 0 and self.replica_id == 0:
             for notice in notices:
@@ -296,7 +301,25 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         return VLLMEngine(arguments, shape, owner=self)
 
     def _transformers_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
-        raise NotImplementedError("inference_engine: transformers")
+        import torch
+
+        from chatlearn_vllm.engines.hf_engine import HFEngine
+        from chatlearn_vllm.engines.vllm_arguments import resolve_dtype
+
+        args = self.model_args
+        return HFEngine(
+            model_dir,
+            shape,
+            self.tokenizer.tokenizer,
+            self,
+            dtype=resolve_dtype(args, on_gpu=torch.cuda.is_available()),
+            max_num_seqs=args.max_num_seqs,
+            max_model_len=args.seq_length,
+            load_format=args.load_format,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.engine_args.get("trust_remote_code", False),
+            seed=args.seed + self.replica_id,
+        )
 
     def _server_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
         raise NotImplementedError("inference_engine: server")
@@ -367,6 +390,8 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 ],
                 is_eval,
             )
+            if (speculation := self.engine.speculation) is not None:
+                speculation.measures = self.model_args.speculative_min_gain > 0 and not is_eval
             outputs = self.engine.run(min_finished, max_steps, self._decode)
         except BaseException:
             self.engine.abort()
@@ -467,6 +492,14 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             self._step = None
         step.check_done(returned, f"{type(self).__name__}.{hook.__name__}()")
         self._iteration += 1
+
+    def take_speculation_stats(self) -> SpeculationStats:
+        """What drafting did on this rank since the last call; for an engine that drafts."""
+        return self.engine.speculation.take_stats()
+
+    def set_speculation(self, is_on: bool) -> None:
+        """Draft from the next rollout on, or not; on all ranks of a replica."""
+        self.engine.speculation.set_on(is_on)
 
     def engine_state(self) -> str:
         """The engine's state as text, for example `READY(3)`."""

@@ -1,0 +1,208 @@
+"""Can the engine of a model that generates do what its keys ask for?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatlearn_vllm.config.engine_support import (
+    CHECKPOINT_QUANTIZATION,
+    DRAFT_DIR_METHODS,
+    METHODS,
+    conflicts,
+)
+from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.upstream_fields import speculative_fields
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config.checks import Reporter
+    from chatlearn_vllm.config.problems import Key
+    from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
+
+_SET_BY_VLLM = {
+    "target_model_config": "the model itself",
+    "target_parallel_config": "the model itself",
+    "draft_model_config": "model",
+    "draft_parallel_config": "draft_tensor_parallel_size",
+    "tensor_parallel_size": "draft_tensor_parallel_size",
+}
+"""Fields of SpeculativeConfig that are none of the user's -> what is."""
+_MUST_NAME_NUM_TOKENS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
+"""Methods that have no number of tokens of their own."""
+
+
+def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -> None:
+    """Check what vLLM's configuration would refuse once processes run, or get wrong."""
+    is_in_job = model.model_args.inference_engine != "server"
+    if model.trainable or (is_in_job and not model.num_gpu):
+        return
+    for key, rule in conflicts(model, runtime):
+        report.require(False, key, rule)
+    _check_quantization(model, report)
+    if model.model_args.speculative_config is not None:
+        _check_speculation(model, report)
+
+
+def _check_quantization(model: ModelConfig, report: Reporter) -> None:
+    args, at = model.model_args, ("models", model.name, "model_args")
+    method = args.quantization
+    report.require(
+        method not in CHECKPOINT_QUANTIZATION or args.load_format != "dummy",
+        (*at, "quantization"),
+        "is how the checkpoint in `load` is quantised, but load_format: dummy waits for the "
+        "weights of a trainer, which are not; set quantization: fp8 for a model that is trained, "
+        "load_format: auto for one that is not",
+    )
+    given = read_config_json(args.load).get("quantization_config") or {}
+    of_checkpoint = given.get("quant_method")
+    report.require(
+        of_checkpoint is None or args.load_format != "dummy",
+        (*at, "load"),
+        f"config.json says that the weights are quantised ({of_checkpoint}), a trainer's are not; "
+        "set load_format: auto for a model that is not trained, or load the unquantised model",
+    )
+    if method in CHECKPOINT_QUANTIZATION and args.load and read_config_json(args.load):
+        family = "awq" if "awq" in method else "gptq"
+        report.require(
+            of_checkpoint is not None and family in of_checkpoint,
+            (*at, "quantization"),
+            f"{args.load}/config.json has "
+            + (f"quant_method={of_checkpoint}" if of_checkpoint else "no quantization_config")
+            + f"; leave the key out, or load a checkpoint that {family.upper()} made",
+            given=[(*at, "load")],
+        )
+
+
+def _check_speculation(model: ModelConfig, report: Reporter) -> None:
+    args = model.model_args
+    config: Mapping[str, Any] = args.speculative_config or {}
+    at: Key = ("models", model.name, "model_args")
+    inside: Key = (*at, "speculative_config")
+    for name in config:
+        _check_name(name, (*inside, name), report)
+    _check_older_names(model, report)
+
+    def at_key(name: str) -> Key:
+        older = {"model": "speculative_model"}.get(name, name)
+        return (*at, older) if args.get(older) is not None else (*inside, name)
+
+    method = config["method"]
+    report.require(
+        method in METHODS,
+        (*inside, "method"),
+        f"must be one of vLLM's methods that draft tokens: {', '.join(METHODS)}"
+        + _nearest(str(method), METHODS),
+    )
+    number = config.get("num_speculative_tokens")
+    is_number = isinstance(number, int) and not isinstance(number, bool) and number > 0
+    report.require(
+        is_number or (number is None and method not in _MUST_NAME_NUM_TOKENS),
+        at_key("num_speculative_tokens") if number is not None else inside,
+        "num_speculative_tokens must say how many tokens are drafted at a time, 1 or more",
+    )
+    report.require(
+        config.get("rejection_sample_method", "standard") != "synthetic",
+        (*inside, "rejection_sample_method"),
+        "synthetic accepts drafts without looking at the model, so that responses and their "
+        "log-probabilities are not the model's; leave it out",
+    )
+    tensor = model.tensor_model_parallel_size
+    own_tensor = config.get("draft_tensor_parallel_size")
+    allowed = (tensor,) if method == "draft_model" else (1, tensor)
+    report.require(
+        own_tensor is None or own_tensor in allowed,
+        (*inside, "draft_tensor_parallel_size"),
+        f"must be {' or '.join(str(size) for size in sorted(set(allowed)))}, as "
+        f"tensor_model_parallel_size is {tensor}; leave it out",
+    )
+    for name in ("min_p", "eval_min_p"):
+        report.require(
+            not args[name], (*at, name), "must be 0 with speculative_config, which vLLM verifies "
+            "without it; use top_p",
+        )  # fmt: skip
+    report.require(
+        not args.sampling_args.get("logit_bias"),
+        (*at, "logit_bias"),
+        "does not go with speculative_config, which vLLM verifies without it",
+    )
+    if method in DRAFT_DIR_METHODS:
+        _check_draft(model, config, at_key("model"), inside, report)
+
+
+def _check_name(name: str, key: Key, report: Reporter) -> None:
+    known = speculative_fields()
+    report.require(
+        not known or name in known,
+        key,
+        "unknown field of vLLM's SpeculativeConfig" + _nearest(name, known - _SET_BY_VLLM.keys()),
+    )
+    report.require(
+        name not in _SET_BY_VLLM,
+        key,
+        f"is set by vLLM; say {_SET_BY_VLLM.get(name)}",
+    )
+
+
+def _check_older_names(model: ModelConfig, report: Reporter) -> None:
+    args, at = model.model_args, ("models", model.name, "model_args")
+    config = args.speculative_config or {}
+    older = {"speculative_model": "model", "num_speculative_tokens": "num_speculative_tokens"}
+    for name, new in older.items():
+        value = args[name]
+        same = {value, "ngram" if value == "[ngram]" else value}
+        of_ngram = new == "model" and config["method"] == "ngram" and new not in config
+        report.require(
+            value is None or config.get(new) in same or of_ngram,
+            (*at, name),
+            f"is the older name of {new} in speculative_config, which is given too; keep one",
+        )
+
+
+def _check_draft(
+    model: ModelConfig, config: Mapping[str, Any], key: Key, inside: Key, report: Reporter
+) -> None:
+    """Check that a draft fits the model that verifies it, as far as their config.json say."""
+    args, draft = model.model_args, config.get("model")
+    report.require(
+        isinstance(draft, str),
+        key if draft is not None else inside,
+        f"method {config['method']} needs `model`: the directory of the draft's weights",
+    )
+    load_config = config.get("draft_load_config")
+    report.require(
+        load_config is None or isinstance(load_config, dict),
+        (*inside, "draft_load_config"),
+        "must be a map with the fields of vLLM's LoadConfig, such as load_format",
+    )
+    if config["method"] != "draft_model" or not isinstance(draft, str):
+        return
+    own, target = (read_config_json(path).get("vocab_size") for path in (draft, args.load))
+    report.require(
+        own is None or target is None or own == target or config.get("use_heterogeneous_vocab"),
+        key,
+        f"drafts from a vocabulary of {own} tokens, {args.load} has {target}; take a draft with "
+        "the model's tokenizer, or set use_heterogeneous_vocab: True in speculative_config",
+    )
+
+
+def check_draft_directory(model: ModelConfig, report: Reporter) -> None:
+    """Check that the directory of a draft's weights is there."""
+    args = model.model_args
+    config = args.speculative_config or {}
+    draft = config.get("model")
+    if config.get("method") not in DRAFT_DIR_METHODS or not isinstance(draft, str):
+        return
+    at: Key = ("models", model.name, "model_args")
+    is_older = args.speculative_model is not None
+    report.require(
+        Path(draft, "config.json").is_file(),
+        (*at, "speculative_model") if is_older else (*at, "speculative_config", "model"),
+        f"no such directory, or no config.json in it: {draft}",
+    )
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

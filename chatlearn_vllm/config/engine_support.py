@@ -1,0 +1,252 @@
+"""Which engine can do what, and what goes together?
+
+    python -m chatlearn_vllm.config.engine_support docs/engines.md
+
+One table for all: a job's checks read it, and it is printed into docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config.model_args import ModelArgs
+    from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
+
+BEGIN = "<!-- tables: begin, written by `python -m chatlearn_vllm.config.engine_support` -->"
+END = "<!-- tables: end -->"
+
+YES = "yes"
+CHECKPOINT_QUANTIZATION = ("awq", "auto_awq", "awq_marlin", "gptq", "auto_gptq", "gptq_marlin")
+"""Ways in which a checkpoint is quantised already; no trainer's weights are."""
+NGRAM_METHODS = ("ngram", "ngram_gpu", "suffix")
+"""Methods that draft from the tokens so far."""
+DRAFT_DIR_METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash")
+"""Methods whose drafts come from weights in a directory of their own."""
+METHODS = (*NGRAM_METHODS, *DRAFT_DIR_METHODS, "mtp", "dspark", "custom_class")
+"""Of speculative decoding; vLLM's `extract_hidden_states` drafts nothing."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a user can ask of the model that generates."""
+
+    title: str
+    key: str
+    """What asks for it; a dotted key of the model's entry, or of the job after a colon."""
+    is_asked_for: Callable[[ModelArgs, ModelConfig, RuntimeConfig], bool]
+    vllm: str
+    """`yes`, `yes, ...` or why not, as is told to who asks for it."""
+    transformers: str
+    server: str
+    cpu: str = YES
+    """The same for vLLM on a machine without GPUs."""
+
+
+_ONE_RANK = "works with one rank per replica; set {key}: 1, or inference_engine: vllm"
+_VLLM_ONLY = "is vLLM's; leave it out, or set inference_engine: vllm"
+_OF_SERVER = "is up to the server; leave it out here, and start the server with it"
+
+
+def _method(*names: str) -> Callable[[ModelArgs, ModelConfig, RuntimeConfig], bool]:
+    return lambda args, model, runtime: (args.speculative_config or {}).get("method") in names
+
+
+def _is_always_fine(args: ModelArgs, model: ModelConfig, runtime: RuntimeConfig) -> bool:
+    """For features that no job has to be refused for."""
+    return False
+
+
+FEATURES: Mapping[str, Feature] = {
+    "tensor parallel": Feature(
+        "tensor parallel rollout", "tensor_model_parallel_size",
+        lambda args, model, runtime: model.tensor_model_parallel_size > 1,
+        YES, _ONE_RANK, _OF_SERVER,
+    ),
+    "pipeline parallel": Feature(
+        "pipeline parallel rollout", "pipeline_model_parallel_size",
+        lambda args, model, runtime: model.pipeline_model_parallel_size > 1,
+        YES, _ONE_RANK, _OF_SERVER,
+    ),
+    "expert parallel": Feature(
+        "experts whole on a rank", "enable_expert_parallel",
+        lambda args, model, runtime: args.enable_expert_parallel,
+        YES, _VLLM_ONLY, _OF_SERVER,
+    ),
+    "ngram": Feature(
+        "drafts: n-grams", "speculative_config",
+        _method("ngram"), YES, _VLLM_ONLY, _OF_SERVER,
+    ),
+    "ngram_gpu": Feature(
+        "drafts: n-grams, found on the GPU", "speculative_config",
+        _method("ngram_gpu"), "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
+        cpu="works on GPUs only; set method: ngram",
+    ),
+    "draft_model": Feature(
+        "drafts: a small model", "speculative_config",
+        _method("draft_model"), YES, _VLLM_ONLY, _OF_SERVER,
+    ),
+    "eagle": Feature(
+        "drafts: EAGLE, EAGLE-3", "speculative_config",
+        _method("eagle", "eagle3"), YES, _VLLM_ONLY, _OF_SERVER,
+    ),
+    "other drafts": Feature(
+        "drafts: MTP, Medusa, suffix, ...", "speculative_config",
+        _method(*(set(METHODS) - {"ngram", "ngram_gpu", "draft_model", "eagle", "eagle3"})),
+        "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
+    ),
+    "fp8": Feature(
+        "weights quantised to fp8", "quantization",
+        lambda args, model, runtime: args.quantization == "fp8",
+        YES, _VLLM_ONLY, _OF_SERVER,
+        cpu="works on GPUs only; leave it out",
+    ),
+    "awq, gptq": Feature(
+        "AWQ and GPTQ checkpoints", "quantization",
+        lambda args, model, runtime: args.quantization in CHECKPOINT_QUANTIZATION,
+        "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
+        cpu="yes, in bfloat16",
+    ),
+    "partial rollouts": Feature(
+        "partial rollouts", ":runtime.max_rollout_round",
+        lambda args, model, runtime: runtime.max_rollout_round > 1,
+        YES,
+        "needs vLLM; set runtime.max_rollout_round: 1, or inference_engine: vllm",
+        "needs vLLM in the job's own processes; set runtime.max_rollout_round: 1, or "
+        "inference_engine: vllm",
+    ),
+    "sleep level 2": Feature(
+        "weights dropped while others work", "sleep_level", _is_always_fine,
+        "yes; a draft's weights wait in host memory", YES, _OF_SERVER,
+        cpu="yes, and gives no memory back",
+    ),
+    "LoRA": Feature(
+        "a trainer with adapters", "lora_r", _is_always_fine,
+        "yes, merged at each weight sync", "yes, merged at each weight sync",
+        "yes, merged at each weight sync",
+    ),
+    "direct copy": Feature(
+        "weight sync into live parameters", "weight_sync_path",
+        lambda args, model, runtime: args.weight_sync_path == "direct",
+        YES,
+        "takes whole tensors only; set weight_sync_path: auto",
+        "takes whole tensors only; set weight_sync_path: auto",
+    ),
+}  # fmt: skip
+"""By the name that `NOT_TOGETHER` knows them by."""
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Two features of vLLM's engine that do not go together."""
+
+    first: str
+    second: str
+    why: str
+    """What is told, at the key of the first."""
+
+
+_DRAFTS = ("ngram", "ngram_gpu", "draft_model", "eagle", "other drafts")
+
+NOT_TOGETHER: tuple[Clash, ...] = (
+    *(
+        Clash(
+            drafts, "pipeline parallel",
+            "drafts are made on the last pipeline stage only, and the ranks of a replica schedule "
+            "for themselves; set pipeline_model_parallel_size: 1 and a larger "
+            "tensor_model_parallel_size, or leave speculative_config out",
+        )
+        for drafts in _DRAFTS
+    ),
+    Clash(
+        "direct copy", "fp8",
+        "vLLM's parameters hold quantised weights then; set weight_sync_path: auto",
+    ),
+)  # fmt: skip
+
+
+def asked_for(model: ModelConfig, runtime: RuntimeConfig) -> list[str]:
+    """Names of the features that a job asks of a model that generates."""
+    args = model.model_args
+    return [name for name, one in FEATURES.items() if one.is_asked_for(args, model, runtime)]
+
+
+def conflicts(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a model that generates is asked for and cannot do.
+
+    Returns:
+        Keys and what is wrong with their values.
+    """
+    names = asked_for(model, runtime)
+    engine = model.model_args.inference_engine
+    for name in names:
+        feature = FEATURES[name]
+        verdict = getattr(feature, engine)
+        if not verdict.startswith(YES):
+            yield _key(feature, model), verdict.format(key=feature.key)
+    if engine != "vllm":
+        return
+    for clash in NOT_TOGETHER:
+        if clash.first in names and clash.second in names:
+            yield _key(FEATURES[clash.first], model), clash.why
+
+
+def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:
+    """Why vLLM cannot do on a machine without GPUs what it is asked for; None if it can."""
+    for name in asked_for(model, runtime):
+        feature = FEATURES[name]
+        if not feature.cpu.startswith(YES):
+            return f"models.{model.name}: {feature.title} ({feature.key}) {feature.cpu}"
+    return None
+
+
+def _key(feature: Feature, model: ModelConfig) -> tuple[str, ...]:
+    if feature.key.startswith(":"):
+        return tuple(feature.key[1:].split("."))
+    return ("models", model.name, "model_args", feature.key)
+
+
+def tables() -> str:
+    """All of it in Markdown."""
+    lines = [
+        "| asked for | key | `vllm` | `vllm` on CPU | `transformers` | `server` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for feature in FEATURES.values():
+        key = feature.key.lstrip(":")
+        cells = (feature.vllm, feature.cpu, feature.transformers, feature.server)
+        shown = " | ".join(_cell(text, key) for text in cells)
+        lines.append(f"| {feature.title} | `{key}` | {shown} |")
+    lines += [
+        "",
+        "Not together, in the engine `vllm`:",
+        "",
+        "| | with | because |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {FEATURES[clash.first].title} | {FEATURES[clash.second].title} | {clash.why} |"
+        for clash in NOT_TOGETHER
+    ]
+    return "\n".join((*lines, ""))
+
+
+def _cell(verdict: str, key: str) -> str:
+    return verdict if verdict.startswith(YES) else f"no: {verdict.format(key=key)}"
+
+
+def with_tables(document: str) -> str:
+    """The document with its tables written anew."""
+    head, _, rest = document.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n\n{tables()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = Path(argument)
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
