@@ -18,6 +18,7 @@ from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
+from chatlearn_vllm.config.transformers_checks import transformers_problems, without_effect
 
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -51,8 +52,8 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_parallel(model, report)
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
-    _check_runtime(job.runtime, report)
         check_engine(model, job.runtime, report)
+    _check_runtime(job.runtime, report)
     _check_colocation(job, report)
     check_device_mappings(job, report)
     if check_files:
@@ -106,10 +107,12 @@ def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
         "must be 0, with dropout the trainer would not score tokens as the rollout sampled them",
     )
     report.require(
-        model.model_args.inference_engine == "vllm",
+        model.model_args.inference_engine != "server",
         (*at, "model_args", "inference_engine"),
-        "must be vllm, the others are not there yet",
+        "must be vllm or transformers, the server is not there yet",
     )
+    for key, rule in transformers_problems(model):
+        report.require(False, key, rule)
     report.require(
         not model.model_args.use_beam_search,
         (*at, "model_args", "use_beam_search"),
@@ -313,10 +316,10 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
                 ("models", model.name, "model_args", name),
                 f"no such directory: {directory}",
             )
+        check_draft_directory(model, report)
 
 
 def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
-        check_draft_directory(model, report)
     """Settings that have no effect or an effect that their user may not expect.
 
     Args:
@@ -329,6 +332,11 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
+        if unused := without_effect(args):
+            yield (
+                f"models.{name}: no effect of {', '.join(unused)}; vLLM's, and inference_engine is "
+                "transformers"
+            )
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"
         section = model.batch_generation

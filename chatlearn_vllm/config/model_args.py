@@ -304,6 +304,8 @@ class SchedulerArgs(Section):
     inference_engine: Literal["vllm", "transformers", "server"] = "vllm"
     """What generates: vLLM in the ranks' processes, Hugging Face Transformers in the same place
     (one rank per replica), or a vLLM server elsewhere."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of `inference_engine: transformers`; for vLLM's see attention_backend."""
     max_num_seqs: Positive = 256
     """Sequences that one replica decodes at the same time."""
     max_num_batched_tokens: Positive | None = None

@@ -28,7 +28,7 @@ class CompletionOutput:
     token_ids: list[int]
     """A stop token included."""
     cumulative_logprob: float | None
-    """Sum over `token_ids`; of a beam its score before the length penalty."""
+    """Sum over `token_ids`."""
     logprobs: list[dict[int, Logprob]] | None
     """Per token of `token_ids`; None if they were not asked for."""
     finish_reason: str | None = None
@@ -39,6 +39,14 @@ class CompletionOutput:
     def finished(self) -> bool:
         """Whether the response is complete."""
         return self.finish_reason is not None
+
+
+@dataclass
+class BeamOutput(CompletionOutput):
+    """One response of a beam search."""
+
+    score: float = 0.0
+    """By which beams are compared: log-probability / length ** length_penalty."""
 
 
 @dataclass

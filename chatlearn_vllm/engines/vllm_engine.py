@@ -22,6 +22,7 @@ from chatlearn_vllm.engines.generation_engine import GenerationEngine
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
+from chatlearn_vllm.engines.whole_tensors import checked_tensors
 from chatlearn_vllm.layouts import (
     ModelShape,
     ParamLayout,
@@ -60,27 +61,27 @@ class VLLMEngine(GenerationEngine):
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
-        with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
         if arguments.get("speculative_config"):
             self.speculation = Speculation(self._switch_drafting)
             vllm_compat.repair_cpu_drafts()
+        with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
             config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
             executor = bind_executor(Executor.get_class(config), self, self._distributed_id)
             self._engine = LLMEngine(
                 config,
                 executor_class=executor,
                 log_stats=True,
-                usage_context=UsageContext.LLM_CLASS,
                 stat_loggers=[bind_step_counter(self.speculation)] if self.speculation else None,
+                usage_context=UsageContext.LLM_CLASS,
                 multiprocess_mode=False,
             )
             vllm_compat.keep_process_groups(self._engine)
             if vllm_compat.needs_dummy_batch(pipeline_parallel_size=pipeline):
                 self._engine.collective_rpc("execute_dummy_batch")
             self._rng = vllm_compat.RandomState.capture()
-        self._shape = shape
         draft = vllm_compat.draft_model(self._engine) if self.speculation else None
         self._draft_weights = DraftWeights(draft, self.model) if draft is not None else None
+        self._shape = shape
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
@@ -244,20 +245,20 @@ class VLLMEngine(GenerationEngine):
         self._engine.abort_request(whole + parts)
         self._order, self._partial = [], {}
 
-    def _sleep(self, level: int) -> None:
     def _switch_drafting(self, drafts: bool) -> None:
         vllm_compat.set_drafting(self._engine, drafts)
 
-        self._engine.reset_prefix_cache()
+    def _sleep(self, level: int) -> None:
         if level == 2 and self._draft_weights is not None:
             self._draft_weights.keep()
+        self._engine.reset_prefix_cache()
         self._engine.sleep(level)
 
     def _wake_weights(self) -> None:
         self._engine.wake_up(["weights"])
-
         if self._draft_weights is not None:
             self._draft_weights.give_back()
+
     def _wake_kv_cache(self) -> None:
         self._engine.wake_up(["kv_cache"])
 
@@ -284,16 +285,11 @@ class VLLMEngine(GenerationEngine):
             ValueError: a tensor is missing, unknown or of another shape.
         """
         self.begin_weight_update()
-        missing = set(self._shape.tensor_names())
         try:
-            self._reload(_checked(tensors, self._shape, missing))
+            self._reload(checked_tensors(tensors, self._shape))
         except BaseException:
             self._reload(iter(()))  # has vLLM forget the layers of which only a part came
             raise
-        if missing:
-            raise ValueError(
-                f"load_weights(): {len(missing)} tensors did not come: {_some(missing)}"
-            )
 
     def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         with vllm_compat.unpacked_cpu_weights():
@@ -377,27 +373,6 @@ class VLLMEngine(GenerationEngine):
         """Remove the shared memory that vLLM's CPU communicator leaves behind."""
         for leftover in Path("/dev/shm").glob(f"*{self._distributed_id}*"):
             leftover.unlink(missing_ok=True)
-
-
-def _checked(
-    tensors: Iterable[tuple[str, torch.Tensor]], shape: ModelShape, missing: set[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors on, each name once, and take their names out of `missing`."""
-    for name, tensor in tensors:
-        if name not in missing:
-            raise ValueError(f"load_weights(): tensor {name!r} is unknown, or came twice")
-        if tuple(tensor.shape) != shape.tensor_shape(name):
-            raise ValueError(
-                f"load_weights(): tensor {name!r} is {tuple(tensor.shape)}, the model's is "
-                f"{shape.tensor_shape(name)}"
-            )
-        missing.remove(name)
-        yield name, tensor
-
-
-def _some(names: set[str], limit: int = 5) -> str:
-    shown = sorted(names)[:limit]
-    return ", ".join(shown) + (", ..." if len(names) > limit else "")
 
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:
