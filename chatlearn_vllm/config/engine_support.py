@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlearn_vllm.config.parallel_checks import read_config_json
+
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
     from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
@@ -167,6 +169,13 @@ NOT_TOGETHER: tuple[Clash, ...] = (
         "vLLM's parameters hold quantised weights then; set weight_sync_path: auto",
     ),
 )  # fmt: skip
+
+
+def quantization_of_checkpoint(args: ModelArgs) -> str | None:
+    """How the checkpoint in `load` is quantised; None if it is not."""
+    if args.quantization in CHECKPOINT_QUANTIZATION:
+        return args.quantization
+    return (read_config_json(args.load).get("quantization_config") or {}).get("quant_method")
 
 
 def asked_for(model: ModelConfig, runtime: RuntimeConfig) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
     sampling_keys_of_whole_responses,
@@ -36,6 +37,7 @@ from chatlearn_vllm.runtime.memory import (
 )
 from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
 from chatlearn_vllm.runtime.scatter import train_rows
+from chatlearn_vllm.runtime.speculation import SpeculationSwitch
 from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
 
 logger = get_logger(__name__)
@@ -47,6 +49,9 @@ class RolloutEngine(BaseEngine):
     Subclasses say what is made of the scored responses (`prepare`), and which models besides the
     policy are trained on it.
     """
+
+    _speculation: SpeculationSwitch | None = None
+    """Of a policy that drafts tokens and verifies them; there from `setup` on."""
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class RolloutEngine(BaseEngine):
             )
         self._relay_sample_fn: RelaySampleFn = all_samples
         self._check_sleep_level()
+        self._check_quantization()
         self.check_policy_and_trainer()
 
     def set_relay_sample_fn(self, function: RelaySampleFn) -> None:
@@ -135,6 +141,7 @@ class RolloutEngine(BaseEngine):
         return {
             **rollout_metrics(batch, self.timers.seconds("rollout")),
             "rollout/weight_version": self.weight_version,
+            **(self._speculation.after_rollout(self.weight_version) if self._speculation else {}),
             **(carried_metrics(batch, self._carried) if "token_versions" in batch else {}),
             **(reward_metrics(batch, "rollout") if "rewards" in batch else {}),
         }
@@ -152,6 +159,7 @@ class RolloutEngine(BaseEngine):
         self._rollout: Rollout | None = None
         """That of the present episode."""
         super().setup()
+        self._speculation = self._speculation_switch()
         if self.resumed_from is not None:
             self._num_samples = self.finished_episodes * self.args.sample_per_episode
             self.load_state_dict(self.resumed_from.engine)
@@ -162,6 +170,12 @@ class RolloutEngine(BaseEngine):
             for trainer, target in self._targets.items()
             if target is not None
         }
+
+    def _speculation_switch(self) -> SpeculationSwitch | None:
+        args = self.policy.model_args
+        if args.speculative_config is None:
+            return None
+        return SpeculationSwitch(self.groups[self.policy.name], args.speculative_min_gain)
 
     def _plan_sync(
         self, trainer: BaseModule, target: BaseModule, version: int
@@ -208,6 +222,16 @@ class RolloutEngine(BaseEngine):
                 f"episodes without a weight sync, and sleep_level={sleep_level} drops the weights "
                 "in between; set sleep_level: 1"
             )
+
+    def _check_quantization(self) -> None:
+        for target in self._targets.values():
+            how = quantization_of_checkpoint(target.model_args) if target is not None else None
+            if how is not None:
+                raise ValueError(
+                    f"models.{target.name}: the checkpoint in `load` is quantised ({how}), and the "
+                    "weights that a trainer sends are not; load the model that is trained, with "
+                    "quantization: fp8 where its responses should come from quantised weights"
+                )
 
     def _check_partial_rollouts(self) -> None:
         if self.args.max_rollout_round == 1:
