@@ -76,15 +76,10 @@ class Task:
             result = _measure(self)
         except Exception as error:  # whatever an engine raises is this case's result
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}"
-            self._write({"error": text, "is_skip": isinstance(error, Skip)})
+            self._write({"error": f"{type(error).__name__}: {error}"})
             return False
         self._write({"result": result})
         return True
-
-
-class Skip(Exception):  # noqa: N818 - not an error
-    """A case cannot be measured on this machine, and needs not; the message says why."""
 
 
 def _measure(task: Task) -> dict[str, Any]:

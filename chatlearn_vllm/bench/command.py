@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.environment import options_from_environment
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.report import PAGE, print_table, write_report
-from chatlearn_vllm.bench.run import RESULTS, Bench
+from chatlearn_vllm.bench.run import RESULTS, Bench, merged
 
 SOME_FAILED = 1
 """Exit code if a case failed."""
@@ -26,7 +27,7 @@ def bench(given: Mapping[str, Any]) -> int:
     """Measure and report.
 
     Args:
-        given: values of the options that the user gave, and `from_environment`.
+        given: values of the options that the user gave, `from_environment` and `report`.
 
     Returns:
         The exit code.
@@ -34,15 +35,26 @@ def bench(given: Mapping[str, Any]) -> int:
     Raises:
         OptionError: the options, the model or the machine do not fit together; nothing was started.
     """
-    values = {name: value for name, value in given.items() if name != "from_environment"}
-    if given["from_environment"]:
+    values = dict(given)
+    earlier = values.pop("report")
+    if earlier:
+        return _report(
+            [Path(path) for path in earlier], Path(values.get("out") or _new_directory())
+        )
+    if values.pop("from_environment"):
         values = options_from_environment(os.environ) | values
     if "cases" in values:
         values["cases"] = tuple(values["cases"])
     options = BenchOptions.of(values)
-    out = Path(options.out or time.strftime("outputs/bench/%Y%m%d-%H%M%S"))
+    out = Path(options.out or _new_directory())
     try:
-        run = Bench(options, out, ["chatlearn-vllm", *sys.argv[1:]], say=_say)
+        run = Bench(
+            options,
+            out,
+            ["chatlearn-vllm", *sys.argv[1:]],
+            say=_say,
+            after_case=lambda results: write_report(results, out),
+        )
     except OptionError:
         raise
     except ValueError as error:  # of the model's config.json
@@ -54,10 +66,23 @@ def bench(given: Mapping[str, Any]) -> int:
         code = INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    write_report(run.results, out)
     print_table(run.results)
     print(f"{out / RESULTS}, {out / PAGE}")
     return code
+
+
+def _report(paths: list[Path], out: Path) -> int:
+    results = merged(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).write_text(json.dumps(results, indent=1))
+    write_report(results, out)
+    print_table(results)
+    print(f"{out / RESULTS}, {out / PAGE}")
+    return 0
+
+
+def _new_directory() -> str:
+    return time.strftime("outputs/bench/%Y%m%d-%H%M%S")
 
 
 def _say(line: str) -> None:

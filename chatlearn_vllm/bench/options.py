@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -201,6 +200,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         f"vllm-module:speculative, vllm:logprobs:seeds; default: {' '.join(DEFAULT_CASES)}",
     )
     command.add_argument(
+        "--report",
+        nargs="+",
+        default=(),
+        metavar="RESULTS.json",
+        help="measure nothing; make one report of several runs, as of different numbers of GPUs",
+    )
+    command.add_argument(
         "--from-environment",
         action="store_true",
         help="read the variables of run_benchmark.sh; options given here win",
@@ -231,8 +237,3 @@ def _named(name: str) -> str:
     """Option and environment variable of a field, as a user knows them."""
     variable = BenchOptions.__dataclass_fields__[name].metadata.get("variable")
     return _flag(name) + (f" ({variable})" if variable else "")
-
-
-def read_options(path: Path) -> BenchOptions:
-    """What a parent process wrote for its children."""
-    return BenchOptions.from_dict(json.loads(path.read_text())["options"])

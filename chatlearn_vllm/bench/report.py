@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from chatlearn_vllm.bench.memory import gib
 ENGINES_PNG = "throughput_by_engine.png"
 GPUS_PNG = "throughput_by_gpus.png"
 PAGE = "index.html"
+
+_WIDTH = 130
+"""Of a table that goes to a file."""
 
 Results = Mapping[str, Any]
 
@@ -30,7 +34,7 @@ def print_table(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for title, heading, rows in tables(results):
         table = Table(title=title, title_justify="left")
         for number, name in enumerate(heading):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -18,8 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from chatlearn_vllm.bench import remedies
-from chatlearn_vllm.bench.cases import Case, check_cases, ratios
+from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, OptionError, check_cases, ratios
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import without_variables
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
@@ -31,7 +34,16 @@ from chatlearn_vllm.layouts import ModelShape
 FORMAT = 1
 """Of results.json."""
 RESULTS = "results.json"
+_WORKLOAD = (
+    "dtype", "prompts", "completions", "prompt_tokens", "max_tokens", "prompt_file", "ignore_eos",
+    "temperature", "seed",
+)  # fmt: skip
+"""Options that must be equal for results to be compared."""
 _LOOK_EVERY_S = 0.25
+_LEAVE_WITHIN_S = 30.0
+"""Longest wait for the memory of processes that have ended."""
+_UNSTEADY_BYTES = 2**28
+"""By so much the free memory of a GPU may change by itself."""
 _LOG_END = 20_000
 """Characters of a log in which the cause of a failure is looked for."""
 
@@ -45,6 +57,7 @@ class Bench:
         out: Path,
         command: Sequence[str],
         say: Callable[[str], None] = print,
+        after_case: Callable[[dict[str, Any]], None] = lambda results: None,
     ) -> None:
         """Check everything that can be checked without starting an engine.
 
@@ -53,6 +66,7 @@ class Bench:
             out: directory of results, logs and a made model.
             command: as the user gave it, for the results.
             say: gets a line per case.
+            after_case: gets the results so far after each case.
 
         Raises:
             OptionError: the cases cannot be read, or do not fit the model or the machine.
@@ -61,6 +75,7 @@ class Bench:
         self._options = options
         self._out = out
         self._say = say
+        self._after_case = after_case
         self._machine = this_machine()
         self._cases = options.parsed_cases()
         out.mkdir(parents=True, exist_ok=True)
@@ -104,26 +119,48 @@ class Bench:
                 finally:
                     self.results["ratios"] = ratios(self.results["cases"])
                     self._save()
+                    self._after_case(self.results)
                 self._say(f"[{number + 1}/{len(self._cases)}] {case}: {_in_a_line(entry)}")
         finally:
             remove_made_model(self._options, self._out)
         return all(entry["status"] in ("ok", "skipped") for entry in self.results["cases"])
 
     def _measure(self, number: int, case: Case) -> dict[str, Any]:
+        if missing := _missing(case, on_gpu=bool(self._machine.gpus)):
+            return missing
         log = self._out / f"{number + 1:02d}-{str(case).replace(':', '_').replace('=', '')}.log"
         with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as work_dir:
             events = Path(work_dir, "events.jsonl")
             events.touch()
             task = Task(case, self._options, self._model_dir, Path(work_dir), events)
+            free = self._free_bytes(case)
+            peaks = MemoryPeaks(self._machine.gpus[: case.num_gpus])
             with _Processes(task, log, on_gpu=bool(self._machine.gpus)) as processes:
-                entry = self._watch(case, processes, events)
+                entry = self._watch(case, processes, events, peaks, free)
         return entry | {"log": str(log)}
 
-    def _watch(self, case: Case, processes: _Processes, events: Path) -> dict[str, Any]:
+    def _free_bytes(self, case: Case) -> int:
+        """Of the fullest GPU of a case, once the last one's processes have left; else the host's.
+
+        A driver takes a while to give a killed process's memory back.
+        """
+        if not self._machine.gpus:
+            return psutil.virtual_memory().available
+        patience = time.monotonic() + _LEAVE_WITHIN_S
+        while True:
+            now = this_machine().gpus
+            has_left = all(
+                gpu.free_bytes >= before.free_bytes - _UNSTEADY_BYTES
+                for gpu, before in zip(now, self._machine.gpus, strict=True)
+            )
+            if has_left or time.monotonic() > patience:
+                return min(gpu.free_bytes for gpu in now[: case.num_gpus])
+            time.sleep(_LOOK_EVERY_S)
+
+    def _watch(
+        self, case: Case, processes: _Processes, events: Path, peaks: MemoryPeaks, free_bytes: int
+    ) -> dict[str, Any]:
         """Wait for the end of a case and look at its memory meanwhile; its part of the results."""
-        gpus = self._machine.gpus[: case.num_gpus]
-        free = min((gpu.free_bytes for gpu in this_machine().gpus[: case.num_gpus]), default=0)
-        peaks = MemoryPeaks(gpus)
         start = time.monotonic()
         is_late = False
         while processes.are_running and not _said(events, "result"):
@@ -138,9 +175,14 @@ class Bench:
             memory = peaks.result(result.pop("memory_phases"))
             return {"status": "ok", "seconds": seconds, "memory": memory, **result}
         error = next(iter(_said(events, "error")), None)
-        if error is not None and _said(events, "is_skip")[0]:
-            return {"status": "skipped", "reason": error.partition(": ")[2], "seconds": seconds}
-        situation = _situation(case, self._options, self._shape, self._machine, free)
+        situation = remedies.Situation(
+            case,
+            self._options,
+            self._shape,
+            total_bytes=_device_bytes(self._machine),
+            free_bytes=free_bytes,
+            on_gpu=bool(self._machine.gpus),
+        )
         return {
             "status": "failed",
             "seconds": seconds,
@@ -158,23 +200,66 @@ class Bench:
             beside.replace(path)
 
 
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """The results of several runs with the same model and workload as those of one.
+
+    Of a case in several runs the last one counts.
+
+    Raises:
+        OptionError: a file holds no results, or those of another workload.
+    """
+    runs = []
+    for path in paths:
+        try:
+            results = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--report {path}: cannot be read: {error}") from error
+        if not isinstance(results, dict) or results.get("format") != FORMAT:
+            raise OptionError(f"--report {path}: no results of this version; measure again")
+        runs.append(results)
+    first = runs[0]
+    for path, results in zip(paths, runs, strict=True):
+        different = [
+            name for name in _WORKLOAD if results["options"][name] != first["options"][name]
+        ]
+        if results["model"]["config"] != first["model"]["config"]:
+            different.append("model")
+        if different:
+            raise OptionError(
+                f"--report {path}: another {', '.join(different)} than in {paths[0]}; only runs of "
+                "the same workload can be compared"
+            )
+    cases = {case["case"]: case for results in runs for case in results["cases"]}
+    together = {"cases": list(cases.values()), "ratios": ratios(list(cases.values()))}
+    notices = dict.fromkeys(notice for results in runs for notice in results["notices"])
+    largest = max((results["machine"] for results in runs), key=lambda one: len(one["gpus"]))
+    return {**first, **together, "notices": list(notices), "machine": largest}
+
+
 def _said(events: Path, kind: str) -> list[Any]:
     """What a case has said so far under one name."""
     lines = events.read_text().split("\n")[:-1]  # the last one may not be whole yet
     return [event[kind] for line in lines if kind in (event := json.loads(line))]
 
 
-def _situation(
-    case: Case, options: BenchOptions, shape: ModelShape, machine: Machine, free_bytes: int
-) -> remedies.Situation:
-    import psutil
+def _missing(case: Case, *, on_gpu: bool) -> dict[str, str] | None:
+    """The result of a case that cannot be measured with what is installed; None if it can."""
+    if case.is_vllm and importlib.util.find_spec("vllm") is None:
+        reason, _, remedy = remedies.INSTALL_VLLM.partition(": ")
+        return {"status": "failed", "reason": reason, "remedy": remedy}
+    if TRANSFORMERS.get(case.engine) != "flash_attention_2":
+        return None
+    if not on_gpu:
+        return {"status": "skipped", "reason": "FlashAttention-2 needs a GPU"}
+    if importlib.util.find_spec("flash_attn") is None:
+        reason = "flash-attn is not installed: pip install flash-attn --no-build-isolation"
+        return {"status": "skipped", "reason": reason}
+    return None
 
-    if machine.gpus:
-        return remedies.Situation(
-            case, options, shape, machine.gpus[0].total_bytes, free_bytes, on_gpu=True
-        )
-    free_bytes = psutil.virtual_memory().available
-    return remedies.Situation(case, options, shape, machine.host_bytes, free_bytes, on_gpu=False)
+
+def _device_bytes(machine: Machine) -> int:
+    """Memory of one GPU, or of the host where there is none."""
+    return machine.gpus[0].total_bytes if machine.gpus else machine.host_bytes
 
 
 def _failure(
@@ -217,14 +302,17 @@ class _Processes:
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         }
-        if not on_gpu:
+        if on_gpu:
+            # Asking whether there are GPUs must not start CUDA: vLLM starts processes afterwards.
+            environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        else:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             # vLLM's CPU engine is many times slower with more threads than cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
+        ranks: list[dict[str, str]] = [{}]
         if task.case.engine == "vllm-module":
-            ranks = _rank_environments(task.case.num_processes)
-        else:
-            ranks = [{}]
+            ranks = _rank_environments(task.case.num_processes, on_gpu=on_gpu)
         self._processes: list[subprocess.Popen] = []
         self._file = log.open("w")
         command = [sys.executable, "-m", "chatlearn_vllm.bench.child", str(path)]
@@ -270,11 +358,15 @@ class _Processes:
             leftover.unlink(missing_ok=True)
 
 
-def _rank_environments(world_size: int) -> list[dict[str, str]]:
-    """What torch.distributed reads, as in a job."""
+def _rank_environments(world_size: int, *, on_gpu: bool) -> list[dict[str, str]]:
+    """What a job gives to its ranks (runtime/worker.py) and torch.distributed reads."""
     port = str(_free_port())
+    job = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if on_gpu:
+        job["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return [
-        {
+        job
+        | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),

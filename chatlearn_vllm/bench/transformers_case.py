@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import importlib.util
 import itertools
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from chatlearn_vllm.bench.cases import TRANSFORMERS
-from chatlearn_vllm.bench.child import Skip
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
 from chatlearn_vllm.bench.vllm_arguments import speculation_of
 from chatlearn_vllm.bench.workload import has_weights
@@ -29,7 +28,6 @@ def measure(task: Task) -> dict[str, Any]:
     """Measure one case of transformers; its part of the results."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = TRANSFORMERS[task.case.engine]
-    _check_flash(attention, device)
     task.phase("load")
     start = time.perf_counter()
     generator = _Generator(task, device, attention)
@@ -61,15 +59,6 @@ def measure(task: Task) -> dict[str, Any]:
     return result
 
 
-def _check_flash(attention: str, device: str) -> None:
-    if attention != "flash_attention_2":
-        return
-    if device == "cpu":
-        raise Skip("FlashAttention-2 needs a GPU; measure transformers-sdpa on CPU")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise Skip("flash-attn is not installed: pip install flash-attn --no-build-isolation")
-
-
 class _Generator:
     """A model, and what is asked of it."""
 
@@ -97,6 +86,7 @@ class _Generator:
         self._model.generation_config = self.config
         self._drafting: dict[str, Any] = {}
         self._counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+        self._prompt_length = self._num_calls = 0
         if task.case.speculative:
             self._draft(attention)
 
@@ -125,12 +115,13 @@ class _Generator:
         self._model.register_forward_pre_hook(self._count_drafts, with_kwargs=True)
 
     def _count_drafts(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Each call after the prompt's verifies a draft: its input less one token is the draft."""
-        num_new = kwargs["input_ids"].shape[1] - 1
+        """Each call verifies what was proposed behind the tokens that were there before."""
         past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0 and num_new > 0:
-            self._counts["drafts"] += 1
-            self._counts["draft_tokens"] += num_new
+        is_first = past is None or past.get_seq_length() == 0
+        num_proposed = kwargs["input_ids"].shape[1] - (self._prompt_length if is_first else 1)
+        self._num_calls += 1
+        self._counts["drafts"] += num_proposed > 0
+        self._counts["draft_tokens"] += num_proposed
 
     def _prompts(self, batch_size: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts of a pass, each for all its completions, padded at the left, and their mask.
@@ -157,7 +148,7 @@ class _Generator:
     ) -> Pass:
         """Answer one batch."""
         prompts, mask = self._prompts(batch_size, number)
-        calls = self._counts["drafts"]
+        self._prompt_length, self._num_calls = prompts.shape[1], 0
         self._synchronize()
         start = time.perf_counter()
         sequences = self._model.generate(
@@ -170,10 +161,8 @@ class _Generator:
         responses = sequences[:, prompts.shape[1] :].cpu()
         seconds = time.perf_counter() - start
         tokens = self._num_tokens(responses)
-        if self._counts["drafts"] > calls:
-            # Each step makes one token of its own; the first comes from the prompt.
-            steps = self._counts["drafts"] - calls
-            self._counts["accepted_tokens"] += max(0, tokens - 1 - steps)
+        # A call makes one token of its own; any other one was proposed.
+        self._counts["accepted_tokens"] += max(0, tokens - self._num_calls)
         return Pass(seconds, batch_size, tokens)
 
     def _num_tokens(self, responses: torch.Tensor) -> int:
@@ -261,9 +250,9 @@ class _BatchSizes:
         size = min(_FIRST_BATCH_SIZE[self._generator.arguments["device"]], options.num_completions)
         while True:
             self._task.phase(f"batch_size={size}")
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 found[size] = self._generator.generate(size, 0)
-            except torch.OutOfMemoryError:
+            if size not in found:
                 self._generator.free()
                 self.tried.append({"batch_size": size, "output_tokens_per_s": None})
                 self.ended = f"no memory for a batch of {size}"

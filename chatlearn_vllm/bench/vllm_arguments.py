@@ -6,14 +6,13 @@ it, without what VLLMModule adds for its own purposes.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from chatlearn_vllm.bench.options import DTYPES
-from chatlearn_vllm.bench.workload import has_weights
+from chatlearn_vllm.bench.workload import has_weights, model_config
 from chatlearn_vllm.config import JobConfig, load_config
 
 if TYPE_CHECKING:
@@ -91,8 +90,7 @@ def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[s
 
     case = task.case
     args = job.models["policy"].model_args
-    config = json.loads((task.model_dir / "config.json").read_text())
-    shape = ModelShape.from_hf_config(config)
+    shape = ModelShape.from_hf_config(model_config(task.model_dir))
     arguments, _ = engine_arguments(args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu)
     for name in ONLY_OF_MODULE:
         arguments.pop(name, None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
 from chatlearn_vllm.bench.vllm_arguments import make_job, speculation
+from chatlearn_vllm.bench.workload import model_config
 from chatlearn_vllm.data.carried import Begun
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.modules.vllm_module import VLLMModule, sample_seed
@@ -83,7 +84,7 @@ def measure(task: Task) -> dict[str, Any]:
         passes = [measured.generate(number) for number in range(options.repeat)]
         after = policy.engine.metrics()
         args = policy.model_args
-        shape = ModelShape.from_hf_config(policy.engine.hf_config.to_dict())
+        shape = ModelShape.from_hf_config(model_config(task.model_dir))
         arguments, notices = engine_arguments(
             args, task.model_dir, shape, seed=args.seed, on_gpu=torch.cuda.is_available()
         )
