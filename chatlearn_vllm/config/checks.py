@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from chatlearn_vllm.config.beam_checks import beam_problems
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
 from chatlearn_vllm.config.model_args import (
@@ -53,6 +54,8 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
         check_engine(model, job.runtime, report)
+        for key, rule in beam_problems(model, job.runtime):
+            report.require(False, key, rule)
     _check_runtime(job.runtime, report)
     _check_colocation(job, report)
     check_device_mappings(job, report)
@@ -113,12 +116,6 @@ def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
     )
     for key, rule in transformers_problems(model):
         report.require(False, key, rule)
-    report.require(
-        not model.model_args.use_beam_search,
-        (*at, "model_args", "use_beam_search"),
-        "must be False, a beam has no sampling probability to train on; "
-        "for the most probable tokens set temperature: 0",
-    )
     report.require(
         model.model_args.apply_replica_id_to_seed,
         (*at, "model_args", "apply_replica_id_to_seed"),

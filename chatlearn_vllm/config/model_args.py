@@ -278,8 +278,17 @@ class SamplingArgs(Section):
     """`frequency_penalty` of evaluation."""
     eval_repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """`repetition_penalty` of evaluation."""
+    num_beams: Positive = 1
+    """More than 1: search the most probable responses with so many beams, instead of sampling;
+    num_inference_per_prompt x n of them are returned. temperature, top_p, top_k and min_p have no
+    effect then. A beam has no sampling probability: policies that are trained on that of their
+    responses cannot use it, those trained on preferences (Online DPO) can. docs/beam_search.md."""
     use_beam_search: bool = False
-    """Beam search. Must be False: a beam has no sampling probability to train on."""
+    """Older spelling: True with num_beams: 1 searches as many beams as responses are returned."""
+    length_penalty: float = 1.0
+    """Beams are compared by log-probability / length ** length_penalty."""
+    eval_num_beams: Positive = 1
+    """`num_beams` of evaluation, which takes the best beam."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token, until the length limit."""
     stop_token_list: str | None = None
@@ -653,6 +662,14 @@ class ModelArgs(
     def responses_per_prompt(self) -> int:
         """Responses that each training prompt gets in an episode."""
         return self.num_inference_per_prompt * self.n
+
+    def beam_width(self, *, is_eval: bool) -> int:
+        """Beams of a search; 1 where responses are sampled."""
+        if is_eval:
+            return self.eval_num_beams
+        if self.use_beam_search and self.num_beams == 1:
+            return self.responses_per_prompt
+        return self.num_beams
 
     def __getitem__(self, key: str) -> Any:
         if key in type(self).model_fields and key not in self.PASS_THROUGH:

@@ -21,6 +21,7 @@ Added on the way, by:
     weight_version  int64 [B]         framework: version of the weights that sampled the row
     token_versions  int64 [B, S-1]    framework, partial rollouts only: version of the weights that
                                       sampled token t+1, -1 where there is none
+    beam_scores     float32 [B]       framework, beam search only: by which beams are compared
     rewards         float32 [B]       reward: of the whole response
     ref_logprobs    float32 [B, S-1]  reference: as `logprobs`, under the frozen model
     old_logprobs    float32 [B, S-1]  trainer: as `logprobs`, before its first update

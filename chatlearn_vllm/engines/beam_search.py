@@ -89,8 +89,8 @@ class BeamSearch:
         self.request_id = request_id
         self._prompt, self._prompt_token_ids = prompt, list(prompt_token_ids)
         self._keys = keys
-        self._eos_token_id = next(iter(eos_token_ids), None)
         ending = () if keys.ignore_eos else eos_token_ids
+        self._eos_token_id = next(iter(ending), None)
         self._ends = frozenset((*ending, *keys.stop_token_ids))
         self._beams = [Beam()]
         self._complete: list[Beam] = []

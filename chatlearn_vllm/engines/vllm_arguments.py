@@ -84,6 +84,10 @@ def engine_arguments(
     else:
         notices += _adapt_to_cpu(kwargs, args, shape)
     kwargs.update(args.engine_args)
+    widest = max(args.beam_width(is_eval=is_eval) for is_eval in (False, True))
+    if widest > 1 and kwargs.get("max_logprobs") != -1:
+        # vLLM's own limit is 20 most probable tokens.
+        kwargs["max_logprobs"] = max(kwargs.get("max_logprobs", 20), 2 * widest)
     return kwargs, notices
 
 
@@ -146,8 +150,18 @@ def _host_memory_bytes() -> int:
 def sampling_arguments(args: ModelArgs, *, is_eval: bool) -> dict[str, Any]:
     """Keyword arguments for `vllm.SamplingParams`, without `max_tokens` and `seed`.
 
-    Evaluation takes each `eval_*` key that is set and asks for one response per prompt.
+    Evaluation takes each `eval_*` key that is set and asks for one response per prompt. Where beams
+    are asked for, the keys are those of `beam_search.BeamSearchKeys`.
     """
+    if (width := args.beam_width(is_eval=is_eval)) > 1:
+        return {
+            "beam_width": width,
+            "n": 1 if is_eval else args.responses_per_prompt,
+            "length_penalty": args.length_penalty,
+            "ignore_eos": args.ignore_eos,
+            "stop_token_ids": args.sampling_args.get("stop_token_ids", ()),
+            "skip_special_tokens": args.skip_special_tokens,
+        }
     prefix = "eval_" if is_eval else ""
     names = (
         "temperature", "top_p", "top_k", "min_p",

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.draft_weights import DraftWeights
 from chatlearn_vllm.engines.generation_engine import GenerationEngine
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
@@ -84,6 +85,7 @@ class VLLMEngine(GenerationEngine):
         self._shape = shape
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
+        self._searches: dict[str, BeamSearch] = {}
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
 
     @property
@@ -105,13 +107,55 @@ class VLLMEngine(GenerationEngine):
             request_id: unique among the queued requests.
             prompt: its text, handed back as `RequestOutput.prompt`.
             token_ids: what the model sees.
-            sampling: for `vllm.SamplingParams`.
+            sampling: for `vllm.SamplingParams`; with `beam_width`, see `BeamSearchKeys`.
 
         Raises:
             ValueError: vLLM refuses the request (too long, empty, a token outside the vocabulary).
         """
-        self._add(request_id, prompt, list(token_ids), sampling, "FINAL_ONLY")
+        if "beam_width" in sampling:
+            self._add_search(request_id, prompt, list(token_ids), sampling)
+        else:
+            self._add(request_id, prompt, list(token_ids), sampling, "FINAL_ONLY")
         self._order.append(request_id)
+
+    def _add_search(
+        self, request_id: str, prompt: str | None, token_ids: list[int], sampling: dict[str, Any]
+    ) -> None:
+        room = self._engine.model_config.max_model_len - len(token_ids)
+        limited = sampling | {"max_tokens": min(sampling["max_tokens"], room)}
+        try:
+            keys = BeamSearchKeys.of(limited)
+        except ValueError as error:
+            raise ValueError(f"request {request_id}: {error}") from error
+        search = BeamSearch(request_id, prompt, token_ids, keys, self._eos_token_ids)
+        for name, ids, own in search.requests():
+            self._add(name, None, ids, own, "FINAL_ONLY")
+        self._searches[request_id] = search
+
+    @cached_property
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end-of-sequence token, then those of generation_config.json."""
+        config = self._engine.model_config.try_get_generation_config()
+        of_model = config.get("eos_token_id")
+        ids = (self._engine.get_tokenizer().eos_token_id, *_listed(of_model))
+        return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+    def _note_beam(self, search: BeamSearch, output: Any) -> dict[str, Any]:
+        """Take a beam's next tokens and go on; the answer by its id, if that was the last."""
+        (made,) = output.outputs
+        if not search.note(output.request_id, made.logprobs[0]):
+            return {}
+        if not search.is_finished:
+            for name, ids, sampling in search.requests():
+                self._add(name, None, ids, sampling, "FINAL_ONLY")
+            return {}
+        del self._searches[search.request_id]
+        tokenizer = self._engine.get_tokenizer()
+        return {
+            search.request_id: search.output(
+                lambda ids, skip: tokenizer.decode(ids, skip_special_tokens=skip)
+            )
+        }
 
     def add_partial_request(self, request: PartialRequest) -> None:
         """Queue a prompt whose responses may have been begun, and can be cut off by `cut`.
@@ -195,6 +239,8 @@ class VLLMEngine(GenerationEngine):
                         self._partial[name].note(output, self.state.version)
                         if output.finished:
                             outputs |= self._finished_partial([name], decode)
+                    elif name in self._searches:
+                        outputs |= self._note_beam(self._searches[name], output)
                     elif output.finished:
                         outputs[output.request_id] = output
         except BaseException:
@@ -240,10 +286,12 @@ class VLLMEngine(GenerationEngine):
 
     def abort(self) -> None:
         """Drop all queued and running requests."""
-        whole = [request_id for request_id in self._order if request_id not in self._partial]
-        parts = [part for request in self._partial.values() for part in request.open_ids]
+        several = [*self._partial.values(), *self._searches.values()]
+        names = {request.request_id for request in several}
+        whole = [request_id for request_id in self._order if request_id not in names]
+        parts = [part for request in several for part in request.open_ids]
         self._engine.abort_request(whole + parts)
-        self._order, self._partial = [], {}
+        self._order, self._partial, self._searches = [], {}, {}
 
     def _switch_drafting(self, drafts: bool) -> None:
         vllm_compat.set_drafting(self._engine, drafts)
@@ -373,6 +421,10 @@ class VLLMEngine(GenerationEngine):
         """Remove the shared memory that vLLM's CPU communicator leaves behind."""
         for leftover in Path("/dev/shm").glob(f"*{self._distributed_id}*"):
             leftover.unlink(missing_ok=True)
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or ())
 
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:

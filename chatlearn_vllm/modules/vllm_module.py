@@ -456,6 +456,9 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         batch["prompt_index"] = torch.tensor([one.prompt_index for one, _ in rows])
         batch["sample_index"] = torch.tensor([one.first_sample + number for one, number in rows])
         batch["weight_version"] = torch.full((len(rows),), self.engine.state.version)
+        if self.model_args.beam_width(is_eval=self._is_eval) > 1:
+            scores = [beam.score for output in outputs for beam in output.outputs]
+            batch["beam_scores"] = torch.tensor(scores)
         if self._is_partial(self._is_eval):
             batch["begun"] = [one.begun[number] for one, number in rows]
             batch["token_versions"] = self._token_versions(batch)

@@ -21,6 +21,7 @@ from chatlearn_vllm.data.batch import Batch, select
 from chatlearn_vllm.data.carried import Carried, carried_metrics
 from chatlearn_vllm.data.relay_buffer import RelayBuffer, RelaySampleFn, all_samples
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
 from chatlearn_vllm.runtime.episode_metrics import (
@@ -97,6 +98,7 @@ class RolloutEngine(BaseEngine):
                 data_parallel_size=trainer.module_args.data_parallel_size,
             )
         self._relay_sample_fn: RelaySampleFn = all_samples
+        self._check_beam_search()
         self._check_sleep_level()
         self._check_quantization()
         self.check_policy_and_trainer()
@@ -211,6 +213,16 @@ class RolloutEngine(BaseEngine):
         """
         self._check_partial_rollouts()
         self._drop_levels_that_mean_nothing()
+
+    def _check_beam_search(self) -> None:
+        width = self.policy.model_args.beam_width(is_eval=False)
+        if width > 1 and not isinstance(self.policy_trainer, PreferenceModule):
+            raise ValueError(
+                f"models.{self.policy.name}: num_beams={width} searches responses, and "
+                f"{type(self.policy_trainer).__name__} trains on the probability with which they "
+                "were sampled; set num_beams: 1 and use_beam_search: False, for greedy responses "
+                "temperature: 0, for beams in evaluation eval_num_beams"
+            )
 
     def _check_sleep_level(self) -> None:
         sleep_level = self.policy.model_args.sleep_level

@@ -162,7 +162,9 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "must be at least max_num_seqs=256, one token per running sequence"),
         ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",
          "needs pipeline_model_parallel_size > 1"),
-        ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: must be False"),
+        ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: needs a width; "
+         "set num_beams, or n, to more than 1"),
+        ("models.policy.model_args.eval_num_beams=0", "eval_num_beams=0"),
         ("models.policy.model_args.apply_replica_id_to_seed=False", "must be True"),
     ],
 )  # fmt: skip

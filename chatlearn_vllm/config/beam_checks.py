@@ -1,0 +1,61 @@
+"""What goes together with a beam search?"""
+
+from collections.abc import Iterator
+
+from chatlearn_vllm.config.model_args import ModelArgs
+from chatlearn_vllm.config.problems import Key
+from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
+
+SAMPLING_KEYS = ("stop_token_ids",)
+"""Those fields of vLLM's SamplingParams without a key of their own that a beam search reads."""
+
+_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+
+
+def beam_problems(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[Key, str]]:
+    """Keys that contradict a beam search of the same file, with the remedy."""
+    args, at = model.model_args, ("models", model.name, "model_args")
+    width, number = args.beam_width(is_eval=False), args.responses_per_prompt
+    beams = {is_eval: args.beam_width(is_eval=is_eval) > 1 for is_eval in (False, True)}
+    if args.use_beam_search and width == 1:
+        yield (*at, "use_beam_search"), "needs a width; set num_beams, or n, to more than 1"
+    if beams[False] and number > width:
+        yield (
+            (*at, "num_beams"),
+            f"must be at least num_inference_per_prompt x n = {number}, which are returned",
+        )
+    if beams[False] and runtime.max_rollout_round > 1:
+        yield (
+            ("runtime", "max_rollout_round"),
+            f"must be 1 with num_beams={width} of models.{model.name}: a search is not cut off",
+        )
+    if not any(beams.values()):
+        return
+    asked = _asked(args, beams)
+    if args.inference_engine == "server":
+        yield (*at, asked), "needs inference_engine: vllm or transformers"
+    for prefix, is_eval in (("", False), ("eval_", True)):
+        for name, neutral in _PENALTIES.items():
+            if beams[is_eval] and args[prefix + name] != neutral:
+                yield (
+                    (*at, prefix + name),
+                    f"must be {neutral:g} with {asked}: beams are compared by their probability",
+                )
+    if args.stop_token_list:
+        yield (
+            (*at, "stop_token_list"),
+            f"does not go with {asked}: a beam ends with a token; leave it out, or say "
+            "stop_token_ids",
+        )
+    if args.prompt_logprobs is not None:
+        yield (*at, "prompt_logprobs"), f"must be None with {asked}"
+    for name in args.sampling_args:
+        if name not in SAMPLING_KEYS:
+            yield (*at, name), f"does not go with {asked}; leave it out"
+
+
+def _asked(args: ModelArgs, beams: dict[bool, bool]) -> str:
+    """The key that asks for beams."""
+    if not beams[False]:
+        return "eval_num_beams"
+    return "num_beams" if args.num_beams > 1 else "use_beam_search"
