@@ -150,15 +150,19 @@ class MemoryPeaks:
         ]
 
 
+def process_tree(process_id: int) -> list[psutil.Process]:
+    """A process and all its descendants; nothing where it has ended."""
+    try:
+        process = psutil.Process(process_id)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _tree_rss(process_id: int) -> int:
     """Resident bytes of a process and all its descendants; shared pages count in each."""
     total = 0
-    try:
-        process = psutil.Process(process_id)
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for one in family:
+    for one in process_tree(process_id):
         try:
             total += one.memory_info().rss
         except psutil.NoSuchProcess:

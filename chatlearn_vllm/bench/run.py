@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from chatlearn_vllm.bench import remedies
 from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, OptionError, check_cases, ratios
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import without_variables
-from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
+from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, process_tree, this_machine, versions
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.workload import model_config, model_dir, remove_made_model
@@ -40,10 +41,15 @@ _WORKLOAD = (
 )  # fmt: skip
 """Options that must be equal for results to be compared."""
 _LOOK_EVERY_S = 0.25
+_END_WITHIN_S = 10.0
+"""Longest wait for processes that were asked to end."""
 _LEAVE_WITHIN_S = 30.0
 """Longest wait for the memory of processes that have ended."""
 _UNSTEADY_BYTES = 2**28
 """By so much the free memory of a GPU may change by itself."""
+_CAUSE = re.compile(r"\b\w+(?:Error|Exception): .+")
+"""An exception in a log."""
+_SHARED_MEMORY = re.compile(r"/dev/shm/\S+(?=$|\n)")
 _LOG_END = 20_000
 """Characters of a log in which the cause of a failure is looked for."""
 
@@ -163,8 +169,11 @@ class Bench:
         """Wait for the end of a case and look at its memory meanwhile; its part of the results."""
         start = time.monotonic()
         is_late = False
+        phase = "start"
         while processes.are_running and not _said(events, "result"):
-            phase = next(iter(_said(events, "phase")[::-1]), "start")
+            before, phase = phase, next(iter(_said(events, "phase")[::-1]), "start")
+            if phase != before:
+                processes.note_shared_memory()
             peaks.sample(phase, processes.ids)
             if is_late := time.monotonic() - start > self._options.case_timeout:
                 break
@@ -271,12 +280,14 @@ def _failure(
     end_of_log = processes.log.read_text(errors="replace")[-_LOG_END:]
     if error is None and processes.killed:
         return {"reason": "killed", "remedy": remedies.killed(situation)}
-    last = next((line for line in reversed(end_of_log.splitlines()) if line.strip()), "")
-    remedy = remedies.remedy(error or "", situation) or remedies.remedy(end_of_log, situation)
-    return {
-        "reason": error or f"ended without a result: {last}",
-        "remedy": remedy or f"see {processes.log}",
-    }
+    if error is None:
+        lines = [line for line in end_of_log.splitlines() if line.strip()]
+        error = f"ended without a result: {''.join(lines[-1:])}"
+    remedy = remedies.remedy(error, situation) or remedies.remedy(end_of_log, situation)
+    if "root cause" in error and (causes := _CAUSE.findall(end_of_log)):
+        # vLLM's engine is a process of its own, and so was the one that failed.
+        error = next((cause for cause in reversed(causes) if "root cause" not in cause), error)
+    return {"reason": error, "remedy": remedy or f"see {processes.log}"}
 
 
 def _in_a_line(entry: dict[str, Any]) -> str:
@@ -310,10 +321,13 @@ class _Processes:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             # vLLM's CPU engine is many times slower with more threads than cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
+            # It would want a NUMA node for each tensor parallel rank.
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         ranks: list[dict[str, str]] = [{}]
         if task.case.engine == "vllm-module":
             ranks = _rank_environments(task.case.num_processes, on_gpu=on_gpu)
         self._processes: list[subprocess.Popen] = []
+        self._shared_memory: set[Path] = set()
         self._file = log.open("w")
         command = [sys.executable, "-m", "chatlearn_vllm.bench.child", str(path)]
         for rank in ranks:
@@ -348,14 +362,42 @@ class _Processes:
         return any(process.poll() == -signal.SIGKILL for process in self._processes)
 
     def __exit__(self, *error: object) -> None:
+        self.note_shared_memory()
+        # Whatever a process has started is in its group, too: vLLM's engine and workers, and
+        # Python's tracker of shared memory, which cleans up when the others have ended.
+        self._signal(signal.SIGTERM)
+        patience = time.monotonic() + _END_WITHIN_S
+        while self._groups() and time.monotonic() < patience:
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
         for process in self._processes:
-            # Whatever the process has started is in its group, too: vLLM's engine and workers.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._file.close()
-        for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
+        # vLLM leaves some behind where it is ended, or fails.
+        for leftover in (*Path("/dev/shm").glob(f"*{self._job_id}*"), *self._shared_memory):
             leftover.unlink(missing_ok=True)
+
+    def note_shared_memory(self) -> None:
+        """Look which files of shared memory the processes and their children have now."""
+        for one in (child for process in self._processes for child in process_tree(process.pid)):
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{one.pid}/maps").read_text()
+                self._shared_memory |= {Path(name) for name in _SHARED_MEMORY.findall(maps)}
+
+    def _signal(self, number: int) -> None:
+        for group in self._groups():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, number)
+
+    def _groups(self) -> list[int]:
+        """Those process groups in which a process is left."""
+        left = []
+        for process in self._processes:
+            process.poll()  # one that has ended is in its group until it is asked for
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 0)
+                left.append(process.pid)
+        return left
 
 
 def _rank_environments(world_size: int, *, on_gpu: bool) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def measure(task: Task) -> dict[str, Any]:
     """Measure one case of bare vLLM; its part of the results."""
-    from chatlearn_vllm.engines.vllm_compat import installed_version
+    from chatlearn_vllm.engines.vllm_compat import installed_version, needs_dummy_batch
 
     installed_version()
     import torch
@@ -36,6 +36,8 @@ def measure(task: Task) -> dict[str, Any]:
     from vllm import LLM
 
     llm = LLM(**arguments)
+    if needs_dummy_batch(pipeline_parallel_size=task.case.pipeline_parallel_size):
+        llm.collective_rpc("execute_dummy_batch")
     load_s = time.perf_counter() - start
 
     sampling = sampling_arguments(job.models["policy"].model_args, is_eval=False)
