@@ -299,6 +299,10 @@ class SamplingArgs(Section):
     """1 = also return the log probability of each prompt token; None = do not (less memory)."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text of a response."""
+    seed_per_response: bool | None = None
+    """Draw every response with a seed of its own, so that it does not depend on what else is being
+    generated. False: one seed per rollout, which is faster on GPUs: with seeds of their own, vLLM
+    draws the tokens of a step one after the other. None = True on CPUs, False on GPUs."""
     apply_replica_id_to_seed: bool = True
     """Give every replica its own seed. Must be True: equal seeds give equal samples."""
 

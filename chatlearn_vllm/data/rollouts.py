@@ -55,4 +55,7 @@ def rollouts_to_batch(outputs: Sequence[Any], seq_length: int, pad_token_id: int
 
 def _sampled(entries: Sequence[dict[int, Any]], tokens: list[int]) -> torch.Tensor:
     """[len(tokens)] log-probability of each token from vLLM's per-position dicts."""
+    flat = getattr(entries, "logprobs", None)  # vLLM's flat_logprobs: all positions in one list
+    if flat is not None and len(flat) == len(tokens):
+        return torch.tensor(flat)
     return torch.tensor([e[token].logprob for e, token in zip(entries, tokens, strict=True)])

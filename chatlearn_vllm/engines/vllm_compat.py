@@ -299,6 +299,17 @@ class RandomState:
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
+    @classmethod
+    def seeded(cls, seed: int) -> "RandomState":
+        """The state after all generators were seeded; theirs stays as it is."""
+        outer = cls.capture()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        state = cls.capture()
+        outer.restore()
+        return state
+
     def restore(self) -> None:
         """Write this state back."""
         random.setstate(self.python)

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.draft_weights import DraftWeights
 from chatlearn_vllm.engines.generation_engine import GenerationEngine
+from chatlearn_vllm.engines.response_text import TextKeys, response_text, without_text
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
@@ -37,7 +38,12 @@ class VLLMEngine(GenerationEngine):
     """A vLLM V1 engine whose scheduler steps pass through an owner, and whose state is explicit."""
 
     def __init__(
-        self, engine_arguments: dict[str, Any], shape: ModelShape, owner: StepOwner
+        self,
+        engine_arguments: dict[str, Any],
+        shape: ModelShape,
+        owner: StepOwner,
+        *,
+        seed_per_response: bool = True,
     ) -> None:
         """Build the engine; collective over the replica's ranks.
 
@@ -45,6 +51,8 @@ class VLLMEngine(GenerationEngine):
             engine_arguments: for `vllm.EngineArgs`, under vLLM's names.
             shape: sizes of the model, for `shards`.
             owner: its `on_step` is called once per scheduled batch.
+            seed_per_response: whether requests are drawn with their own seeds. Else that of the
+                first request that comes to an idle engine seeds all until it is idle again.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -86,6 +94,8 @@ class VLLMEngine(GenerationEngine):
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
+        self._text_keys: dict[str, TextKeys | None] = {}
+        self.seed_per_response = seed_per_response
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
 
     @property
@@ -115,7 +125,8 @@ class VLLMEngine(GenerationEngine):
         if "beam_width" in sampling:
             self._add_search(request_id, prompt, list(token_ids), sampling)
         else:
-            self._add(request_id, prompt, list(token_ids), sampling, "FINAL_ONLY")
+            fast, self._text_keys[request_id] = without_text(sampling)
+            self._add(request_id, prompt, list(token_ids), fast, "FINAL_ONLY")
         self._order.append(request_id)
 
     def _add_search(
@@ -166,7 +177,7 @@ class VLLMEngine(GenerationEngine):
         self._order.append(request.request_id)
         self._partial[request.request_id] = request
         for request_id, token_ids, sampling in request.requests():
-            self._add(request_id, None, token_ids, sampling, "DELTA")
+            self._add(request_id, None, token_ids, without_text(sampling)[0], "DELTA")
 
     def _add(
         self,
@@ -179,6 +190,10 @@ class VLLMEngine(GenerationEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if not self.seed_per_response and "seed" in sampling:
+            if not self._engine.has_unfinished_requests():
+                self._rng = vllm_compat.RandomState.seeded(sampling["seed"])
+            sampling = {name: value for name, value in sampling.items() if name != "seed"}
         try:
             params = SamplingParams(**sampling, output_kind=RequestOutputKind[output_kind])
             # One arrival time for all: ranks of a replica must not order requests by their clocks.
@@ -242,6 +257,7 @@ class VLLMEngine(GenerationEngine):
                     elif name in self._searches:
                         outputs |= self._note_beam(self._searches[name], output)
                     elif output.finished:
+                        self._write_texts(output)
                         outputs[output.request_id] = output
         except BaseException:
             self.abort()
@@ -253,6 +269,19 @@ class VLLMEngine(GenerationEngine):
         finished = [outputs[request_id] for request_id in self._order if request_id in outputs]
         self._order = [request_id for request_id in self._order if request_id not in outputs]
         return finished
+
+    def _write_texts(self, output: Any) -> None:
+        """Fill in what vLLM was not asked for."""
+        keys = self._text_keys.pop(output.request_id)
+        tokenizer = self._engine.get_tokenizer()
+        if keys is None or tokenizer is None:
+            return
+        decode = partial(tokenizer.decode, skip_special_tokens=keys.skip_special_tokens)
+        for completion in output.outputs:
+            ids = list(completion.token_ids)
+            if completion.finish_reason == "stop" and not keys.include_stop_str_in_output:
+                ids = ids[:-1]
+            completion.text = response_text(decode, output.prompt_token_ids, ids)
 
     def _finished_partial(
         self, names: list[str], decode: Callable[[list[int]], str] | None
@@ -292,6 +321,7 @@ class VLLMEngine(GenerationEngine):
         parts = [part for request in several for part in request.open_ids]
         self._engine.abort_request(whole + parts)
         self._order, self._partial, self._searches = [], {}, {}
+        self._text_keys = {}
 
     def _switch_drafting(self, drafts: bool) -> None:
         vllm_compat.set_drafting(self._engine, drafts)

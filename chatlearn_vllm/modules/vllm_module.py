@@ -298,7 +298,9 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self.rank == 0 and self.replica_id == 0:
             for notice in notices:
                 logger.info("%s: %s", self.name, notice)
-        return VLLMEngine(arguments, shape, owner=self)
+        own = self.model_args.seed_per_response
+        own = not on_gpu if own is None else own
+        return VLLMEngine(arguments, shape, owner=self, seed_per_response=own)
 
     def _transformers_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
         import torch

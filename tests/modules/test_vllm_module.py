@@ -239,6 +239,18 @@ def test_a_sample_depends_on_its_ordinal_and_not_on_its_batch(ready) -> None:
     assert len({tuple(row.tolist()) for row in together["all_tokens"]}) > 1
 
 
+def test_with_one_seed_per_rollout_equal_rollouts_repeat_and_others_differ(
+    ready, monkeypatch
+) -> None:
+    monkeypatch.setattr(ready.engine, "seed_per_response", False)
+    first, again = ready.generate([1, 3, 4], 0), ready.generate([1, 3, 4], 0)
+    other = ready.generate([1, 3, 4], 100)
+    assert torch.equal(first["all_tokens"], again["all_tokens"])
+    assert not torch.equal(first["all_tokens"], other["all_tokens"])
+    of_one_prompt = {tuple(row.tolist()) for row in first["all_tokens"][:3]}
+    assert len(of_one_prompt) == 3
+
+
 def test_prompts_can_come_and_answers_leave_while_others_are_being_answered(ready) -> None:
     whole = ready.generate([0, 3, 1, 4, 2], first_sample=0)
     parts = [
