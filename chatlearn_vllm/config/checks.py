@@ -340,7 +340,8 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         title = f"models.{name}.batch_generation"
         yield from _without_effect({title: section}, type(section))
         changed = changed_sampling(args)
-        if changed and not model.trainable and model.num_gpu:
+        is_trained_on = not model.trainable and not name.startswith("reward")  # or it judges
+        if changed and is_trained_on and model.num_gpu:
             yield (
                 f"models.{name}: {', '.join(changed)} draws training responses from a "
                 "changed distribution, but the trainer's log probabilities are of the whole "

@@ -63,7 +63,8 @@ class _Parser:
             return self._integers("]")
         if token == "list":
             self._expect("(")
-            devices = self._range(self._next())
+            token = self._next()
+            devices = self._integers("]") if token == "[" else self._range(token)
             self._expect(")")
             return devices
         return self._range(token)

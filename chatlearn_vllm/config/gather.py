@@ -6,6 +6,7 @@ from typing import Any
 
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.scalars import typed
+from chatlearn_vllm.config.strategies import is_strategy_file, read_strategies
 from chatlearn_vllm.config.tree import Tree, TreeReader
 
 COMMAND_LINE = "command line"
@@ -35,7 +36,13 @@ class Gathering:
 
     def gather(self, overrides: Sequence[str]) -> Tree:
         """The job with each model's file below `model_args`; overrides win over all files."""
-        tree = self._reader.read(self._main_file)
+        loaded = self._reader.load(self._main_file)
+        if isinstance(loaded, dict) and is_strategy_file(loaded):
+            return read_strategies(
+                self._main_file, loaded, self._read_strategy_overrides(overrides),
+                self._reader.load, self.problems, self.notices,
+            )  # fmt: skip
+        tree = self._reader.resolve(self._main_file, loaded)
         self._rename_legacy_keys(tree)
         tree.merge(self._read_overrides(overrides, _models_in(tree)))
         whole = Tree()
@@ -59,23 +66,36 @@ class Gathering:
             keys = ", ".join(f"{dotted}=${{{name}}}" for dotted, name in variables.items())
             yield f"{file}: left out, as the environment variables are not set: {keys}"
 
+    def _read_strategy_overrides(self, overrides: Sequence[str]) -> Tree:
+        """Overrides of a strategy file; Hydra's + and ++ before a name are taken."""
+        tree = Tree()
+        for override in overrides:
+            self._merge_override(tree, override.lstrip("+"), "max_steps=3")
+        return tree
+
+    def _merge_override(self, tree: Tree, override: str, example: str) -> None:
+        dotted, equals, text = override.partition("=")
+        names = dotted.split(".")
+        if not equals or not all(names):
+            self.problems.append(Problem(COMMAND_LINE, override, f"must look like {example}"))
+            return
+        value = typed(text)
+        for name in reversed(names):
+            value = {name: value}
+        tree.merge(Tree.of(value, COMMAND_LINE))
+
     def _read_overrides(self, overrides: Sequence[str], models: Collection[str]) -> Tree:
         """`a.b.c=value` arguments as a tree; they cannot add to the models of the file."""
         tree = Tree()
         for override in overrides:
             dotted, equals, text = override.partition("=")
             names = dotted.split(".")
-            if not equals or not all(names):
-                rule = "must look like runtime.num_episode=3"
-                self.problems.append(Problem(COMMAND_LINE, override, rule))
-            elif names[0] == "models" and names[1:2] not in [[model] for model in models]:
+            is_model = names[0] == "models" and equals and all(names)
+            if is_model and names[1:2] not in [[model] for model in models]:
                 rule = f"the job has no such model, only {', '.join(models)}"
                 self.problems.append(Problem(COMMAND_LINE, dotted, rule, text))
             else:
-                value = typed(text)
-                for name in reversed(names):
-                    value = {name: value}
-                tree.merge(Tree.of(value, COMMAND_LINE))
+                self._merge_override(tree, override, "runtime.num_episode=3")
         self._rename_legacy_keys(tree)
         return tree
 

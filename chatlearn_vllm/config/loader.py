@@ -16,7 +16,7 @@ from chatlearn_vllm.config.checks import check_job, notices
 from chatlearn_vllm.config.derive import derive
 from chatlearn_vllm.config.gather import Gathering
 from chatlearn_vllm.config.model_args import ModelArgs
-from chatlearn_vllm.config.problems import NO_VALUE, ConfigError, Key, Problem
+from chatlearn_vllm.config.problems import ConfigError, Key, Problem
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, RuntimeEnvConfig
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.tree import BROKEN, Tree
@@ -63,7 +63,8 @@ def load_config(
     check_job(job, validation, check_files=check_files)
     if problems := [*gathering.problems, *validation.problems]:
         raise ConfigError(problems)
-    return job.model_copy(update={"notices": (*gathering.notices, *notices(job, given))})
+    told = (tree.in_users_words(notice) for notice in notices(job, given))
+    return job.model_copy(update={"notices": (*gathering.notices, *told)})
 
 
 class _Validation:
@@ -178,7 +179,8 @@ class _Validation:
 
     def _report(self, key: Key, rule: str, suggestion: str | None = None) -> None:
         file, dotted = self._tree.origin(key)
-        value = self._tree.get(key, NO_VALUE)
+        value = self._tree.given(key)
+        rule = self._tree.in_users_words(rule)
         if variable := self._unset.get(dotted):
             rule += f"; environment variable {variable} is not set"
         self.problems.append(Problem(file, dotted, rule, value, suggestion))

@@ -83,7 +83,7 @@ def fill(text: str, env: Mapping[str, str]) -> Any:
         UnsetVariableError: the scalar is one template without a value; a ValueError like any other.
         ValueError: another template has no value, or one is malformed.
     """
-    is_one_template = text.startswith("${") and _closing_brace(text, 0) == len(text) - 1
+    is_one_template = text.startswith("${") and closing_brace(text, 0) == len(text) - 1
     try:
         filled = _substitute(text, env)
     except UnsetVariableError as error:
@@ -94,7 +94,7 @@ def fill(text: str, env: Mapping[str, str]) -> Any:
 def _substitute(text: str, env: Mapping[str, str]) -> str:
     filled, start = "", 0
     while (opening := text.find("${", start)) >= 0:
-        closing = _closing_brace(text, opening)
+        closing = closing_brace(text, opening)
         name, colon, default = text[opening + 2 : closing].partition(":")
         if not _NAME.match(name):
             raise ValueError(f"{name!r} is not the name of an environment variable")
@@ -105,7 +105,12 @@ def _substitute(text: str, env: Mapping[str, str]) -> str:
     return filled + text[start:]
 
 
-def _closing_brace(text: str, opening: int) -> int:
+def closing_brace(text: str, opening: int) -> int:
+    """Where a template ends that starts at `opening`.
+
+    Raises:
+        ValueError: it has no end.
+    """
     depth = 0
     for index in range(opening + 1, len(text)):
         depth += (text[index] == "{") - (text[index] == "}")

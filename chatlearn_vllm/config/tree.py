@@ -1,6 +1,7 @@
 """What do a yaml file, its includes and the command line say, and which of them said it?"""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,10 @@ class Tree:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Key, Origin] = field(default_factory=dict)
+    written: dict[Key, Any] = field(default_factory=dict)
+    """Values as the user gave them, where ours were computed from them; NO_VALUE for none."""
+    words: dict[str, str] = field(default_factory=dict)
+    """What the user calls keys of ours, where that differs."""
 
     @classmethod
     def of(cls, values: dict[str, Any], file: str) -> "Tree":
@@ -68,6 +73,20 @@ class Tree:
             value = value[name]
         return value
 
+    def given(self, key: Key) -> Any:
+        """The value at a key as the user wrote it; NO_VALUE if nobody did."""
+        return self.written.get(key, self.get(key, NO_VALUE))
+
+    def in_users_words(self, text: str) -> str:
+        """A rule or notice with the names that the user knows."""
+        if not self.words:
+            return text
+        longest_first = sorted(self.words, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        return re.sub(
+            rf"(?<![\w.])(?:{pattern})(?:(?<=\.)|(?!\w))", lambda found: self.words[found[0]], text
+        )
+
     def origin(self, key: Key) -> Origin:
         """Where a key was written; for a key nobody wrote, where its nearest parent was."""
         for length in range(len(key), 0, -1):
@@ -103,7 +122,11 @@ class TreeReader:
 
     def read(self, path: Path, including: Sequence[Path] = ()) -> Tree:
         """One file over its includes: own keys win, later includes win over earlier ones."""
-        values = self._fill(self._load(path), str(path), ())
+        return self.resolve(path, self.load(path), including)
+
+    def resolve(self, path: Path, loaded: Any, including: Sequence[Path] = ()) -> Tree:
+        """What was loaded of a file, over its includes and with its templates filled in."""
+        values = self._fill(loaded, str(path), ())
         if not isinstance(values, dict):
             return Tree()
         tree = Tree()
@@ -124,7 +147,8 @@ class TreeReader:
         candidates = (directory / name, self._main_dir / name)
         return next((path for path in candidates if path.is_file()), None)
 
-    def _load(self, path: Path) -> Any:
+    def load(self, path: Path) -> Any:
+        """A file as it is; None if it cannot be read, which is reported."""
         try:
             loader = JobYamlLoader(path.read_text(encoding="utf-8"))
             values = loader.get_single_data()

@@ -13,6 +13,7 @@ from chatlearn_vllm.config.devices import draw_replicas, parse_device_mapping
         ("list(range(0,4))+list(range(8,12))", (0, 1, 2, 3, 8, 9, 10, 11)),
         (" list( range( 4 ) ) ", (0, 1, 2, 3)),
         ("list(range(6, 0, -2))", (6, 4, 2)),
+        ("list([4,5, 12])", (4, 5, 12)),
         ("[6, 7]", (6, 7)),
         ("[6,7] + list(range(2))+[9]", (6, 7, 0, 1, 9)),
         ("range(2,4)", (2, 3)),

@@ -1,0 +1,459 @@
+"""Which job does a strategy file describe?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from chatlearn_vllm.config.problems import Key, Problem
+from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies.given import Given, Translation
+from chatlearn_vllm.config.strategies.roles import (
+    Role,
+    generating_args,
+    temperature,
+    temperature_keys,
+)
+from chatlearn_vllm.config.tree import BROKEN, Tree
+
+ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
+
+_LOSS_AGGREGATIONS = {
+    "token-mean": "token-mean",
+    "seq-mean-token-mean": "seq-mean",
+    "seq-mean-token-sum-norm": "seq-mean-token-sum-norm",
+}
+_EVALUATED = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty",
+)  # fmt: skip
+"""Sampling keys that an evaluation may have of its own."""
+
+
+def translate(source: Tree, main_file: Path, problems: list[Problem], notices: list[str]) -> Tree:
+    """Our keys, each with the key of the strategy file that it comes from.
+
+    Args:
+        source: all keys of the strategy file, without templates.
+        main_file: the file.
+        problems: takes what is wrong with it.
+        notices: takes what its user should know.
+    """
+    job = _Job(Translation(source, problems), main_file)
+    job.translate()
+    notices += [f"{main_file}: {text}" for text in job.t.notices()]
+    return job.t.job
+
+
+class _Job:
+    """One strategy file on its way to a job."""
+
+    def __init__(self, translation: Translation, main_file: Path) -> None:
+        self.t = translation
+        self.top = Given(translation, (), keys.TOP)
+        self.main_file = main_file
+        self.is_ppo = self._estimator() == "gae"
+
+    def translate(self) -> None:
+        """Go through the file: lengths, roles, what lies between them."""
+        self._lengths()
+        policy = Role(self.t, ("actor_infer",), "policy", "actor_infer")
+        name = "ppo_policy" if self.is_ppo else "policy_trainer"
+        trainer = Role(self.t, ("actor_train",), name, "actor_train")
+        trainers = [trainer]
+        self._policy(policy)
+        self._reference()
+        rewards = {f"reward_{name}": ("rewards", name) for name in self._reward_names()}
+        if "reward_model" in self.top:
+            rewards["reward_model"] = ("reward_model",)
+        for model, path in rewards.items():
+            self._reward(path, model)
+        if not rewards:
+            self.t.report(("rewards",), "must name at least one: nothing is learned without")
+        if self.is_ppo:
+            trainers.append(self._critic())
+        elif "critic" in self.top:
+            self.t.has_no_effect(("critic",), "only PPO has one: adv_estimator: gae")
+        self._trainers(trainers)
+        self._loss(trainer)
+        self._data(trainer)
+        self._validation(policy)
+        self._runtime()
+        self._words(name)
+
+    # ---- the whole job ----------------------------------------------------------------------
+
+    def _runtime(self) -> None:
+        put, top = self.t.put, self.top
+        for name, default in (
+            ("exp_name", self.main_file.stem),
+            ("output_dir", "./output"),
+            ("entry_script", ENTRY_SCRIPT),
+            ("max_steps", 500),
+            ("logging_steps", 1),
+            ("ppo_epochs", 1),
+        ):
+            put(tuple(keys.TOP[name].ours.split(".")), default, (name,))
+        top.copy()
+        put(("runtime", "seed"), self._seed(), ("seed",))
+        put(("runtime", "save_episode_interval"), top.get("save_steps", int, 50) or None,
+            ("save_steps",))  # fmt: skip
+        put(("runtime", "max_ckpt_to_keep"), top.get("max_ckpt_to_keep", int, 0) or None,
+            ("max_ckpt_to_keep",))  # fmt: skip
+        resume = top.values.get("resume_from_checkpoint") or False
+        if isinstance(resume, str):
+            self.t.report(
+                ("resume_from_checkpoint",),
+                "must be True or False: a job goes on from the newest checkpoint of its own "
+                "output_dir and exp_name",
+            )
+        put(("runtime", "enable_resume_training"), resume is True, ("resume_from_checkpoint",))
+
+    def _seed(self) -> Any:
+        return self.top.values.get("seed", 42)
+
+    def _lengths(self) -> None:
+        top = self.top
+        prompt = top.get("prompt_length", int, 1024, least=1)
+        self.response = top.get("response_length", int, least=1)
+        total = top.get("sequence_length", int, least=1)
+        if self.response is None and total is None:
+            rule = "must be given, or sequence_length: how long a response may be"
+            self.t.report(("response_length",), rule)
+            self.response = 512
+        self.sequence = total or prompt + self.response
+        self.response = self.response or self.sequence - prompt
+
+    def _set_length(self, role: Role) -> None:
+        role.put("max_new_tokens", self.response, ("response_length",), ("sequence_length",))
+        role.put(
+            "seq_length", self.sequence,
+            ("sequence_length",), ("response_length",), ("prompt_length",),
+        )  # fmt: skip
+
+    # ---- roles ------------------------------------------------------------------------------
+
+    def _policy(self, role: Role) -> None:
+        self._set_length(role)
+        role.weights(self._seed(), ("pretrain",))
+        if role.strategy == "hf_infer":
+            role.put(
+                "inference_engine",
+                "transformers",
+                ("actor_infer", "strategy_args", "strategy_name"),
+            )
+        else:
+            role.on_vllm()
+        self.sampling = generating_args(self.t, role.path)
+        role.generates(
+            self.sampling, max_new_tokens=self.response, default_key=("response_length",)
+        )
+        if role.strategy == "vllm":
+            self._max_model_len(role)
+        self._group(role)
+
+    def _max_model_len(self, role: Role) -> None:
+        """Set vLLM's longest sequence; where it is shorter than the job's, responses end there."""
+        length = role.config.get("max_model_len", int, least=1)
+        key = role.config.key("max_model_len")
+        if length is None or length >= self.sequence:
+            if length is not None:
+                role.put("max_model_len", length, key)
+            return
+        room = length - (self.sequence - self.response)
+        if room < 1:
+            self.t.report(key, "leaves no room for a response behind prompt_length")
+            return
+        role.put("seq_length", length, key)
+        role.put("max_new_tokens", room, key)
+        role.put("new_token_limit", self.response < length, key)
+        self.t.say(
+            f"{'.'.join(key)}={length} is less than prompt_length + response_length = "
+            f"{self.sequence}: a prompt with its response ends there"
+        )
+
+    def _group(self, role: Role) -> None:
+        """Set the responses of a prompt, and with them the samples of an episode."""
+        group = self.top.get("num_return_sequences_in_group", int, least=1)
+        own = self.sampling.get("num_return_sequences", int, least=1)
+        key = self.sampling.key("num_return_sequences")
+        if group is not None and own not in (None, group):
+            rule = f"must be num_return_sequences_in_group={group}, which says how many are made"
+            self.t.report(key, rule)
+        self.group = group or own or 1
+        role.put("num_inference_per_prompt", self.group, ("num_return_sequences_in_group",), key)
+        prompts = self.top.get("rollout_batch_size", int, 128, least=1)
+        self.num_samples = prompts * self.group
+        self.t.put(("runtime", "sample_per_episode"), self.num_samples, ("rollout_batch_size",))
+
+    def _reference(self) -> None:
+        if "reference" not in self.top:
+            return
+        role = Role(self.t, ("reference",), "reference", "reference")
+        self._scores_on_megatron(role, ("pretrain",))
+        if self._kl_coef()[0] == 0:
+            self.t.has_no_effect(
+                ("reference",), "not started without a KL penalty: use_kl_loss with grpo, else "
+                "add_token_level_kl"
+            )  # fmt: skip
+
+    def _scores_on_megatron(self, role: Role, *weights: Key) -> None:
+        self._set_length(role)
+        role.weights(self._seed(), *weights)
+        role.on_megatron()
+        role.spread_experts_over_replica()
+        role.put("temperature", temperature(self.sampling) or 1.0, *temperature_keys(self.sampling))
+
+    def _reward_names(self) -> list[str]:
+        return [*self.top.get("rewards", dict, {})]
+
+    def _reward(self, path: Key, model: str) -> None:
+        role = Role(self.t, path, model, "rewards")
+        user_args: dict[str, Any] = {}
+        if role.strategy is not None:
+            user_args["strategy_name"] = role.strategy
+        for name, value in role.given.values.items():
+            entry = keys.REWARD.get(name)
+            if isinstance(entry, keys.Becomes) and "user_args" in entry.ours and value is not None:
+                user_args[name] = value
+        tag = self.t.source.get(("actor_train", "data_args", "tag"))
+        if tag is not None:
+            user_args["tag"] = tag
+        if role.strategy == "vllm":
+            role.weights(self._seed(), ("reward_pretrain",))
+            role.on_vllm(default_load_format="auto")
+            self._set_length(role)
+            sampling = generating_args(self.t, path)
+            role.generates(sampling, max_new_tokens=512, default_key=path)
+            n = sampling.get("num_return_sequences", int, 1, least=1)
+            role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
+            length = role.config.get("max_model_len", int, least=1)
+            if length is not None:
+                role.put("seq_length", length, role.config.key("max_model_len"))
+        elif role.strategy == "megatron_infer":
+            self._scores_on_megatron(role, ("reward_pretrain",))
+        elif role.strategy == "hf_infer":
+            role.weights(self._seed(), ("reward_pretrain",))
+        elif "model_name_or_path" in role.model_args:
+            # A rule needs no weights; ROLL names a model for its tokenizer.
+            user_args["model_name_or_path"] = role.model_args.values["model_name_or_path"]
+        if user_args:
+            role.t.put((*role.at, "model_args", "user_args"), user_args, path)
+
+    def _critic(self) -> Role:
+        if "critic" not in self.top:
+            rule = "gae needs a critic; without one take adv_estimator: grpo or reinforce"
+            self.t.report(("adv_estimator",), rule)
+        role = Role(self.t, ("critic",), "ppo_value", "critic")
+        clip = self.top.get("value_clip", float)
+        role.put("cliprange_value", clip, ("value_clip",))
+        return role
+
+    # ---- training ---------------------------------------------------------------------------
+
+    def _trainers(self, trainers: list[Role]) -> None:
+        actor = trainers[0]
+        micro, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
+        rows = actor.training_args.get(micro, int, 8, least=1)
+        accumulated = actor.training_args.get(steps, int, 1, least=1)
+        batch = rows * accumulated * actor.data_parallel_size
+        self.t.put(
+            ("runtime", "train_micro_batch_size"), rows, actor.training_args.key(micro), actor.path
+        )
+        self.t.put(
+            ("runtime", "train_global_batch_size"), batch,
+            actor.training_args.key(steps), actor.training_args.key(micro), actor.path,
+        )  # fmt: skip
+        for other in trainers[1:]:
+            own = other.training_args
+            product = own.get(micro, int, rows) * own.get(steps, int, accumulated)
+            if product * other.data_parallel_size != batch or own.get(micro, int, rows) != rows:
+                self.t.report(
+                    own.key(steps if steps in own else micro),
+                    f"both trainers take batches of one size: {rows} rows per pass, {batch} per "
+                    "optimizer step over all ranks, as actor_train says",
+                )
+        samples = self.num_samples * self.top.get("ppo_epochs", int, 1, least=1)
+        num_steps = self.top.get("max_steps", int, 500) * -(-samples // batch)
+        directory = self._checkpoints()
+        for role in trainers:
+            self._set_length(role)
+            names = [("pretrain",)] if role is actor else [("reward_pretrain",), ("pretrain",)]
+            role.weights(self._seed(), *names)
+            role.on_megatron()
+            role.trains(num_steps, self.top.get("max_grad_norm", float, 1.0))
+            role.put(
+                "temperature", temperature(self.sampling) or 1.0, *temperature_keys(self.sampling)
+            )
+            if directory is not None:
+                path = str(Path(directory, role.model))
+                role.put("save", path, ("checkpoint_config", "output_dir"))
+            if "moe_aux_loss_coef" in role.model_args:
+                key = role.model_args.key("moe_aux_loss_coef")
+                role.put("moe_aux_loss_coeff", self.t.source.get(key), key)
+
+    def _checkpoints(self) -> str | None:
+        given = Given(self.t, ("checkpoint_config",), {}, ("type", "output_dir", "async_upload"))
+        if given.get("async_upload", bool, False):
+            self.t.put(("runtime", "async_save"), True, given.key("async_upload"))
+        if given.values.get("type", "file_system") != "file_system":
+            rule = (
+                "must be file_system: checkpoints are written to a directory, nothing is uploaded"
+            )
+            self.t.report(given.key("type"), rule)
+        return given.get("output_dir", str)
+
+    def _estimator(self) -> str:
+        """gae, or one of our advantage_estimator."""
+        choices = {"gae": "gae", "grpo": "grpo", "reinforce": "reinforce++"}
+        chosen = self.top.choose("adv_estimator", choices, "gae")
+        if chosen == "reinforce++" and self.top.values.get("norm_mean_type") == "group":
+            return "grpo"
+        return chosen
+
+    def _loss(self, trainer: Role) -> None:
+        top, put = self.top, trainer.put
+        self._advantages(trainer)
+        coefficient, *named = self._kl_coef()
+        put("init_kl_coef", coefficient, *named)
+        for name, ours in (
+            ("gamma", "gamma"),
+            ("lambd", "lam"),
+            ("entropy_loss_coef", "entropy_coef"),
+        ):
+            if name in top:
+                put(ours, top.values[name], (name,))
+        clip = top.get("pg_clip", float, 0.2)
+        if top.get("use_pg_clip_range", bool, False):
+            put("cliprange", top.get("pg_clip_low", float, 0.2), ("pg_clip_low",))
+            put("cliprange_high", top.get("pg_clip_high", float, 0.2), ("pg_clip_high",))
+        else:
+            put("cliprange", clip, ("pg_clip",))
+            for name in ("pg_clip_low", "pg_clip_high"):
+                if name in top:
+                    self.t.has_no_effect((name,), "only with use_pg_clip_range: True")
+        if top.get("dual_clip_loss", bool, False):
+            put("dual_clip", 1 + 2 * clip, ("dual_clip_loss",))
+        put("loss_agg", top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean"),
+            ("loss_agg_mode",))  # fmt: skip
+        ratio = top.choose("importance_sampling", {"token": "token", "seq": "sequence"}, "token")
+        put("ratio_level", ratio, ("importance_sampling",))
+        if self.is_ppo and "target_kl" in top:
+            put("target", top.values["target_kl"], ("target_kl",))
+            put("fix_kl_coef", False, ("target_kl",))
+            put("horizon", top.values.get("kl_horizon", 10000), ("kl_horizon",))
+        only_ppo = () if self.is_ppo else ("value_clip", "lambd", "target_kl", "kl_horizon")
+        for name in only_ppo:
+            if name in top:
+                self.t.has_no_effect((name,), "only with adv_estimator: gae")
+
+    def _advantages(self, trainer: Role) -> None:
+        top = self.top
+        estimator = self._estimator()
+        if estimator != "gae":
+            trainer.put("advantage_estimator", estimator, ("adv_estimator",))
+        mean, std = top.values.get("norm_mean_type"), top.values.get("norm_std_type")
+        allowed = (None, "batch", "group")
+        for name, value in (("norm_mean_type", mean), ("norm_std_type", std)):
+            if value not in allowed:
+                self.t.report((name,), "must be group, batch or null: there are no running values")
+        if estimator == "grpo":
+            by_group = top.values.get("adv_estimator") == "grpo" or std == "group"
+            trainer.put("advantage_std", by_group, ("norm_std_type",))
+            told = ("whiten_advantages", "reward_clip")
+            why = "grpo compares a response with its group, and does no more"
+        else:
+            clip = top.get("reward_clip", float)
+            if clip:
+                trainer.put("cliprange_reward", clip, ("reward_clip",))
+            told = ("norm_mean_type", "norm_std_type")
+            why = "whitening over the episode undoes it"
+            if std == "group":
+                rule = "needs norm_mean_type: group, which makes it grpo; or leave it out"
+                self.t.report(("norm_std_type",), rule)
+            if not top.get("whiten_advantages", bool, False):
+                whitened = "reinforce and gae always whiten advantages"
+                self.t.has_no_effect(("whiten_advantages",), whitened)
+        for name in told:
+            if top.values.get(name) not in (None, False, "group", BROKEN):
+                self.t.has_no_effect((name,), why)
+
+    def _kl_coef(self) -> tuple[Any, ...]:
+        """Weight of the KL penalty, and the keys that say it."""
+        top = self.top
+        if self._estimator() == "grpo":
+            in_use, name, default = "use_kl_loss", "kl_loss_coef", 0.0
+            other, remedy = "add_token_level_kl", "grpo has its KL in the loss: use_kl_loss: True"
+        else:
+            in_use, name, default = "add_token_level_kl", "init_kl_coef", 0.2
+            other = "use_kl_loss"
+            remedy = "reinforce and gae have their KL in the rewards: add_token_level_kl: True"
+        if top.get(other, bool, False):
+            self.t.report((other,), f"must be False: {remedy} and its coefficient")
+        used = top.get(in_use, bool, False)
+        return (top.get(name, float, default, least=0) if used else 0.0, (name,), (in_use,))
+
+    # ---- data -------------------------------------------------------------------------------
+
+    def _data(self, trainer: Role) -> None:
+        given = trainer.data_args
+        if "file_name" in given:
+            self.t.put(("runtime", "data_path"), given.values["file_name"], given.key("file_name"))
+        if "max_samples" in given:
+            limit = given.values["max_samples"]
+            self.t.put(("runtime", "training_data_num_limit"), limit, given.key("max_samples"))
+        if "prompt" in given:
+            target = ("models", "policy", "model_args", "prompt_key")
+            self.t.put(target, given.values["prompt"], given.key("prompt"))
+
+    def _validation(self, policy: Role) -> None:
+        if "validation" not in self.top:
+            return
+        given = Given(self.t, ("validation",), keys.VALIDATION)
+        data = Given(self.t, given.key("data_args"), keys.DATA_ARGS)
+        if "file_name" in data:
+            path = ("runtime", "eval_data_path")
+            self.t.put(path, data.values["file_name"], data.key("file_name"))
+        interval = self.top.get("eval_steps", int, 10)
+        self.t.put(("runtime", "eval_episode_interval"), max(0, interval), ("eval_steps",))
+        self.t.put(("runtime", "enable_eval_before_training"), interval > 0, ("eval_steps",))
+        self.t.put(("runtime", "eval_data_num_limit"), -1, given.path)
+        sampling = generating_args(self.t, given.path)
+        greedy = self.top.get("val_greedy", bool, False)
+        value = 0.0 if greedy else temperature(sampling)
+        policy.put("eval_temperature", value, *temperature_keys(sampling), ("val_greedy",))
+        defaults = {"top_p": 0.7, "top_k": 50}
+        for name in _EVALUATED[1:]:
+            if name in sampling or name in defaults:
+                set_to = sampling.values.get(name, defaults.get(name))
+                policy.put(f"eval_{name}", set_to, sampling.key(name))
+        for name, value in sampling.values.items():
+            same = {"max_new_tokens": self.response, "num_return_sequences": 1, "num_beams": 1}
+            if name in (*_EVALUATED, "do_sample") or value in (None, same.get(name, BROKEN)):
+                continue
+            why = "an evaluation takes one response per prompt, with the lengths of training"
+            self.t.has_no_effect(sampling.key(name), why)
+
+    # ---- the user's words -------------------------------------------------------------------
+
+    def _words(self, trainer: str) -> None:
+        """Say what our names are called in the file, for the rules that mention them."""
+        self.t.job.words.update(
+            {
+                f"models.{trainer}": "actor_train",
+                "models.ppo_value": "critic",
+                "models.policy": "actor_infer",
+                "models.reference": "reference",
+                **{f"models.reward_{name}": f"rewards.{name}" for name in self._reward_names()},
+                "models.reward_model": "reward_model",
+                "runtime.": "",
+                "sample_per_episode": "rollout_batch_size x num_return_sequences_in_group",
+                "train_micro_batch_size": "per_device_train_batch_size",
+                "train_global_batch_size": "per_device_train_batch_size x "
+                "gradient_accumulation_steps x data parallel size",
+                "seq_length": "prompt_length + response_length",
+                "num_inference_per_prompt x n": "num_return_sequences_in_group",
+                "lr_warmup_iters": "warmup_steps",
+                "lr": "learning_rate",
+            }
+        )
