@@ -19,6 +19,7 @@ REQUIRES = [
     "pydantic>=2.8,<3",  # checked job descriptions; v1 has another API
     "pyyaml>=6",
     "numpy>=1.26",
+    "aiohttp>=3.9",  # calls to vLLM servers; vLLM and ray[default] have it anyway
     "psutil>=5.9",  # megatron-core's checkpoints need it and do not declare it
     "rich>=13",  # progress on a terminal
     "tensorboard>=2.16",  # metrics

@@ -19,6 +19,7 @@ from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
+from chatlearn_vllm.config.server_checks import server_problems
 from chatlearn_vllm.config.transformers_checks import transformers_problems, without_effect
 
 _HF_NAMES = {
@@ -109,12 +110,7 @@ def _check_unsupported(model: ModelConfig, report: Reporter) -> None:
         (*at, "model_args", "lora_dropout"),
         "must be 0, with dropout the trainer would not score tokens as the rollout sampled them",
     )
-    report.require(
-        model.model_args.inference_engine != "server",
-        (*at, "model_args", "inference_engine"),
-        "must be vllm or transformers, the server is not there yet",
-    )
-    for key, rule in transformers_problems(model):
+    for key, rule in (*transformers_problems(model), *server_problems(model)):
         report.require(False, key, rule)
     report.require(
         model.model_args.apply_replica_id_to_seed,
@@ -254,7 +250,7 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
             f"must be a multiple of {rows} = {meaning}",
             given=[("runtime", "train_micro_batch_size"), *devices],
         )
-    elif model.num_gpu:
+    elif model.num_gpu or model.model_args.inference_engine == "server":
         responses = model.model_args.responses_per_prompt
         report.require(
             runtime.sample_per_episode % responses == 0,
@@ -340,8 +336,9 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         title = f"models.{name}.batch_generation"
         yield from _without_effect({title: section}, type(section))
         changed = changed_sampling(args)
+        generates = model.num_gpu or args.inference_engine == "server"
         is_trained_on = not model.trainable and not name.startswith("reward")  # or it judges
-        if changed and is_trained_on and model.num_gpu:
+        if changed and is_trained_on and generates:
             yield (
                 f"models.{name}: {', '.join(changed)} draws training responses from a "
                 "changed distribution, but the trainer's log probabilities are of the whole "

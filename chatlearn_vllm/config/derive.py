@@ -5,6 +5,7 @@ from typing import Any
 from chatlearn_vllm.config.gather import COMMAND_LINE
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG, ModelArgs
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig
+from chatlearn_vllm.config.server_checks import engine_of
 from chatlearn_vllm.config.tree import Tree
 
 _PARALLEL_SIZES = (
@@ -49,6 +50,7 @@ def _derive_model(model: ModelConfig, job: JobConfig, tree: Tree) -> ModelConfig
     derived = {
         "tokenizer": args.tokenizer or args.load,
         "dtype": _dtype(args),
+        "inference_engine": engine_of(args),
         # As Megatron does, so that files for any tensor parallel size may ask for it.
         "sequence_parallel": args.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
         "recompute_granularity": args.recompute_granularity or recompute,

@@ -19,6 +19,8 @@ _LEGACY_MODEL_KEYS = {
 }
 _LEGACY_MODEL_FILE_KEYS = {
     "vllm_load_format": "load_format",
+    "num_generations": "num_inference_per_prompt",
+    "max_completion_length": "max_new_tokens",
     "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
     "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
     "moe_expert_model_parallel_size": "expert_model_parallel_size",

@@ -7,7 +7,7 @@ docs/configuration.md. Names are ChatLearn's, which are Megatron's and vLLM's.
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr
 
 from chatlearn_vllm.config.section import (
     Count,
@@ -18,6 +18,7 @@ from chatlearn_vllm.config.section import (
     Probability,
     Section,
     Share,
+    Strings,
     list_to_tuple,
 )
 
@@ -346,6 +347,34 @@ class SchedulerArgs(Section):
     """Log the engine's own counters (running requests, cache use) while it generates."""
 
 
+class ServerArgs(Section):
+    """vLLM servers
+
+    The rollout engine is a vLLM server, here or elsewhere, that is called over HTTP; the role needs
+    no device then (num_cpu: 1 for each server). docs/server.md.
+    """
+
+    vllm_server: Annotated[
+        Strings | None, BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)
+    ] = None
+    """URL of the server, `http://HOST:PORT`; a list of them for as many replicas; `start`: the job
+    starts one for each replica, on its device."""
+    vllm_server_api_key: Annotated[
+        SecretStr | None,
+        BeforeValidator(lambda key: str(key) if isinstance(key, int | float) else key),
+    ] = None
+    """Key that the server was started with, best as ${VLLM_API_KEY}; never shown. Servers that the
+    job starts have keys of their own."""
+    vllm_server_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest wait in seconds for one answer, and for a server that the job starts."""
+    vllm_server_max_retries: Count = 5
+    """Further tries, after growing pauses, of a call that failed in a way that can pass: no
+    connection, too many requests (429), errors of the server (5xx)."""
+    use_vllm: bool | None = None
+    """In other words: True is inference_engine: server where vllm_server is given, else vllm; False
+    is transformers. None = as inference_engine says."""
+
+
 class SpeculationArgs(Section):
     """Speculative decoding (vLLM)
 
@@ -640,6 +669,7 @@ class ModelArgs(
     PromptArgs,
     SamplingArgs,
     SchedulerArgs,
+    ServerArgs,
     SpeculationArgs,
     ModuleArgs,
     MegatronArgs,

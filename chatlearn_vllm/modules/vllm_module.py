@@ -324,7 +324,22 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         )
 
     def _server_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
-        raise NotImplementedError("inference_engine: server")
+        from chatlearn_vllm.engines.server_start import make_server_engine
+
+        def tokenize(text: str) -> list[int]:
+            return self.tokenizer.tokenizer.encode(text, add_special_tokens=False)
+
+        return make_server_engine(
+            self.model_args,
+            name=self.name,
+            replica=self.replica_id,
+            seed=self.model_args.seed + self.replica_id,
+            log_dir=self.runtime_args.run_dir / "vllm_server",
+            model_dir=model_dir,
+            shape=shape,
+            tokenize=tokenize,
+            owner=self,
+        )
 
     def _tokenizer_dir(self) -> str:
         directory = self.model_args.tokenizer or self.model_args.load

@@ -1,0 +1,70 @@
+"""Which keys lead to a server, and what is refused of them before anything starts?"""
+
+import pytest
+import yaml
+
+from chatlearn_vllm.config import ConfigError, load_config
+
+URL = "http://localhost:8000"
+
+
+def load(tmp_path, *, num_cpu=1, sample_per_episode=16, **model_args):
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(model_args))
+    policy = {"num_cpu": num_cpu, "model_config_file": "policy.yaml"}
+    job = {"models": {"policy": policy}, "runtime": {"sample_per_episode": sample_per_episode}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    return load_config(tmp_path / "job.yaml").models["policy"].model_args
+
+
+def test_the_keys_of_a_grpo_example_lead_to_a_server(tmp_path) -> None:
+    args = load(
+        tmp_path, vllm_server=URL, use_vllm=True, num_generations=16, temperature=0.6, top_p=0.95,
+        max_completion_length=2048, seq_length=4096,
+    )  # fmt: skip
+    assert (args.inference_engine, args.vllm_server) == ("server", (URL,))
+    assert (args.num_inference_per_prompt, args.max_new_tokens) == (16, 2048)
+
+
+@pytest.mark.parametrize(
+    "given, engine",
+    [
+        ({}, "vllm"),
+        ({"use_vllm": True}, "vllm"),
+        ({"use_vllm": False}, "transformers"),
+        ({"vllm_server": "start"}, "server"),
+        ({"inference_engine": "server", "vllm_server": URL}, "server"),
+    ],
+)
+def test_the_engine_follows_from_the_keys(tmp_path, given, engine) -> None:
+    assert load(tmp_path, **given).inference_engine == engine
+
+
+def test_a_key_is_never_shown(tmp_path) -> None:
+    for key in ("secret-5", 12345):
+        args = load(tmp_path, vllm_server=URL, vllm_server_api_key=key)
+        assert args.vllm_server_api_key.get_secret_value() == str(key)
+        assert str(key) not in f"{args!r} {args} {args.model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"inference_engine": "server"}, "server needs vllm_server: the server's URL, or `start`"),
+        ({"inference_engine": "vllm", "vllm_server": URL}, "is not used with inference_engine"),
+        ({"use_vllm": False, "inference_engine": "vllm"}, "contradicts inference_engine: vllm"),
+        ({"use_vllm": True, "inference_engine": "transformers"}, "contradicts inference_engine"),
+        ({"vllm_server": "localhost:8000"}, "is no http or https URL; write http://HOST:PORT"),
+        ({"vllm_server": f"{URL}/v1"}, "must have no path after the port"),
+        ({"vllm_server": "http://me:pw@host:1"}, "must hold no key"),
+        ({"vllm_server": "http://host:99999"}, "Port out of range"),
+        ({"vllm_server": [URL, URL.replace("8000", "8001")]}, "names 2 servers for 1 replicas"),
+        ({"vllm_server": [URL, URL], "num_cpu": 2}, "names a server twice"),
+        ({"vllm_server": URL, "flat_logprobs": True}, "sampling keys of vLLM's completions API"),
+        ({"vllm_server": URL, "kv_cache_memory_bytes": 9}, "start it with --kv-cache-memory-bytes"),
+        ({"vllm_server": URL, "num_generations": 3}, "must be a multiple of 3"),
+        ({"vllm_server": URL, "num_generations": 2, "num_inference_per_prompt": 2}, "older name"),
+    ],
+)
+def test_what_contradicts_is_refused(tmp_path, given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **given)
