@@ -29,7 +29,12 @@ from chatlearn_vllm.bench.environment import without_variables
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, process_tree, this_machine, versions
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
-from chatlearn_vllm.bench.workload import model_config, model_dir, remove_made_model
+from chatlearn_vllm.bench.workload import (
+    check_prompt_file,
+    model_config,
+    model_dir,
+    remove_made_model,
+)
 from chatlearn_vllm.layouts import ModelShape
 
 FORMAT = 1
@@ -85,6 +90,7 @@ class Bench:
         self._machine = this_machine()
         self._cases = options.parsed_cases()
         out.mkdir(parents=True, exist_ok=True)
+        check_prompt_file(options)
         self._model_dir = model_dir(options, out)
         self._shape = ModelShape.from_hf_config(model_config(self._model_dir))
         check_cases(self._cases, self._shape, len(self._machine.gpus))
@@ -181,7 +187,7 @@ class Bench:
         seconds = time.monotonic() - start
         if results := _said(events, "result"):
             (result,) = results
-            memory = peaks.result(result.pop("memory_phases"))
+            memory = peaks.result(["start", "load", "warmup", *result.pop("memory_phases")])
             return {"status": "ok", "seconds": seconds, "memory": memory, **result}
         error = next(iter(_said(events, "error")), None)
         situation = remedies.Situation(

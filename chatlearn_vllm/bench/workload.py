@@ -11,7 +11,6 @@ from typing import Any
 
 from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.options import BenchOptions
-from chatlearn_vllm.data.prompts import load_prompts
 
 NUM_SPECIAL = 3
 """<pad>=0, <s>=1, </s>=2 of a made tokenizer."""
@@ -119,9 +118,6 @@ def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list
         options: number, length and source of prompts.
         directory: of the model, whose tokenizer reads texts.
         number: of the pass.
-
-    Raises:
-        OptionError: the file holds too few prompts.
     """
     if options.prompt_file is not None:
         return _read_prompts(options, directory, number)
@@ -136,15 +132,33 @@ def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list
     ]
 
 
+def check_prompt_file(options: BenchOptions) -> None:
+    """Check that there are as many prompts as a pass needs.
+
+    Raises:
+        OptionError: there are not, or the file cannot be read.
+    """
+    if options.prompt_file is None:
+        return
+    from chatlearn_vllm.data.prompts import load_prompts
+
+    try:
+        num_prompts = len(load_prompts(options.prompt_file))
+    except ValueError as error:
+        raise OptionError(f"--prompt-file={options.prompt_file}: {error}") from error
+    if num_prompts < options.prompts:
+        raise OptionError(
+            f"--prompt-file={options.prompt_file} holds {num_prompts} prompts, fewer than "
+            f"--prompts={options.prompts}; lower the latter"
+        )
+
+
 def _read_prompts(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:
     from transformers import AutoTokenizer
 
+    from chatlearn_vllm.data.prompts import load_prompts
+
     texts = [record["prompt"] for record in load_prompts(options.prompt_file)]
-    if len(texts) < options.prompts:
-        raise OptionError(
-            f"--prompt-file={options.prompt_file} holds {len(texts)} prompts, "
-            f"--prompts={options.prompts}: lower the latter"
-        )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     start = number * options.prompts
     chosen = [texts[(start + row) % len(texts)] for row in range(options.prompts)]

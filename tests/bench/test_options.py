@@ -1,0 +1,145 @@
+"""What do options and the variables of run_benchmark.sh ask for, and what is refused?"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from chatlearn_vllm.bench.environment import options_from_environment, without_variables
+from chatlearn_vllm.bench.options import BenchOptions, OptionError
+from chatlearn_vllm.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+SPECULATIVE = {
+    "INFERENCE_ENGINE": "vllm", "INFERENCE_METHOD": "speculative",
+    "VLLM_ENABLE_SPECULATIVE": "true",
+}  # fmt: skip
+
+
+def of(environ: dict[str, str]) -> BenchOptions:
+    return BenchOptions.of(options_from_environment(environ))
+
+
+def test_every_variable_has_its_effect():
+    options = of(
+        SPECULATIVE
+        | {
+            "VLLM_TENSOR_PARALLEL_SIZE": "8",
+            "VLLM_GPU_MEMORY_UTILIZATION": "0.8",
+            "VLLM_MAX_MODEL_LEN": "2048",
+            "VLLM_MAX_NUM_SEQS": "64",
+            "VLLM_MAX_NUM_BATCHED_TOKENS": "8192",
+            "VLLM_DISABLE_LOG_STATS": "false",
+            "VLLM_DTYPE": "half",
+            "VLLM_NUM_SPECULATIVE_TOKENS": "4",
+            "GAMMA_VALUE": "6",
+            "VLLM_USE_V2_BLOCK_MANAGER": "true",
+        }
+    )
+    (case,) = options.parsed_cases()
+    assert str(case) == "vllm:tp=8:speculative"
+    assert options.gpu_memory_utilization == 0.8
+    assert options.seq_length == 2048
+    assert options.num_seqs == 64
+    assert options.max_num_batched_tokens == 8192
+    assert options.log_stats
+    assert options.torch_dtype_name(on_gpu=True) == "float16"
+    assert options.torch_dtype_name(on_gpu=False) == "float32"
+    assert options.num_speculative_tokens == 4
+    assert options.notices == (
+        "VLLM_USE_V2_BLOCK_MANAGER has no effect: vLLM's V1 engine has one block manager",
+    )
+
+
+def test_without_variables_transformers_is_measured():
+    options = of({})
+    assert options.cases == ("transformers",)
+    assert not options.log_stats
+    assert options.seq_length == 128 + 512
+
+
+def test_gamma_counts_where_vllm_has_no_number_of_its_own():
+    assert of({"GAMMA_VALUE": "3"}).num_speculative_tokens == 3
+    none = SPECULATIVE | {"VLLM_NUM_SPECULATIVE_TOKENS": "", "GAMMA_VALUE": "3"}
+    assert of(none).num_speculative_tokens == 3
+
+
+def test_method_and_switch_decide_together_about_drafts_of_vllm():
+    assert of(SPECULATIVE).cases == ("vllm:speculative",)
+    off = of(SPECULATIVE | {"VLLM_ENABLE_SPECULATIVE": "false"})
+    assert off.cases == ("vllm",)
+    assert "has no effect on vLLM without VLLM_ENABLE_SPECULATIVE=true" in off.notices[0]
+    unused = of(SPECULATIVE | {"INFERENCE_METHOD": "target_ar"})
+    assert unused.cases == ("vllm",)
+    assert "has no effect without INFERENCE_METHOD=speculative" in unused.notices[0]
+    assert of({"INFERENCE_METHOD": "speculative"}).cases == ("transformers:speculative",)
+
+
+def test_several_engines_and_batching():
+    options = of({"INFERENCE_ENGINE": "transformers vllm,vllm-module", "ENABLE_BATCH": "false"})
+    assert options.cases == ("transformers", "vllm", "vllm-module")
+    assert options.hf_batch_size == "1"
+    assert options.notices == ("ENABLE_BATCH has no effect on vLLM: it batches continuously",)
+
+
+def test_every_value_that_cannot_be_is_named_at_once():
+    with pytest.raises(OptionError) as refusal:
+        options_from_environment(
+            {
+                "INFERENCE_ENGINE": "tensorrt",
+                "INFERENCE_METHOD": "beam",
+                "VLLM_TENSOR_PARALLEL_SIZE": "eight",
+                "VLLM_DISABLE_LOG_STATS": "maybe",
+            }
+        )
+    assert str(refusal.value).splitlines() == [
+        "VLLM_TENSOR_PARALLEL_SIZE='eight' must be a whole number",
+        "VLLM_DISABLE_LOG_STATS='maybe' must be true or false",
+        "INFERENCE_METHOD='beam' must be target_ar or speculative",
+        "INFERENCE_ENGINE='tensorrt' must be of transformers, transformers-sdpa, "
+        "transformers-flash, vllm, vllm-module",
+    ]
+
+
+def test_a_value_out_of_range_names_option_and_variable():
+    with pytest.raises(OptionError) as refusal:
+        of({"VLLM_GPU_MEMORY_UTILIZATION": "1.5", "VLLM_MAX_NUM_SEQS": "0", "VLLM_DTYPE": "int8"})
+    text = str(refusal.value)
+    assert "--max-num-seqs (VLLM_MAX_NUM_SEQS)=0 must be at least 1" in text
+    assert "--gpu-memory-utilization (VLLM_GPU_MEMORY_UTILIZATION)=1.5 must be in (0, 1]" in text
+    assert "--dtype (VLLM_DTYPE)='int8' must be one of auto, half" in text
+
+
+def test_processes_that_run_vllm_do_not_get_the_variables():
+    environ = SPECULATIVE | {"VLLM_ATTENTION_BACKEND": "FLASH_ATTN", "PATH": "/bin"}
+    assert without_variables(environ) == {"VLLM_ATTENTION_BACKEND": "FLASH_ATTN", "PATH": "/bin"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "--model=nowhere: no config.json there"),
+        (["--shape", "9b"], "--shape='9b' must be one of tiny, 1b, 8b"),
+        (["--max-model-len", "100"], "has no room for --prompt-tokens=128 and --max-tokens=512"),
+        (["--temperature", "0"], "greedy completions of a prompt are all equal"),
+        (["--hf-batch-size", "many"], "must be auto or a whole number >= 1"),
+        (["--prompt-file", "nowhere"], "--prompt-file=nowhere: no such file"),
+        (["vllm:tp=3"], "must divide the model's 4 attention heads; set it to 1, 2 or 4"),
+        (["--report", "nowhere.json"], "--report nowhere.json: cannot be read"),
+    ],
+)
+def test_the_command_refuses_before_anything_starts(arguments, message, capsys, tmp_path):
+    assert main(["bench", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_the_script_passes_variables_and_arguments_on():
+    environ = {"PATH": os.environ["PATH"], "VLLM_TENSOR_PARALLEL_SIZE": "3"}
+    run = subprocess.run(
+        ["bash", ROOT / "run_benchmark.sh", "vllm", "--shape", "tiny"],
+        env=environ | {"INFERENCE_ENGINE": "transformers"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "vllm:tp=3: tensor parallel size 3 must divide the model's 4 attention" in run.stderr
