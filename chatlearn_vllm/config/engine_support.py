@@ -1,16 +1,12 @@
 """Which engine can do what, and what goes together?
 
-    python -m chatlearn_vllm.config.engine_support docs/engines.md
-
-One table for all: a job's checks read it, and it is printed into docs/engines.md.
+One table for all: a job's checks read it, and `engine_tables.py` prints it into docs/engines.md.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlearn_vllm.config.parallel_checks import read_config_json
@@ -18,9 +14,6 @@ from chatlearn_vllm.config.parallel_checks import read_config_json
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
     from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
-
-BEGIN = "<!-- tables: begin, written by `python -m chatlearn_vllm.config.engine_support` -->"
-END = "<!-- tables: end -->"
 
 YES = "yes"
 CHECKPOINT_QUANTIZATION = ("awq", "auto_awq", "awq_marlin", "gptq", "auto_gptq", "gptq_marlin")
@@ -135,8 +128,16 @@ FEATURES: Mapping[str, Feature] = {
         "weight sync into live parameters", "weight_sync_path",
         lambda args, model, runtime: args.weight_sync_path == "direct",
         YES,
+        YES,
         "takes whole tensors only; set weight_sync_path: auto",
-        "takes whole tensors only; set weight_sync_path: auto",
+    ),
+    "beam search": Feature(
+        "beam search, in training or evaluation", "num_beams",
+        lambda args, model, runtime: any(
+            args.beam_width(is_eval=is_eval) > 1 for is_eval in (False, True)
+        ),
+        "yes, with vLLM's scores", "yes, with Hugging Face's scores",
+        "needs an engine in the job's own processes; set inference_engine: vllm",
     ),
 }  # fmt: skip
 """By the name that `NOT_TOGETHER` knows them by."""
@@ -217,45 +218,3 @@ def _key(feature: Feature, model: ModelConfig) -> tuple[str, ...]:
     if feature.key.startswith(":"):
         return tuple(feature.key[1:].split("."))
     return ("models", model.name, "model_args", feature.key)
-
-
-def tables() -> str:
-    """All of it in Markdown."""
-    lines = [
-        "| asked for | key | `vllm` | `vllm` on CPU | `transformers` | `server` |",
-        "|---|---|---|---|---|---|",
-    ]
-    for feature in FEATURES.values():
-        key = feature.key.lstrip(":")
-        cells = (feature.vllm, feature.cpu, feature.transformers, feature.server)
-        shown = " | ".join(_cell(text, key) for text in cells)
-        lines.append(f"| {feature.title} | `{key}` | {shown} |")
-    lines += [
-        "",
-        "Not together, in the engine `vllm`:",
-        "",
-        "| | with | because |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {FEATURES[clash.first].title} | {FEATURES[clash.second].title} | {clash.why} |"
-        for clash in NOT_TOGETHER
-    ]
-    return "\n".join((*lines, ""))
-
-
-def _cell(verdict: str, key: str) -> str:
-    return verdict if verdict.startswith(YES) else f"no: {verdict.format(key=key)}"
-
-
-def with_tables(document: str) -> str:
-    """The document with its tables written anew."""
-    head, _, rest = document.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{tables()}\n{END}{tail}"
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        path = Path(argument)
-        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,36 +12,44 @@ class DraftWeights:
     """Parameters and buffers of a draft that are its own, and their copy in host memory."""
 
     def __init__(self, draft: nn.Module, target: nn.Module) -> None:
-        """Find them.
+        """Note whose they are.
 
         Args:
             draft: the model that makes drafts.
             target: the model that verifies them; what both share comes with the weight sync.
         """
-        shared = {id(tensor) for tensor in _tensors(target)}
-        self._own = [tensor for tensor in _tensors(draft) if id(tensor) not in shared]
-        self._kept: list[torch.Tensor] | None = None
+        self._draft, self._target = draft, target
+        self._kept: dict[str, torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Of host memory, once they were kept."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._own)
+        """Of host memory that the copy takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
 
     def keep(self) -> None:
-        """Copy them to the host. Once is enough: they do not change."""
-        if self._kept is None:
-            self._kept = [_to_host(tensor) for tensor in self._own]
+        """Copy them to the host, unless they are there."""
+        if not self._kept:
+            self._kept = {name: _to_host(tensor) for name, tensor in self._own().items()}
+
+    def forget(self) -> None:
+        """Others have taken their places."""
+        self._kept = {}
 
     @torch.no_grad()
     def give_back(self) -> None:
-        """Write them where they were, if they were kept."""
-        for tensor, kept in zip(self._own, self._kept or self._own, strict=True):
-            if tensor is not kept:
-                tensor.copy_(kept)
+        """Write the copy where it was made of, if there is one."""
+        own = self._own() if self._kept else {}
+        for name, kept in self._kept.items():
+            own[name].copy_(kept)
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        shared = {id(tensor) for tensor in _tensors(self._target).values()}
+        tensors = _tensors(self._draft)
+        return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared}
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

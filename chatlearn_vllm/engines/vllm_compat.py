@@ -160,17 +160,26 @@ def _keep_cpu_experts_plain() -> None:
             return self.apply(layer, x, topk_weights, topk_ids)
 
 
+@functools.cache
 def repair_cpu_drafts() -> None:
     """Have drafts verified at the temperature that was asked for, on CPU; never undone.
 
     vLLM's stand-in for the kernel that spreads temperature, top_k and top_p over the tokens of a
     draft writes into a copy, so that they are what the memory held before: responses of another
     distribution, with its log-probabilities. https://github.com/vllm-project/vllm/pull/42638
+    And it looks for the largest top_k of the drafted tokens where none was drafted yet.
     """
-    if is_cpu_platform():
-        from vllm.v1.sample import rejection_sampler
+    if not is_cpu_platform():
+        return
+    from vllm.v1.sample import rejection_sampler
 
-        rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+    cut = rejection_sampler.apply_top_k_top_p
+
+    def apply_top_k_top_p(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return cut(logits, *args, **kwargs) if len(logits) else logits
+
+    rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
+    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
 
 
 def _expand_batch_to_tokens(
@@ -244,6 +253,39 @@ def set_drafting(engine: Any, drafts: bool) -> None:
 def draft_model(engine: Any) -> torch.nn.Module | None:
     """The model that makes drafts on this rank; None if drafts come from elsewhere."""
     return engine.collective_rpc(_draft_of)[0]
+
+
+def load_draft(engine: Any, directory: str | None = None) -> None:
+    """Read a draft's weights, as vLLM does with those of the model that verifies.
+
+    vLLM builds a `draft_model` with the `load_format` of the model that verifies, whatever
+    `draft_load_config` says: with random weights, where those come from a weight sync.
+
+    Args:
+        engine: with a draft that is a model.
+        directory: whose weights; None: of `speculative_config`.
+    """
+    with unpacked_cpu_weights():
+        engine.collective_rpc(_load_draft, args=(directory,))
+
+
+def _load_draft(worker: Any, directory: str | None) -> None:
+    from vllm.config import LoadConfig, set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    speculative = worker.vllm_config.speculative_config
+    draft, config = _draft_of(worker), speculative.draft_model_config
+    if directory is not None:
+        config.model = directory
+    loader = get_model_loader(speculative.draft_load_config or LoadConfig())
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(draft)
+        draft.load_weights(loader.get_all_weights(config, draft))
+        finalize_layerwise_reload(draft, config)
 
 
 def _draft_of(worker: Any) -> torch.nn.Module | None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.draft_weights import DraftWeights
-from chatlearn_vllm.engines.generation_engine import GenerationEngine
+from chatlearn_vllm.engines.generation_engine import EngineStateError, GenerationEngine, Weights
 from chatlearn_vllm.engines.response_text import TextKeys, response_text, without_text
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
@@ -97,6 +97,8 @@ class VLLMEngine(GenerationEngine):
         self._text_keys: dict[str, TextKeys | None] = {}
         self.seed_per_response = seed_per_response
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
+        if draft is not None and self.state.weights is Weights.DUMMY:
+            self.load_draft(None)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -322,6 +324,23 @@ class VLLMEngine(GenerationEngine):
         self._engine.abort_request(whole + parts)
         self._order, self._partial, self._searches = [], {}, {}
         self._text_keys = {}
+
+    def load_draft(self, directory: str | None) -> None:
+        """Read the weights of the model that drafts.
+
+        Args:
+            directory: of a model of the same shape; None: that of `speculative_config`.
+
+        Raises:
+            EngineStateError: the weights are asleep.
+            ValueError: the engine has no such model.
+        """
+        if self._draft_weights is None:
+            raise ValueError("load_draft(): speculative_config names no model that drafts")
+        if self.state.weights is Weights.ASLEEP:
+            raise EngineStateError("load_draft(): the engine is ASLEEP; wake_weights() first")
+        vllm_compat.load_draft(self._engine, directory)
+        self._draft_weights.forget()
 
     def _switch_drafting(self, drafts: bool) -> None:
         vllm_compat.set_drafting(self._engine, drafts)

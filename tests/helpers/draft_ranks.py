@@ -1,0 +1,311 @@
+"""A policy without drafts and policies with, in one spawned rank, and what they answer.
+
+The process is one of its own (see `Ranks`): after drafting n-grams, which imports numba, vLLM 0.32
+can build no further engine on CPU in a process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from chatlearn_vllm.data.carried import Begun
+from chatlearn_vllm.engines.speculation import SpeculationStats
+from chatlearn_vllm.engines.vllm_partial import PartialRequest
+from tests.helpers.engines import policy_job, put_weights, start_policy
+from tests.helpers.tiny_llama import save_tiny_llama
+
+PROMPTS = ["12+34=", "ab" * 20, "x y z", "The sum of 1 and 2 is"]
+NGRAM = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
+}  # fmt: skip
+MAX_NEW_TOKENS = 40
+
+_policies: dict[str, Any] = {}
+_models: dict[str, Any] = {}
+
+
+def save_models(root: Path) -> None:
+    """A model, one that it was trained into, a draft that agrees with it mostly, an EAGLE head."""
+    for name in ("model", "trained", "draft", "eagle"):
+        (root / name).mkdir()
+    model = save_tiny_llama(root / "model", seed=0)
+    torch.manual_seed(1)
+    for name, noise in (("trained", 0.1), ("draft", 0.04)):
+        other = save_tiny_llama(root / name, seed=0)
+        with torch.no_grad():
+            for mine, its in zip(other.parameters(), model.parameters(), strict=True):
+                mine.copy_(its + noise * its.std() * torch.randn_like(its))
+        other.save_pretrained(root / name)
+    save_eagle_head(root / "eagle")
+
+
+def save_eagle_head(directory: Path) -> None:
+    """One layer that reads an embedding and a hidden state; it shares the model's embedding."""
+    layer = save_tiny_llama(directory, num_hidden_layers=1)
+    width = layer.config.hidden_size
+    head = {
+        name.removeprefix("model."): tensor.clone()
+        for name, tensor in layer.state_dict().items()
+        if name.startswith("model.layers.") and "input_layernorm" not in name
+    }
+    head["fc.weight"] = torch.cat([torch.eye(width), 0.1 * torch.randn(width, width)], dim=1)
+    save_file(head, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def build(root: Path) -> None:
+    """Build all policies and sync the model's weights into them; n-grams come last."""
+    from tests.modules.test_vllm_module import VLLMPolicyInference
+
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    configs = {
+        "plain": None,
+        "draft_model": {
+            "method": "draft_model", "model": str(root / "draft"), "num_speculative_tokens": 3,
+        },
+        "eagle": {"method": "eagle", "model": str(root / "eagle"), "num_speculative_tokens": 2},
+        "ngram": NGRAM,
+    }  # fmt: skip
+    for name in ("model", "trained"):
+        _models[name] = LlamaForCausalLM.from_pretrained(root / name).eval()
+    for name, config in configs.items():
+        directory = root / f"job_{name}"
+        directory.mkdir()
+        job = policy_job(
+            directory, root / "model", n=1, temperature=0.7, eval_temperature=0.0, ignore_eos=True,
+            max_new_tokens=MAX_NEW_TOKENS, max_num_seqs=64, speculative_config=config,
+            speculative_min_gain=0.0,
+        )  # fmt: skip
+        policy = start_policy(VLLMPolicyInference, job)
+        policy.build_prompts(PROMPTS)
+        policy.build_prompts(PROMPTS, is_eval=True)
+        _policies[name] = policy
+        sync(name, "model", 1)
+
+
+def sync(name: str, model: str, version: int) -> int:
+    """Put a model's weights into a policy; the bytes that were written."""
+    return put_weights(_policies[name], _models[model], version)
+
+
+def model_bytes() -> int:
+    """Of the model's weights, without any draft's."""
+    return sum(p.numel() * p.element_size() for p in _models["model"].parameters())
+
+
+def greedy(name: str) -> tuple[list[list[int]], SpeculationStats | None]:
+    """Greedy responses to all prompts, and what drafting did for them."""
+    policy = _policies[name]
+    take_stats(name)
+    batch = policy.generate(list(range(len(PROMPTS))), first_sample=0, is_eval=True)
+    return _responses(batch), take_stats(name)
+
+
+def take_stats(name: str) -> SpeculationStats | None:
+    """What drafting did since the last time."""
+    policy = _policies[name]
+    return policy.take_speculation_stats() if policy.engine.speculation is not None else None
+
+
+def hugging_face_greedy(model: str) -> list[list[int]]:
+    """What transformers answers."""
+    prompts = _prompt_ids()
+    with torch.no_grad():
+        answers = [
+            _models[model].generate(
+                torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+                eos_token_id=None,
+            )
+            for ids in prompts
+        ]  # fmt: skip
+    return [row[0, len(ids) :].tolist() for row, ids in zip(answers, prompts, strict=True)]
+
+
+def _prompt_ids() -> list[list[int]]:
+    return [item["input_ids"] for item in _policies["plain"]._datasets[True]]
+
+
+def _responses(batch: dict[str, Any]) -> list[list[int]]:
+    rows = zip(batch["all_tokens"], batch["loss_mask"], strict=True)
+    return [tokens[mask == 1].tolist() for tokens, mask in rows]
+
+
+def sample(name: str, prompt_indices: list[int], first_sample: int) -> list[list[int]]:
+    """Responses drawn at the training temperature."""
+    return _responses(_policies[name].generate(prompt_indices, first_sample))
+
+
+def logprob_errors(name: str, sampling: dict[str, Any]) -> tuple[list[float], SpeculationStats]:
+    """Largest error of the log-probabilities of each response; sampled as `sampling` says."""
+    policy, model = _policies[name], _models["model"]
+    take_stats(name)
+    request = {"max_tokens": MAX_NEW_TOKENS, "logprobs": 0, "ignore_eos": True, **sampling}
+    prompts = _prompt_ids()
+    for row, ids in enumerate(prompts):
+        policy.engine.add_request(str(row), None, ids, request | {"seed": row})
+    errors = []
+    for ids, output in zip(prompts, policy.engine.run(), strict=True):
+        completion = output.outputs[0]
+        tokens = list(completion.token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
+        logprobs = restricted(logits, sampling).log()
+        errors.append(
+            max(
+                abs(step[token].logprob - logprobs[row, token].item())
+                for row, (token, step) in enumerate(zip(tokens, completion.logprobs, strict=True))
+            )
+        )
+    return errors, take_stats(name)
+
+
+def restricted(logits: torch.Tensor, sampling: dict[str, Any]) -> torch.Tensor:
+    """[..., vocabulary]: the probabilities that vLLM is asked to draw from."""
+    logits = logits.float()
+    if allowed := sampling.get("allowed_token_ids"):
+        mask = torch.full_like(logits, -torch.inf)
+        mask[..., allowed] = 0
+        logits = logits + mask
+    logits = logits / sampling["temperature"]
+    if top_k := sampling.get("top_k"):
+        kept = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def distribution_p_value(
+    name: str, prompt: list[int], sampling: dict[str, Any], num_samples: int, accept_all: bool
+) -> tuple[float, SpeculationStats]:
+    """How likely it is that a policy's first three tokens are the model's, by a chi-square test.
+
+    Args:
+        name: of the policy.
+        prompt: token ids.
+        sampling: leaves four tokens or so at each place.
+        num_samples: responses that are drawn.
+        accept_all: break vLLM so that it accepts every draft that is possible at all.
+
+    Returns:
+        The probability of counts as odd as those found, were they drawn from the model.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    policy = _policies[name]
+    take_stats(name)
+    request = {"max_tokens": 4, "ignore_eos": True, "n": num_samples, "seed": 11, **sampling}
+    right = rejection_sampler.generate_uniform_probs
+    if accept_all:
+        rejection_sampler.generate_uniform_probs = lambda *args: right(*args).zero_()
+    try:
+        policy.engine.add_request("0", None, prompt, request)
+        [output] = policy.engine.run()
+    finally:
+        rejection_sampler.generate_uniform_probs = right
+    expected = dict(_first_tokens(prompt, sampling, 3, 1.0))
+    counts = dict.fromkeys(expected, 0)
+    for completion in output.outputs:
+        counts[tuple(completion.token_ids[:3])] += 1
+    return _chi_square(counts, expected, num_samples), take_stats(name)
+
+
+def _first_tokens(
+    prompt: list[int], sampling: dict[str, Any], num_tokens: int, probability: float
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All beginnings of a response and the model's probability of each."""
+    if num_tokens == 0:
+        yield (), probability
+        return
+    with torch.no_grad():
+        logits = _models["model"](torch.tensor([prompt])).logits[0, -1]
+    probabilities = restricted(logits, sampling)
+    for token in probabilities.nonzero()[:, 0].tolist():
+        rest = probability * probabilities[token].item()
+        for tokens, whole in _first_tokens([*prompt, token], sampling, num_tokens - 1, rest):
+            yield (token, *tokens), whole
+
+
+def _chi_square(
+    counts: dict[tuple[int, ...], int],
+    expected: dict[tuple[int, ...], float],
+    num_samples: int,
+) -> float:
+    """Of the counts, the rare ones together as one."""
+    rare = {cell for cell, probability in expected.items() if probability * num_samples < 8}
+    cells = [({cell}, expected[cell]) for cell in expected if cell not in rare]
+    if rare:
+        cells.append((rare, sum(expected[cell] for cell in rare)))
+    statistic = sum(
+        (sum(counts[one] for one in cell) - probability * num_samples) ** 2
+        / (probability * num_samples)
+        for cell, probability in cells
+    )
+    half_degrees = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(half_degrees, torch.tensor(statistic / 2).double()).item()
+
+
+def sleep_and_lose_the_weights(name: str) -> None:
+    """Sleep at level 2; the draft's memory then holds something else, as it does on a GPU."""
+    from chatlearn_vllm.engines import vllm_compat
+
+    policy = _policies[name]
+    policy.sleep()
+    draft = vllm_compat.draft_model(policy.engine._engine)
+    with torch.no_grad():
+        for parameter in draft.parameters() if draft is not None else ():
+            parameter.fill_(0.5)
+
+
+def wake(name: str, model: str, version: int) -> str:
+    """Wake up, with a weight sync; the engine's state."""
+    policy = _policies[name]
+    policy.wake_weights()
+    sync(name, model, version)
+    policy.wake_kv_cache()
+    return policy.engine_state()
+
+
+def greedy_in_parts(name: str, num_steps: int) -> tuple[list[list[int]], int]:
+    """Greedy responses that are cut off after some steps and go on later.
+
+    Returns:
+        The responses, and how many tokens there were when they were cut off.
+    """
+    policy = _policies[name]
+    keys = {"temperature": 0.0, "n": 1, "seed": 1, "logprobs": 0, "ignore_eos": True}
+    keys["max_tokens"] = MAX_NEW_TOKENS
+    begun = [[Begun()] for _ in PROMPTS]
+    done: dict[str, Any] = {}
+    cut_at = 0
+    for max_steps in (num_steps, None):
+        for row, ids in enumerate(_prompt_ids()):
+            if str(row) not in done:
+                request = PartialRequest(str(row), None, ids, keys, begun[row])
+                policy.engine.add_partial_request(request)
+        finished = policy.engine.run(max_steps=max_steps, decode=str)
+        done |= {output.request_id: output for output in finished}
+        policy.engine.cut()
+        cut_at = cut_at or sum(len(responses[0].token_ids) for responses in begun)
+    return [list(done[str(row)].outputs[0].token_ids) for row in range(len(PROMPTS))], cut_at
+
+
+def switch(name: str, is_on: bool) -> None:
+    """Draft, or not."""
+    _policies[name].set_speculation(is_on)
+
+
+def measure(name: str) -> SpeculationStats:
+    """A rollout in which some steps run without drafts."""
+    engine = _policies[name].engine
+    take_stats(name)
+    for row, ids in enumerate(_prompt_ids()):
+        request = {"temperature": 1.0, "max_tokens": 80, "ignore_eos": True}
+        engine.add_request(str(row), None, ids[:8], request | {"seed": row})
+    engine.speculation.measures = True
+    engine.run()
+    return take_stats(name)
