@@ -32,8 +32,6 @@ def beam_problems(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[
     if not any(beams.values()):
         return
     asked = _asked(args, beams)
-    if args.inference_engine == "server":
-        yield (*at, asked), "needs inference_engine: vllm or transformers"
     for prefix, is_eval in (("", False), ("eval_", True)):
         for name, neutral in _PENALTIES.items():
             if beams[is_eval] and args[prefix + name] != neutral:

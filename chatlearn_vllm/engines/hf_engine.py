@@ -362,7 +362,8 @@ class HFEngine(GenerationEngine):
     # ---- memory and weights -----------------------------------------------------------------
 
     def _sleep(self, level: int) -> None:
-        self._tensors = {}  # views, which would hold the memory
+        # Views would hold the memory; a weight sync is planned with names, shapes and types.
+        self._tensors = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
         self._memory.give_back(keep_on_host=level == 1)
 
     def _wake_weights(self) -> None:
@@ -383,7 +384,7 @@ class HFEngine(GenerationEngine):
         return None
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The tensors of the checkpoint, as views into the live parameters."""
+        """The checkpoint's tensors: views of the live parameters, without memory while asleep."""
         return self._tensors
 
     def shards(self, num_replicas: int) -> CheckpointShards:
