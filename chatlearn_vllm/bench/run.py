@@ -27,6 +27,7 @@ from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, OptionError, check_ca
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import without_variables
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, process_tree, this_machine, versions
+from chatlearn_vllm.bench.measure import together
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.workload import (
@@ -120,22 +121,33 @@ class Bench:
             KeyboardInterrupt: the user ended it; what was measured is in the results.
         """
         try:
-            for number, case in enumerate(self._cases):
-                self._say(f"[{number + 1}/{len(self._cases)}] {case} ...")
-                entry = self.results["cases"][number]
-                try:
-                    entry |= self._measure(number, case)
-                except KeyboardInterrupt:
-                    entry |= {"status": "interrupted", "reason": "ended by the user"}
-                    raise
-                finally:
-                    self.results["ratios"] = ratios(self.results["cases"])
-                    self._save()
-                    self._after_case(self.results)
-                self._say(f"[{number + 1}/{len(self._cases)}] {case}: {_in_a_line(entry)}")
+            for _ in range(self._options.rounds):
+                for number in range(len(self._cases)):
+                    self._run_case(number)
         finally:
             remove_made_model(self._options, self._out)
         return all(entry["status"] in ("ok", "skipped") for entry in self.results["cases"])
+
+    def _run_case(self, number: int) -> None:
+        case, entry = self._cases[number], self.results["cases"][number]
+        name = f"[{number + 1}/{len(self._cases)}] {case}"
+        if entry["status"] in ("failed", "skipped"):  # in an earlier round
+            return
+        self._say(f"{name} ...")
+        try:
+            now = self._measure(number, case)
+            if entry["status"] == "ok" and now["status"] == "ok":
+                now["throughput"] = together(entry["throughput"], now["throughput"])
+            entry |= now
+        except KeyboardInterrupt:
+            if entry["status"] != "ok":
+                entry |= {"status": "interrupted", "reason": "ended by the user"}
+            raise
+        finally:
+            self.results["ratios"] = ratios(self.results["cases"])
+            self._save()
+            self._after_case(self.results)
+        self._say(f"{name}: {_in_a_line(entry)}")
 
     def _measure(self, number: int, case: Case) -> dict[str, Any]:
         if missing := _missing(case, on_gpu=bool(self._machine.gpus)):

@@ -19,7 +19,7 @@ from chatlearn_vllm.bench.workload import has_weights
 if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task
 
-_FIRST_BATCH_SIZE = {"cuda": 16, "cpu": 4}
+_FIRST_BATCH_SIZE = {"cuda": 64, "cpu": 4}
 _WORTHWHILE = 1.03
 """A larger batch must bring so much more throughput, or it is the last one tried."""
 

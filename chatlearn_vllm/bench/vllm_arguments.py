@@ -57,6 +57,7 @@ def make_job(task: Task) -> JobConfig:
         policy["max_num_batched_tokens"] = options.max_num_batched_tokens
     if case.speculative:
         policy["speculative_config"] = speculative_config(task)
+        policy["speculative_min_gain"] = 0  # what is measured is not to switch itself off
     (task.work_dir / "policy.yaml").write_text(yaml.safe_dump(policy))
     job = {
         "models": {"policy": {"num_gpu": case.num_gpus, "model_config_file": "policy.yaml"}},
