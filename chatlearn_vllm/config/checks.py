@@ -250,6 +250,7 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
             f"must be a multiple of {rows} = {meaning}",
             given=[("runtime", "train_micro_batch_size"), *devices],
         )
+        _check_warmup(model, runtime, report)
     elif model.num_gpu or model.model_args.inference_engine == "server":
         responses = model.model_args.responses_per_prompt
         report.require(
@@ -257,6 +258,26 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
             samples,
             f"must be a multiple of {responses} = num_inference_per_prompt x n of {name}",
         )
+
+
+def _check_warmup(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -> None:
+    args = model.model_args
+    follows = args.lr_decay_style != "constant" and args.lr_decay_iters is None
+    if (
+        not follows
+        or runtime.max_relay_episode not in (0, 1)
+        or not runtime.train_global_batch_size
+    ):
+        return
+    per_episode = -(-runtime.sample_per_episode // runtime.train_global_batch_size)
+    num_steps = runtime.num_episode * runtime.num_training_epoch * per_episode
+    report.require(
+        args.lr_warmup_iters < num_steps,
+        ("models", model.name, "model_args", "lr_warmup_iters"),
+        f"must be less than the {num_steps} optimizer steps of the job, at whose end "
+        f"lr_decay_style={args.lr_decay_style} is at its lowest",
+        given=[("runtime", "train_global_batch_size"), ("runtime", "sample_per_episode")],
+    )
 
 
 def _check_runtime(runtime: RuntimeConfig, report: Reporter) -> None:

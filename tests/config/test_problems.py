@@ -158,6 +158,9 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "must be 1, a sequence is not split over ranks here"),
         ("models.policy.model_args.max_new_tokens=64", "models.policy.model_args.max_new_tokens="
          "64: must be less than seq_length=64, the prompt needs room too"),
+        ("models.policy_trainer.model_args={lr_decay_style: linear, lr_warmup_iters: 10000}",
+         "models.policy_trainer.model_args.lr_warmup_iters=10000: must be less than the 10000 "
+         "optimizer steps of the job"),
         ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "
          "must be at least max_num_seqs=256, one token per running sequence"),
         ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",

@@ -427,6 +427,8 @@ def test_rewards_may_be_rules_and_models(job):
         ("checkpoint_config.type=oss", "must be file_system: checkpoints are written to"),
         ("norm_mean_type=running", "norm_mean_type='running': must be group, batch or null"),
         ("add_token_level_kl=True", "add_token_level_kl=True: must be False: grpo has its KL in"),
+        (f"{TRAIN}warmup_steps=1000", f"{TRAIN}warmup_steps=1000: must be less than the 1000 "
+         "optimizer steps of the job, at whose end lr_scheduler_type=linear is"),
         # what another key says
         (f"{INFER}n=2", f"{INFER}n=2: is set by num_return_sequences; leave it out"),
         (f"{INFER}max_tokens=2", "is set by max_new_tokens; leave it out"),

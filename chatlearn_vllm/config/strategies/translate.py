@@ -454,6 +454,7 @@ class _Job:
                 "seq_length": "prompt_length + response_length",
                 "num_inference_per_prompt x n": "num_return_sequences_in_group",
                 "lr_warmup_iters": "warmup_steps",
+                "lr_decay_style": "lr_scheduler_type",
                 "lr": "learning_rate",
             }
         )
