@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def bench(given: Mapping[str, Any]) -> int:
     """Measure and report.
 
     Args:
-        given: values of the options that the user gave, `from_environment` and `report`.
+        given: the parsed command line: values of the options that the user gave,
+            `from_environment` and `report`.
 
     Returns:
         The exit code.
@@ -35,13 +37,13 @@ def bench(given: Mapping[str, Any]) -> int:
     Raises:
         OptionError: the options, the model or the machine do not fit together; nothing was started.
     """
-    values = dict(given)
-    earlier = values.pop("report")
-    if earlier:
+    names = {one.name for one in fields(BenchOptions)}
+    values = {name: value for name, value in given.items() if name in names}
+    if earlier := given["report"]:
         return _report(
             [Path(path) for path in earlier], Path(values.get("out") or _new_directory())
         )
-    if values.pop("from_environment"):
+    if given["from_environment"]:
         values = options_from_environment(os.environ) | values
     if "cases" in values:
         values["cases"] = tuple(values["cases"])
