@@ -16,9 +16,10 @@ from chatlearn_vllm.config.checks import check_job, notices
 from chatlearn_vllm.config.derive import derive
 from chatlearn_vllm.config.gather import Gathering
 from chatlearn_vllm.config.model_args import ModelArgs
-from chatlearn_vllm.config.problems import ConfigError, Key, Problem
+from chatlearn_vllm.config.problems import NO_VALUE, ConfigError, Key, Problem
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, RuntimeEnvConfig
 from chatlearn_vllm.config.section import Section
+from chatlearn_vllm.config.strategies import ROLES
 from chatlearn_vllm.config.tree import BROKEN, Tree
 from chatlearn_vllm.config.upstream_fields import upstream_fields
 
@@ -169,6 +170,9 @@ class _Validation:
         }
         home = next((title for title, section in homes.items() if name in keys_of(section)), None)
         rule = f"unknown key here; it belongs in {home}" if home else "unknown key"
+        if len(key) == 1 and name in ROLES:
+            rule = "a file describes models or roles, not both; docs/strategies.md"
+            self._tree.written[key] = NO_VALUE  # a long map
         nearest = difflib.get_close_matches(name, sorted(candidates), n=1)
         self._report(key, rule, nearest[0] if nearest and not home else None)
 

@@ -397,7 +397,8 @@ def test_rewards_may_be_rules_and_models(job):
     [
         # unknown keys, with the nearest of vLLM's, megatron-core's and this dialect's
         ("max_stps=3", "command line: max_stps=3: unknown key; did you mean max_steps?"),
-        ("runtime.num_episode=3", "command line: runtime: unknown key"),
+        ("runtime.num_episode=3", "command line: runtime: is no key of a file that describes "
+         "roles; its keys are at the top"),
         (f"{CONFIG}gpu_memory_utilisation=0.8", f"command line: {CONFIG}gpu_memory_utilisation=0.8:"
          " unknown key; did you mean gpu_memory_utilization?"),
         (f"{INFER}min_tokenz=3", "min_tokenz=3: unknown key; did you mean min_tokens?"),
@@ -460,6 +461,21 @@ def test_a_mistake_names_the_users_key_value_and_rule(job, override, line):
     assert any(line in one for one in lines), lines
     if "None" not in override and "=sglang" not in override:
         assert len(lines) == 1
+
+
+def test_a_file_with_models_and_roles_is_refused(write):
+    path = write("job.yaml", JOB + SAME_JOB)
+    rule = "a file describes models or roles, not both; docs/strategies.md"
+    assert f"job.yaml: actor_train: {rule}" in problems_of(path)
+
+
+def test_beams_are_of_training_or_of_the_evaluation(job):
+    args = args_of(job, [f"{INFER}num_beams=4", f"{INFER}length_penalty=0.5"])
+    assert (args.use_beam_search, args.num_beams, args.length_penalty) == (True, 4, 0.5)
+    args = args_of(job, ["validation.generating_args.num_beams=3"])
+    assert (args.num_beams, args.eval_num_beams) == (1, 3)
+    (line,) = problems_of(job, [f"{INFER}num_beams=2"])
+    assert f"{INFER}num_beams=2: must be at least num_return_sequences_in_group = 4" in line
 
 
 def test_a_reference_on_hugging_face_is_refused_with_what_to_take(job):

@@ -15,12 +15,12 @@ from chatlearn_vllm.config.strategies.interpolate import interpolate
 from chatlearn_vllm.config.strategies.translate import translate
 from chatlearn_vllm.config.tree import Tree
 
-_ROLES = ("actor_infer", "actor_train", "reference", "critic", "rewards", "defaults")
+ROLES = ("actor_infer", "actor_train", "reference", "critic", "rewards")
 
 
 def is_strategy_file(values: Mapping[str, Any]) -> bool:
     """Whether a job's yaml describes roles instead of models."""
-    return "models" not in values and any(role in values for role in _ROLES)
+    return "models" not in values and any(name in values for name in (*ROLES, "defaults"))
 
 
 def read_strategies(

@@ -16,6 +16,13 @@ from chatlearn_vllm.config.strategies.roles import (
 )
 from chatlearn_vllm.config.tree import BROKEN, Tree
 
+_OTHER_DIALECT = {
+    "models": "a model is a role there",
+    "runtime": "its keys are at the top, under ROLL's names",
+    "runtime_env": "start the cluster with what the workers need",
+    "includes": "files are named in defaults",
+}
+"""Sections of our own dialect, and what a strategy file has instead."""
 ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
 
 _LOSS_AGGREGATIONS = {
@@ -50,7 +57,11 @@ class _Job:
 
     def __init__(self, translation: Translation, main_file: Path) -> None:
         self.t = translation
-        self.top = Given(translation, (), keys.TOP)
+        self.top = Given(translation, (), keys.TOP, _OTHER_DIALECT)
+        for name, instead in _OTHER_DIALECT.items():
+            if name in self.top.values:
+                rule = f"is no key of a file that describes roles; {instead} (docs/strategies.md)"
+                translation.report((name,), rule)
         self.main_file = main_file
         self.is_ppo = self._estimator() == "gae"
 
@@ -427,9 +438,15 @@ class _Job:
             if name in sampling or name in defaults:
                 set_to = sampling.values.get(name, defaults.get(name))
                 policy.put(f"eval_{name}", set_to, sampling.key(name))
+        num_beams = sampling.get("num_beams", int, 1, least=1)
+        if num_beams > 1:
+            policy.put("eval_num_beams", num_beams, sampling.key("num_beams"))
         for name, value in sampling.values.items():
-            same = {"max_new_tokens": self.response, "num_return_sequences": 1, "num_beams": 1}
-            if name in (*_EVALUATED, "do_sample") or value in (None, same.get(name, BROKEN)):
+            same = {"max_new_tokens": self.response, "num_return_sequences": 1}
+            if name in (*_EVALUATED, "do_sample", "num_beams") or value in (
+                None,
+                same.get(name, BROKEN),
+            ):
                 continue
             why = "an evaluation takes one response per prompt, with the lengths of training"
             self.t.has_no_effect(sampling.key(name), why)
