@@ -310,7 +310,7 @@ class HFEngine(GenerationEngine):
                         for token, logprob in zip(tokens, steps[row], strict=False)
                     ],
                     finish_reason="length" if stop is None else "stop",
-                    stop_reason=None if stop == eos else stop,
+                    stop_reason=None if stop == eos and not keys.ignore_eos else stop,
                     score=scores[row],
                 )
             )

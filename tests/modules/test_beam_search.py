@@ -4,11 +4,19 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from chatlearn_vllm import VLLMModule
+from chatlearn_vllm import GRPOEngine, OnlineDPOEngine, VLLMModule
+from chatlearn_vllm.config import ConfigError
 from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.request_output import Logprob
+from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
+from chatlearn_vllm.layouts import ModelShape
+from examples.megatron.models.online_dpo_trainer import OnlineDPOTrainer
+from examples.megatron.models.policy_reference import PolicyReference
+from examples.megatron.models.policy_trainer import PolicyTrainer
 from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
+from tests.helpers.job_modules import CountingPolicy, DigitReward
 from tests.helpers.tiny_llama import save_tiny_llama
+from tests.jobs.test_grpo_job import write_job
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], [30, 31, 32, 33, 34, 35, 36]]
 NUM_TOKENS = 7
@@ -215,3 +223,47 @@ def test_the_best_beam_is_the_best_of_complete_and_open_ones() -> None:
     search.note("r#0", {EOS: Logprob(-1.0), 8: Logprob(-9.0)})
     [best] = search.output(lambda ids, skip: str(ids)).outputs
     assert (best.token_ids, best.text, best.score) == ([EOS], "[]", -0.05)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_beams": 2, "n": 3}, "num_beams=2: must be at least num_inference_per_prompt x n"),
+        ({"use_beam_search": True}, "use_beam_search=True: needs a width; set num_beams, or n,"),
+        ({"num_beams": 2, "stop_token_list": "x"}, "does not go with num_beams: a beam ends with"),
+        ({"eval_num_beams": 2, "eval_repetition_penalty": 2.0}, "must be 1 with eval_num_beams"),
+        ({"n": 2, "use_beam_search": True, "min_tokens": 2}, "does not go with use_beam_search"),
+        ({"num_beams": 2, "prompt_logprobs": 1}, "prompt_logprobs=1: must be None with num_beams"),
+        ({"num_beams": 2, "inference_engine": "server"}, "set inference_engine: vllm"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_a_search_are_refused(hf_model, tmp_path, keys, message) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        policy_job(tmp_path, hf_model.directory, **keys)
+    assert message in str(refusal.value)
+
+
+def test_a_search_in_evaluation_leaves_the_keys_of_training_alone(hf_model, tmp_path) -> None:
+    keys = {"eval_num_beams": 3, "frequency_penalty": 0.5, "stop_token_ids": [9]}
+    args = policy_job(tmp_path, hf_model.directory, **keys).models["policy"].model_args
+    assert sampling_arguments(args, is_eval=False)["frequency_penalty"] == 0.5
+    searched = sampling_arguments(args, is_eval=True)
+    assert (searched["beam_width"], searched["n"], searched["stop_token_ids"]) == (3, 1, [9])
+    shape = ModelShape.from_hf_config(hf_model.config.to_dict())
+    for width, most in ((3, 20), (40, 80)):
+        args = args.model_copy(update={"eval_num_beams": width})
+        made, _ = engine_arguments(args, hf_model.directory, shape, seed=0, on_gpu=False)
+        assert made["max_logprobs"] == most
+
+
+def test_training_on_sampling_probabilities_refuses_beams_and_on_preferences_takes_them(
+    hf_model, tmp_path
+) -> None:
+    job = write_job(
+        tmp_path, hf_model.directory, policy={"num_beams": 4}, trainer={}, reference={}
+    )  # fmt: skip
+    policy, reward = CountingPolicy("policy", job), DigitReward("reward", job)
+    with pytest.raises(ValueError, match="num_beams=4 searches responses, and PolicyTrainer"):
+        GRPOEngine(policy, None, reward, PolicyTrainer("policy_trainer", job))
+    reference = PolicyReference("reference", job)
+    OnlineDPOEngine(policy, reference, reward, OnlineDPOTrainer("policy_trainer", job))

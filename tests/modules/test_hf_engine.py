@@ -5,11 +5,12 @@ One engine of each kind, with equal weights, serves this file.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from chatlearn_vllm import GRPOEngine, VLLMModule
+from chatlearn_vllm import GRPOEngine, VLLMModule, load_config
 from chatlearn_vllm.config import ConfigError
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from examples.megatron.models.policy_trainer import PolicyTrainer
@@ -20,6 +21,7 @@ from tests.helpers.tiny_moe import save_tiny_moe
 from tests.jobs.test_grpo_job import PROMPTS as RECORDS
 from tests.jobs.test_grpo_job import write_job
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["12+34=", "a", "The sum of 1 and 2 is"]
 
 
@@ -330,6 +332,26 @@ def test_models_with_tied_embeddings_or_experts_take_new_weights(other_policy) -
     assert policy.engine_state() == "STALE(3)"
 
 
+def test_weights_are_read_from_disk_and_replaced_through_the_loader(hf_model, tmp_path) -> None:
+    settings = {"load_format": "auto", "weight_sync_path": "load_weights"}
+    job = policy_job(
+        tmp_path, hf_model.directory, inference_engine="transformers", eval_temperature=0.0,
+        **settings,
+    )  # fmt: skip
+    policy = start_policy(Policy, job)
+    policy.build_prompts(PROMPTS, is_eval=True)
+    assert policy.engine_state() == "READY(0)"
+    first = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
+    (tmp_path / "other").mkdir()
+    put_weights(policy, save_tiny_llama(tmp_path / "other", seed=1), version=1)
+    second = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
+    put_weights(policy, hf_model, version=2)
+    third = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
+    assert not policy._weights.is_direct
+    assert torch.equal(first["logprobs"], third["logprobs"])
+    assert not torch.equal(first["all_tokens"], second["all_tokens"])
+
+
 def test_beams_are_those_of_vllm(ready, with_vllm) -> None:
     # Of one length, and compared by log-probability: then the two definitions agree.
     keys = {
@@ -372,6 +394,20 @@ def test_what_transformers_cannot_do_is_refused_before_anything_starts(hf_model,
             policy_job(tmp_path, hf_model.directory, num_gpu=2, **settings)
         assert message in str(refusal.value)
         assert "inference_engine: vllm" in str(refusal.value)
+
+
+def test_an_environment_variable_of_the_shipped_files_chooses_the_engine(monkeypatch) -> None:
+    monkeypatch.setenv("INFERENCE_ENGINE", "transformers")
+    job = load_config(ROOT / "configs/llama2/grpo.yaml")
+    assert job.models["policy"].model_args.inference_engine == "transformers"
+    assert job.notices == ()
+
+
+def test_arguments_that_only_vllm_has_a_use_for_are_named_once(hf_model, tmp_path) -> None:
+    settings = {"kv_cache_memory_bytes": 10**8, "trust_remote_code": True}
+    job = policy_job(tmp_path, hf_model.directory, inference_engine="transformers", **settings)
+    [notice] = job.notices
+    assert "no effect of kv_cache_memory_bytes=100000000; vLLM's" in notice
 
 
 WITHOUT_VLLM = """
