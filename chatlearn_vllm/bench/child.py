@@ -78,7 +78,8 @@ class Task:
             traceback.print_exc()
             self._write({"error": f"{type(error).__name__}: {error}"})
             return False
-        self._write({"result": result})
+        environment = {n: v for n, v in os.environ.items() if n.startswith("VLLM_")}
+        self._write({"result": result | {"environment": environment}})
         return True
 
 

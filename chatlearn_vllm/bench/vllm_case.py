@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,6 @@ def measure(task: Task) -> dict[str, Any]:
         "speculation": speculation(task, {name: after[name] - before[name] for name in after}),
         "engine_arguments": arguments,
         "sampling": sampling | {"seed": "one per request" if task.case.seeds else None},
-        "environment": {n: v for n, v in os.environ.items() if n.startswith("VLLM_")},
         "memory_phases": ["throughput"],
     }
     if options.latency_requests:

@@ -4,10 +4,15 @@ import base64
 import copy
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from chatlearn_vllm.bench.report import lines_by_gpus
@@ -70,7 +75,7 @@ def test_every_engine_has_all_its_numbers(ran, name):
 
 def test_both_vllm_cases_have_the_same_engine_arguments_but_for_what_a_job_adds(ran):
     bare, module = (dict(ran.case(name)["engine_arguments"]) for name in ("vllm", "vllm-module"))
-    assert {name for name in bare.keys() | module.keys() if bare.get(name) != module.get(name)} == {
+    assert {name for name in bare.keys() | module.keys() if bare.get(name) != module.get(name)} <= {
         "distributed_executor_backend", "disable_custom_all_reduce", "disable_log_stats",
         "logprobs_mode",
     }  # fmt: skip
@@ -138,3 +143,35 @@ def test_reports_of_several_runs_become_one(ran, tmp_path, capsys):
     (tmp_path / "two.json").write_text(json.dumps(larger))
     assert main(["bench", "--report", *reports, "--out", str(tmp_path / "all")]) == 2
     assert "another max_tokens than in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_ctrl_c_is_reported_and_no_process_is_left(tmp_path):
+    cases = ["transformers", "transformers-sdpa", "vllm"]
+    command = [sys.executable, "-m", "chatlearn_vllm.cli.main", "bench", *cases, *OPTIONS]
+    run = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("[2/3] transformers-sdpa ..."):
+            while not (children := psutil.Process(run.pid).children()):
+                time.sleep(0.01)
+            run.send_signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert not any(child.is_running() for child in children)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [case["status"] for case in results["cases"]] == ["ok", "interrupted", "not run"]
+    assert (
+        "transformers-sdpa interrupted: ended by the user" in (tmp_path / "index.html").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_a_case_that_takes_too_long_is_ended_and_rounds_add_up(tmp_path):
+    out = ["--out", str(tmp_path)]
+    assert main(["bench", "transformers", *OPTIONS, *out, "--case-timeout", "0.5"]) == 1
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert (case["status"], case["reason"]) == ("failed", "timed out")
+    assert "--case-timeout=0.5" in case["remedy"]
+
+    assert main(["bench", "transformers", *OPTIONS, *out, "--rounds", "2"]) == 0
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert len(case["throughput"]["passes"]) == 4
