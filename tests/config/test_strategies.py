@@ -444,6 +444,7 @@ def test_rewards_may_be_rules_and_models(job):
         ("actor_train.strategy_args=None", "job.yaml: actor_train: a role needs its "
          "strategy: megatron_train"),
         ("actor_train.model_args.freeze_module_prefix=vision_model", "no part of a model can be"),
+        ("response_length=None", "response_length=None: must be given, or sequence_length"),
         ("rewards=None", "rewards=None: must name at least one"),
         ("actor_infer=None", "actor_infer=None: a role needs its strategy: vllm or hf_infer"),
     ],
@@ -476,6 +477,21 @@ def test_beams_are_of_training_or_of_the_evaluation(job):
     assert (args.num_beams, args.eval_num_beams) == (1, 3)
     (line,) = problems_of(job, [f"{INFER}num_beams=2"])
     assert f"{INFER}num_beams=2: must be at least num_return_sequences_in_group = 4" in line
+
+
+def test_files_that_are_missed_are_named_by_the_users_keys(job, write, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_config(job, check_files=True)
+    assert [str(problem).replace(f"{tmp_path}/", "") for problem in error.value.problems] == [
+        "job.yaml: entry_script='examples/megatron/entry/train_rlvr.py': no such file",
+        "job.yaml: actor_train.data_args.file_name='train.jsonl': no such file: train.jsonl",
+        "job.yaml: pretrain='llama': no such directory: llama",
+    ]
+    write("train.jsonl", "")
+    write("llama/config.json", "{}")
+    write("examples/megatron/entry/train_rlvr.py", "")
+    load_config(job, check_files=True)
 
 
 def test_a_reference_on_hugging_face_is_refused_with_what_to_take(job):

@@ -27,11 +27,13 @@ class Translation:
 
     Args:
         source: all keys of the strategy file, templates replaced.
+        main_file: the file, where keys are missed that it does not have.
         problems: takes what is wrong.
     """
 
-    def __init__(self, source: Tree, problems: list[Problem]) -> None:
+    def __init__(self, source: Tree, main_file: str, problems: list[Problem]) -> None:
         self.source = source
+        self.main_file = main_file
         self.job = Tree()
         self._problems = problems
         self._no_effect: dict[str, list[str]] = {}
@@ -57,7 +59,8 @@ class Translation:
         missing = object()
         there = [key for key in written if self.source.get(key, missing) is not missing]
         for key in (there or written)[:1]:
-            self.job.origins[target] = self.source.origin(key)
+            file, dotted = self.source.origin(key)
+            self.job.origins[target] = (file or self.main_file, dotted)
             value = self.source.get(key, NO_VALUE)
             self.job.written[target] = NO_VALUE if isinstance(value, dict) else value
 
@@ -67,7 +70,8 @@ class Translation:
         value = self.source.get(key, NO_VALUE)
         if value is not BROKEN:
             shown = NO_VALUE if isinstance(value, dict) else value
-            self._problems.append(Problem(file, dotted, rule, shown, suggestion))
+            place = file or self.main_file
+            self._problems.append(Problem(place, dotted, rule, shown, suggestion))
 
     def has_no_effect(self, key: Key, why: str) -> None:
         """Note that a key is accepted and does nothing."""

@@ -46,7 +46,7 @@ def translate(source: Tree, main_file: Path, problems: list[Problem], notices: l
         problems: takes what is wrong with it.
         notices: takes what its user should know.
     """
-    job = _Job(Translation(source, problems), main_file)
+    job = _Job(Translation(source, str(main_file), problems), main_file)
     job.translate()
     notices += [f"{main_file}: {text}" for text in job.t.notices()]
     return job.t.job
@@ -105,6 +105,8 @@ class _Job:
             ("ppo_epochs", 1),
         ):
             put(tuple(keys.TOP[name].ours.split(".")), default, (name,))
+        if "entry_script" not in top:
+            self.t.job.written["runtime", "entry_script"] = ENTRY_SCRIPT
         top.copy()
         put(("runtime", "seed"), self._seed(), ("seed",))
         put(("runtime", "save_episode_interval"), top.get("save_steps", int, 50) or None,
