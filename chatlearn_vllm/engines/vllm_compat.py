@@ -11,7 +11,7 @@ import gc
 import importlib.metadata
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +218,28 @@ def rewritten_weights(name: str, module: torch.nn.Module) -> str | None:
             return f"the {backend} kernels of {name} want their weights rearranged"
     elif not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         return f"{name} is quantised ({type(method).__name__})"
+    return None
+
+
+def split_request_id(vllm_id: str, num_responses: Mapping[str, int]) -> tuple[str, int] | None:
+    """Under which id a request was added, and which of its responses one of vLLM's ids stands for.
+
+    vLLM puts `INDEX_` before the ids of several responses, and `-RANDOM` behind all, unless told
+    not to.
+
+    Args:
+        vllm_id: as the model executor has it.
+        num_responses: `n` of the requests that it may be one of, by the ids they were added under.
+
+    Returns:
+        None if it is none of them.
+    """
+    for name in (vllm_id, vllm_id.rpartition("-")[0]):
+        if num_responses.get(name) == 1:
+            return name, 0
+        index, _, rest = name.partition("_")
+        if num_responses.get(rest, 1) > 1 and index.isdigit():
+            return rest, int(index)
     return None
 
 

@@ -5,6 +5,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 (vLLM's `external_launcher`), so a rank is driven locally.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.draft_weights import DraftWeights
 from chatlearn_vllm.engines.generation_engine import EngineStateError, GenerationEngine, Weights
 from chatlearn_vllm.engines.response_text import TextKeys, response_text, without_text
+from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
@@ -79,7 +81,7 @@ class VLLMEngine(GenerationEngine):
             self._engine = LLMEngine(
                 config,
                 executor_class=executor,
-                log_stats=True,
+                log_stats=not arguments.get("disable_log_stats", False),
                 stat_loggers=[bind_step_counter(self.speculation)] if self.speculation else None,
                 usage_context=UsageContext.LLM_CLASS,
                 multiprocess_mode=False,
@@ -95,6 +97,8 @@ class VLLMEngine(GenerationEngine):
         self._partial: dict[str, PartialRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._text_keys: dict[str, TextKeys | None] = {}
+        self._sampled: SampledLogprobs | None = None
+        """What takes log-probabilities out of each step at once; None where vLLM does."""
         self.seed_per_response = seed_per_response
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
         if draft is not None and self.state.weights is Weights.DUMMY:
@@ -128,8 +132,31 @@ class VLLMEngine(GenerationEngine):
             self._add_search(request_id, prompt, list(token_ids), sampling)
         else:
             fast, self._text_keys[request_id] = without_text(sampling)
+            in_bulk = sampling.get("logprobs") == 0 and self.speculation is None
+            self._take_logprobs(in_bulk)
+            if self._sampled is not None:
+                self._sampled.expect(request_id, sampling.get("n", 1))
             self._add(request_id, prompt, list(token_ids), fast, "FINAL_ONLY")
         self._order.append(request_id)
+
+    def _take_logprobs(self, in_bulk: bool) -> None:
+        """Say how log-probabilities leave vLLM, before a request is added.
+
+        Raises:
+            ValueError: requests of the other kind are running.
+        """
+        if self._engine.has_unfinished_requests():
+            if self._sampled is not None and not in_bulk:
+                raise ValueError(
+                    "requests that can be cut off, beam searches and those with logprobs > 0 "
+                    "cannot join others; let these finish first"
+                )
+        else:
+            self._sampled = SampledLogprobs() if in_bulk else None
+
+    def take_sampled(self, output: Any) -> Any:
+        """Pass a step's output on to vLLM's scheduler; called by the executor."""
+        return output if self._sampled is None else self._sampled.take_from(output)
 
     def _add_search(
         self, request_id: str, prompt: str | None, token_ids: list[int], sampling: dict[str, Any]
@@ -140,6 +167,7 @@ class VLLMEngine(GenerationEngine):
             keys = BeamSearchKeys.of(limited)
         except ValueError as error:
             raise ValueError(f"request {request_id}: {error}") from error
+        self._take_logprobs(in_bulk=False)
         search = BeamSearch(request_id, prompt, token_ids, keys, self._eos_token_ids)
         for name, ids, own in search.requests():
             self._add(name, None, ids, own, "FINAL_ONLY")
@@ -176,6 +204,7 @@ class VLLMEngine(GenerationEngine):
         Raises:
             ValueError: vLLM refuses it.
         """
+        self._take_logprobs(in_bulk=False)
         self._order.append(request.request_id)
         self._partial[request.request_id] = request
         for request_id, token_ids, sampling in request.requests():
@@ -237,6 +266,7 @@ class VLLMEngine(GenerationEngine):
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
+        gc.freeze()  # what is here stays: a full collection would take longer than many steps
         outputs = self._finished_partial(list(self._partial), decode)
         steps = 0
         try:
@@ -260,12 +290,15 @@ class VLLMEngine(GenerationEngine):
                         outputs |= self._note_beam(self._searches[name], output)
                     elif output.finished:
                         self._write_texts(output)
+                        if self._sampled is not None:
+                            self._sampled.fill(output)
                         outputs[output.request_id] = output
         except BaseException:
             self.abort()
             raise
         finally:
             self._error_in_step = None
+            gc.unfreeze()
             self._rng = vllm_compat.RandomState.capture()
             outer.restore()
         finished = [outputs[request_id] for request_id in self._order if request_id in outputs]
@@ -458,8 +491,10 @@ class VLLMEngine(GenerationEngine):
         check_live_parameters(layouts, live, "vLLM")
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's own counters and gauges by name, summed over labels."""
+        """vLLM's own counters and gauges by name, summed over labels; none if it counts nothing."""
         values: dict[str, float] = {}
+        if not self._engine.log_stats:
+            return values
         for metric in self._engine.get_metrics():
             value = getattr(metric, "value", None)  # counters and gauges; histograms have none
             if value is not None:

@@ -19,6 +19,13 @@ class StepOwner(Protocol):
         """Run the step with `step.execute()`."""
 
 
+class ExecutorOwner(StepOwner, Protocol):
+    """The engine that an executor belongs to."""
+
+    def take_sampled(self, output: Any) -> Any:
+        """Look at what a step sampled, or at the future of it; returns what vLLM shall get."""
+
+
 class Step:
     """One scheduled batch, not yet run."""
 
@@ -104,7 +111,7 @@ def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
         yield SequenceGroupMetadata(request_id, generated == 0, chunk.get(request_id, 0), computed)
 
 
-def bind_executor(base: type, owner: StepOwner, distributed_id: str) -> type:
+def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type:
     """Derive an executor class from `base` that asks `owner` once per scheduled batch.
 
     Args:
@@ -125,6 +132,11 @@ def bind_executor(base: type, owner: StepOwner, distributed_id: str) -> type:
             if owner is None or scheduler_output.total_num_scheduled_tokens == 0:
                 return execute()
             return owner.on_step(Step(scheduler_output, execute))
+
+        def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+            output = base.sample_tokens(self, grammar_output, non_block=non_block)
+            owner = reference()
+            return output if owner is None else owner.take_sampled(output)
 
         def _distributed_args(self) -> tuple[str, int, int]:
             # torch.distributed is initialised before the engine, so the address is never dialled.

@@ -1,0 +1,93 @@
+"""Are log-probabilities that are taken out of vLLM's steps put to the right tokens?"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+
+from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
+from chatlearn_vllm.engines.vllm_compat import split_request_id
+
+
+def step(sampled: dict[str, list[int]], logprobs: list[float]) -> ModelRunnerOutput:
+    """What the executor hands over, one log-probability per request."""
+    ids = np.array([[tokens[0] if tokens else 0] for tokens in sampled.values()])
+    values = np.array(logprobs, dtype=np.float32)[:, None]
+    return ModelRunnerOutput(
+        req_ids=list(sampled),
+        req_id_to_index={name: row for row, name in enumerate(sampled)},
+        sampled_token_ids=list(sampled.values()),
+        logprobs=LogprobsLists(ids, values, np.ones(len(sampled), dtype=np.int64)),
+    )
+
+
+def answer(request_id: str, *token_ids: list[int]) -> RequestOutput:
+    completions = [CompletionOutput(i, "", ids, None, None) for i, ids in enumerate(token_ids)]
+    return RequestOutput(request_id, None, [1], None, completions, finished=True)
+
+
+def test_each_response_gets_the_logprobs_of_its_own_tokens() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("7", 2)
+    sampled.expect("9", 1)
+    passed_on = sampled.take_from(
+        step({"0_7-0123abcd": [5], "1_7-0123abcd": [6], "9-89efabcd": []}, [-0.5, -1.5, -9.0])
+    )
+    assert passed_on.logprobs is None
+    # In another order; 1_7 had ended, vLLM drops what came in flight.
+    sampled.take_from(
+        step({"9-89efabcd": [4], "1_7-0123abcd": [3], "0_7-0123abcd": [2]}, [-2.5, -7.0, -0.25])
+    )
+    seven, nine = answer("7", [5, 2], [6]), answer("9", [4])
+    sampled.fill(seven)
+    sampled.fill(nine)
+    first, second = seven.outputs
+    assert [entry[token].logprob for entry, token in zip(first.logprobs, [5, 2], strict=True)] == [
+        -0.5,
+        -0.25,
+    ]
+    assert first.cumulative_logprob == -0.75
+    assert second.logprobs.logprobs == [-1.5]
+    assert nine.outputs[0].logprobs.logprobs == [-2.5]
+
+
+def test_a_token_that_vllm_dropped_in_the_middle_is_left_out() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("a", 1)
+    for token, logprob in ((5, -1.0), (8, -2.0), (6, -3.0)):
+        sampled.take_from(step({"a": [token]}, [logprob]))
+    output = answer("a", [5, 6])
+    sampled.fill(output)
+    assert output.outputs[0].logprobs.logprobs == [-1.0, -3.0]
+
+
+def test_a_token_whose_logprob_never_came_is_an_error() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("a", 1)
+    sampled.take_from(step({"a": [5]}, [-1.0]))
+    with pytest.raises(RuntimeError, match="request a: .* 2 tokens, of which .* 1"):
+        sampled.fill(answer("a", [5, 6]))
+
+
+def test_outputs_without_logprobs_are_passed_on() -> None:
+    output = SimpleNamespace(logprobs=None)
+    assert SampledLogprobs().take_from(output) is output
+    assert SampledLogprobs().take_from(None) is None
+
+
+@pytest.mark.parametrize(
+    ("vllm_id", "expected"),
+    [
+        ("12-0a1b2c3d", ("12", 0)),
+        ("12", ("12", 0)),
+        ("3_40-0a1b2c3d", ("40", 3)),
+        ("3_40", ("40", 3)),
+        ("my_own-id-0a1b2c3d", ("my_own-id", 0)),
+        ("my_own-id", ("my_own-id", 0)),
+        ("99-0a1b2c3d", None),
+    ],
+)
+def test_ids_of_vllm_lead_back_to_those_of_requests(vllm_id, expected) -> None:
+    assert split_request_id(vllm_id, {"12": 1, "40": 4, "my_own-id": 1}) == expected
