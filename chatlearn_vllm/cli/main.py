@@ -18,7 +18,7 @@ USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Without `argv`, the process's own arguments."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     from chatlearn_vllm.config import ConfigError
 
     try:
@@ -26,6 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Read the arguments; for `serve` those after -- are vLLM's."""
+    is_split = argv[:1] == ["serve"] and "--" in argv
+    end = argv.index("--") if is_split else len(argv)
+    arguments = _parser().parse_args(argv[:end])
+    arguments.flags = argv[end + 1 :]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sync_plan(commands)
     _add_export(commands)
     _add_bench(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -115,6 +125,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser("bench", help=help_text, description=help_text)
     command.set_defaults(run=_bench)
     add_arguments(command)
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from chatlearn_vllm.cli import serve
+
+    command = commands.add_parser("serve", help=serve.HELP, description=serve.HELP)
+    command.set_defaults(run=serve.serve)
+    serve.add_arguments(command)
 
 
 def _launch(arguments: argparse.Namespace) -> int:

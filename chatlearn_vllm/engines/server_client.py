@@ -45,7 +45,7 @@ class ServerClient:
 
     def __init__(
         self, url: str, *, api_key: str | None, timeout_s: float, max_retries: int,
-        max_requests: int = 1,
+        max_responses: int = 1,
     ) -> None:  # fmt: skip
         """Start the event loop; nothing is sent yet.
 
@@ -54,7 +54,7 @@ class ServerClient:
             api_key: sent as a bearer token; never shown.
             timeout_s: longest wait for the answer to one try.
             max_retries: further tries after one that failed in a way that can pass.
-            max_requests: completions that are sent at the same time; the others wait here.
+            max_responses: that are asked for at the same time; further requests wait here.
         """
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -65,7 +65,10 @@ class ServerClient:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._session = self._wait(self._open())
-        self._places = asyncio.Semaphore(max_requests)
+        self._max_responses = max_responses
+        self._places = asyncio.Semaphore(max_responses)
+        self._turn = asyncio.Lock()
+        """Of the request that takes places next."""
 
     def get(self, path: str) -> Any:
         """GET; the answer's JSON, None for one without."""
@@ -126,8 +129,16 @@ class ServerClient:
         await self._session.close()
 
     async def _complete(self, body: dict[str, Any]) -> Any:
-        async with self._places:
+        wanted, taken = min(body.get("n", 1), self._max_responses), 0
+        try:
+            async with self._turn:
+                while taken < wanted:
+                    await self._places.acquire()
+                    taken += 1
             return await self._call("POST", "/v1/completions", body, is_repeatable=True)
+        finally:
+            for _ in range(taken):
+                self._places.release()
 
     async def _call(
         self, method: str, path: str, body: Any, *, is_repeatable: bool, is_text: bool = False

@@ -2,7 +2,7 @@
 
 Requests go over the server's OpenAI API as token ids, and come back as token ids with the
 log-probability of each. New weights go through a stream to the server's workers
-(`weight_stream.py`), which pass them through vLLM's own loader (`server_worker.py`).
+(`weight_stream.py`), which pass them through vLLM's own loader (`vllm_server_worker.py`).
 """
 
 from __future__ import annotations
@@ -179,8 +179,10 @@ class ServerEngine(GenerationEngine):
             self._send_queued()
             outputs = self._wait_for(wanted)
             self._require_version()
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            if isinstance(error, ServerError) and self._process and not self._process.is_running:
+                raise ServerError(f"{error}; the server has ended{self._end_of_log()}") from error
             raise
         for request_id in outputs:
             del self._requests[request_id]
@@ -235,10 +237,7 @@ class ServerEngine(GenerationEngine):
         """
         if self._facts.boot_ids is None or self.state.version == 0:
             return
-        try:
-            workers = self._workers("chatlearn_describe")
-        except ServerError as error:
-            raise ServerError(f"{error}{self._end_of_log()}") from error
+        workers = self._workers("chatlearn_describe")
         boot_ids = tuple(worker["boot_id"] for worker in workers)
         versions = {worker["weight_version"] for worker in workers}
         if boot_ids == self._facts.boot_ids and versions == {self.state.version}:
@@ -409,7 +408,7 @@ class ServerEngine(GenerationEngine):
             self._process.stop()
 
     def _workers(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
-        """Run a method of `server_worker.WeightUpdates` on all workers; their answers."""
+        """Run a method of `vllm_server_worker.WeightUpdates` on all workers; their answers."""
         return _worker_answers(
             self._client.post("/collective_rpc", {"method": method, "kwargs": kwargs})
         )
@@ -441,9 +440,9 @@ def _result_or_none(future: concurrent.futures.Future[Any]) -> Any:
 def _output(request_id: str, request: _Request, answer: dict[str, Any]) -> RequestOutput:
     """An answer of the completions API as the object that modules read."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    if len(choices) != request.body["n"]:
+    if len(choices) != request.body.get("n", 1):
         raise ServerError(
-            f"request {request_id}: {len(choices)} responses came for n={request.body['n']}"
+            f"request {request_id}: {len(choices)} responses came for n={request.body.get('n', 1)}"
         )
     prompt_logprobs = choices[0].get("prompt_logprobs")
     return RequestOutput(

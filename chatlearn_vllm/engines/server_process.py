@@ -17,7 +17,7 @@ from typing import Any
 
 from chatlearn_vllm.engines.server_watch import GRACE_S
 
-WORKER_EXTENSION = "chatlearn_vllm.engines.server_worker.WeightUpdates"
+WORKER_EXTENSION = "chatlearn_vllm.engines.vllm_server_worker.WeightUpdates"
 CONTROL_GUARD = "chatlearn_vllm.engines.server_guard.ControlGuard"
 _POLL_S = 0.25
 _LAST_LINES = 30

@@ -46,6 +46,8 @@ class ServerFacts:
     max_model_len: int
     on_gpu: bool = False
     """As far as it says so."""
+    is_paused: bool = False
+    """Whether a weight sync of an earlier job ended midway."""
     has_sleep_mode: bool = False
     """Whether its memory can be given back."""
     boot_ids: tuple[str, ...] | None = None
@@ -97,7 +99,7 @@ def make_server_engine(
         api_key=key,
         timeout_s=args.vllm_server_timeout,
         max_retries=args.vllm_server_max_retries,
-        max_requests=max(1, args.max_num_seqs // args.responses_per_prompt),
+        max_responses=args.max_num_seqs,
     )
     try:
         facts = inspect_server(client, shape, args.seq_length, tokenize)
@@ -116,7 +118,7 @@ def make_server_engine(
     seeds = not facts.on_gpu if args.seed_per_response is None else args.seed_per_response
     return ServerEngine(
         client, facts, shape, owner, dtype=dtype, timeout_s=args.vllm_server_timeout,
-        process=process, has_weights=has_weights, seed_per_response=seeds,
+        process=process, has_weights=has_weights and not facts.is_paused, seed_per_response=seeds,
     )  # fmt: skip
 
 
@@ -187,11 +189,17 @@ def inspect_server(
             f"{client.url} has data_parallel_size={worker['data_parallel_size']}; a job gives "
             "weights to servers of one copy: start several and list their URLs in vllm_server"
         )
+    if worker["device_type"] == "cpu" and worker["dtype"] != "float32":
+        raise ServerError(
+            f"{client.url} computes in {worker['dtype']} on CPU, where vLLM packs weights once "
+            "and for all; start it with --dtype float32"
+        )
     return ServerFacts(
         version,
         model,
         max_model_len,
         on_gpu=worker["device_type"] == "cuda",
+        is_paused=client.get("/is_paused")["is_paused"],
         has_sleep_mode=worker["has_sleep_mode"],
         boot_ids=tuple(one["boot_id"] for one in workers),
         dtype=worker["dtype"],

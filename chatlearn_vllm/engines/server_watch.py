@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 GRACE_S = 10.0
 """From SIGTERM to SIGKILL."""
@@ -23,21 +24,53 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
-    """Run the command; its exit code, or 1 where it was ended from here."""
-    asked_to_end: list[int] = []
-    # Noted only: an exception might come while the child is being started, and leave it behind.
-    signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
+    """Run the command while the pipe is open; its exit code."""
+    return run(command, lambda: _is_closed(sys.stdin.fileno()))
+
+
+def run(
+    command: list[str],
+    should_end: Callable[[], bool],
+    *,
+    environment: Mapping[str, str] | None = None,
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM,),
+) -> int:
+    """Run a command in a session of its own, and leave nothing of the session behind.
+
+    Args:
+        command: program and arguments.
+        should_end: asked several times a second.
+        environment: of the command; None for this process's.
+        signals: which, when this process gets them, end the command.
+
+    Returns:
+        The command's exit code, as a shell would say it; 0 where it was ended from here.
+    """
+    asked: list[int] = []
+    for number in signals:
+        # Noted only: an exception might come while the child is being started, and leave it behind.
+        signal.signal(number, lambda number, _: asked.append(number))
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+        env=environment,
     )
     try:
-        while child.poll() is None and not asked_to_end:
-            readable, _, _ = select.select([sys.stdin], [], [], _POLL_S)
-            if readable and not os.read(sys.stdin.fileno(), 1):
-                break
-        return 1 if child.returncode is None else child.returncode
+        while child.poll() is None and not asked and not should_end():
+            time.sleep(_POLL_S)
+        code = child.returncode
     finally:
         _end_session(child)
+    if code is None:
+        return 0
+    return 128 - code if code < 0 else code
+
+
+def _is_closed(pipe: int) -> bool:
+    readable, _, _ = select.select([pipe], [], [], 0)
+    return bool(readable) and not os.read(pipe, 1)
 
 
 def _die_with_parent() -> None:

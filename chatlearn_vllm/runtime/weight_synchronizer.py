@@ -86,6 +86,8 @@ class WeightSynchronizer:
         """Training ranks that send over links."""
         self._far: list[tuple[int, int]] = []
         """(training rank, rollout rank) pairs that need a link."""
+        self._through_host = False
+        """Whether what travels over links lies in main memory."""
         self._num_connects = 0
         self._is_connected = False
         self._is_readable_in_place = True
@@ -106,9 +108,11 @@ class WeightSynchronizer:
                 destination, or a model is not the one that its config.json describes.
             IncompletePlanError: the two sides planned differently.
         """
-        places = _places(self._trainer)
+        places, policy_places = _places(self._trainer), _places(self._policy)
         self._is_readable_in_place = all(place.device is not None for place in places)
-        links = Links(places, _places(self._policy), len(self._policy.replicas[0]))
+        # A policy whose engine is a server elsewhere may have no GPU.
+        self._through_host = any(place.device is None for place in (*places, *policy_places))
+        links = Links(places, policy_places, len(self._policy.replicas[0]))
         (sources,) = gather([self._trainer.start_on(0, "weight_shards")])
         num_replicas = len(self._policy.replicas)
         (targets,) = gather([self._policy.start_on(0, "weight_shards", num_replicas)])
@@ -157,7 +161,7 @@ class WeightSynchronizer:
                 (self._trainer, sender, reader),
                 (self._policy, reader, sender),
             ):
-                address = LinkAddress(peer, name, host, port_of[sender])
+                address = LinkAddress(peer, name, host, port_of[sender], self._through_host)
                 ends.setdefault((group, own), []).append(address)
         gather(
             [

@@ -38,6 +38,8 @@ class LinkAddress(NamedTuple):
     host: str
     """Of the sender."""
     port: int
+    through_host: bool = False
+    """Whether buckets lie in main memory: one of the ends has no GPU."""
 
 
 class LinkError(RuntimeError):
@@ -110,6 +112,8 @@ class Link:
         """
         with self._reporting_failures(), self._on_device():
             dtypes = {copy.source_param: tensors[copy.source_param].dtype for copy in copies}
+            on_gpu = any(tensors[name].is_cuda for name in dtypes)
+            is_staged = on_gpu and self._device.type == "cpu"
             self._meet(copies, dtypes)
             buckets = plan_buckets(copies, dtypes, self._bucket_bytes)
             buffers = self._buffers(buckets)
@@ -121,6 +125,8 @@ class Link:
                 for piece in bucket:
                     source = tensors[piece.source_param][_slices(piece.source)]
                     piece.packed(buffers[index % 2]).copy_(source, non_blocking=True)
+                if is_staged:
+                    torch.cuda.synchronize()
                 message = buffers[index % 2][: bucket[-1].stop]
                 works.append(self._group.send([message], self._peer, index))
             self._phase = "waiting for the confirmation"
@@ -333,8 +339,15 @@ def open_links(
 ) -> dict[int, Link]:
     """Make this rank's ends of some links, by the rank at the other end; in the given order."""
     return {
-        peer: Link(host, port, name, is_sender=is_sender, device=device, timeout_s=timeout_s)
-        for peer, name, host, port in addresses
+        address.peer: Link(
+            address.host,
+            address.port,
+            address.name,
+            is_sender=is_sender,
+            device="cpu" if address.through_host else device,
+            timeout_s=timeout_s,
+        )
+        for address in addresses
     }
 
 

@@ -101,6 +101,28 @@ def sync_across(pairs: dict[int, int], port: int, environment: dict[str, str]) -
     dist.destroy_process_group()
 
 
+def test_a_rank_without_gpu_gets_what_a_gpu_holds() -> None:
+    on_host = weights("cpu")
+    copies = column_copies(on_host)
+    targets = {name: torch.zeros_like(tensor) for name, tensor in on_host.items()}
+    port = free_port()
+    sender, receiver = (
+        Link(
+            "127.0.0.1", port, "trainer 0 -> policy 0", is_sender=is_sender, device="cpu",
+            timeout_s=60, bucket_bytes=BUCKET,
+        )
+        for is_sender in (True, False)
+    )  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sender.send, copies, weights("cuda"))
+        receiver.receive(copies, targets)
+        sending.result(60)
+    for name, tensor in on_host.items():
+        assert torch.equal(targets[name], change_places(tensor)), name
+    sender.close()
+    receiver.close()
+
+
 def run_ranks(world_size: int, function, *args) -> list:
     ranks = Ranks(world_size)
     try:

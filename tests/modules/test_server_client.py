@@ -71,7 +71,7 @@ def server(shared_server):
 
 @pytest.fixture
 def client(server):
-    client = ServerClient(server.url, api_key="k", timeout_s=0.5, max_retries=2, max_requests=3)
+    client = ServerClient(server.url, api_key="k", timeout_s=0.5, max_retries=2, max_responses=6)
     yield client
     client.close()
 
@@ -117,9 +117,10 @@ def test_a_late_answer_is_not_asked_for_again(server, client) -> None:
     assert len(server.calls) == 1
 
 
-def test_only_so_many_completions_are_under_way_at_once(server, client) -> None:
+def test_only_so_many_responses_are_under_way_at_once(server, client) -> None:
     server.script = [0.05] * 10
-    futures = [client.start_completion({}) for _ in range(10)]
+    futures = [client.start_completion({"n": 2}) for _ in range(9)]
+    futures.append(client.start_completion({"n": 100}))  # more than there are places: all of them
     assert [future.result() for future in futures] == [{"status": 200}] * 10
     assert server.most_open == 3
 

@@ -1,6 +1,6 @@
 """What do the workers of a vLLM server do so that a job can update their weights?
 
-`vllm serve --worker-extension-cls chatlearn_vllm.engines.server_worker.WeightUpdates` adds the
+`vllm serve --worker-extension-cls chatlearn_vllm.engines.vllm_server_worker.WeightUpdates` adds the
 methods below to vLLM's worker class, to be called over `/collective_rpc`. Nothing else imports this
 module: importing it makes CPU layers keep plain weights, because vLLM has no place for code between
 a worker's start and its model.

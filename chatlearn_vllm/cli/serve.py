@@ -1,0 +1,140 @@
+"""How is a trained policy served with an OpenAI API?
+
+`chatlearn-vllm serve CKPT` runs vLLM's own server. A trainer's checkpoint is first written in
+Hugging Face form, into a directory that is removed when the server ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+HELP = "serve a trainer's checkpoint, or a Hugging Face directory, with an OpenAI API"
+USER_ERROR = 2
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    command.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="a Hugging Face directory; or a trainer's directory of checkpoints, of which the "
+        "newest complete one is taken, or one of its iter_* directories",
+    )
+    command.add_argument("--host", help="address to listen on; default: vLLM's, all addresses")
+    command.add_argument("--port", type=int, help="default: vLLM's, 8000")
+    command.add_argument(
+        "--tensor-parallel-size", type=int, metavar="N", help="GPUs that share each layer"
+    )
+    command.add_argument(
+        "--served-model-name", metavar="NAME", help="that requests give; default: CKPT as given"
+    )
+    command.add_argument(
+        "--dtype", help="of the weights; default: that of the checkpoint, float32 for "
+        "--weight-updates without GPU",
+    )  # fmt: skip
+    command.add_argument(
+        "--weight-updates",
+        action="store_true",
+        help="take new weights from a job (vllm_server in its yaml); needs a key in VLLM_API_KEY, "
+        "and listens on 127.0.0.1 unless --host says otherwise",
+    )
+    command.epilog = "After -- any flags of `vllm serve`: serve CKPT -- --max-model-len 8192"
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until the server ends, or this process is told to end; an exit code."""
+    from chatlearn_vllm.engines.server_process import serve_command
+    from chatlearn_vllm.engines.server_watch import run
+
+    checkpoint = Path(arguments.checkpoint)
+    try:
+        check(arguments, os.environ)
+        with ExitStack() as stack:
+            model = checkpoint
+            if not (checkpoint / "config.json").is_file():
+                directory = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="chatlearn_vllm-serve-")
+                )
+                model = Path(directory) / "model"
+                print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
+            return run(
+                serve_command(str(model), vllm_arguments(arguments), arguments.flags),
+                should_end=lambda: False,
+                environment={**os.environ, **_environment(arguments)},
+                signals=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+            )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+
+
+def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Find what vLLM would say late, or not at all.
+
+    Raises:
+        ValueError: says the rule and the remedy.
+    """
+    if not Path(arguments.checkpoint).is_dir():
+        raise ValueError(
+            f"CKPT={arguments.checkpoint}: no such directory; a model of the Hugging Face hub is "
+            "served by `vllm serve`"
+        )
+    if arguments.port is not None and not 0 < arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port}: must be from 1 to 65535")
+    if arguments.tensor_parallel_size is not None and arguments.tensor_parallel_size < 1:
+        raise ValueError(f"--tensor-parallel-size {arguments.tensor_parallel_size}: must be >= 1")
+    if arguments.weight_updates and not environment.get("VLLM_API_KEY"):
+        raise ValueError(
+            "--weight-updates: who reaches such a server can change its model; set VLLM_API_KEY to "
+            "a secret, and vllm_server_api_key: ${VLLM_API_KEY} in the job"
+        )
+
+
+def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of vLLM's server by their Python names."""
+    import torch
+
+    from chatlearn_vllm.engines.server_process import weight_update_arguments
+
+    chosen = {
+        "host": arguments.host,
+        "port": arguments.port,
+        "tensor_parallel_size": arguments.tensor_parallel_size,
+        "served_model_name": arguments.served_model_name or arguments.checkpoint,
+        "dtype": arguments.dtype,
+    }
+    if arguments.weight_updates:
+        chosen |= weight_update_arguments()
+        chosen["host"] = arguments.host or "127.0.0.1"
+        if not _is_given("--logprobs-mode", arguments.flags):
+            # Log-probabilities of the distribution that is drawn from, which is trained on.
+            chosen["logprobs_mode"] = "processed_logprobs"
+        if arguments.dtype is None and not torch.cuda.is_available():
+            chosen["dtype"] = "float32"  # vLLM packs half precision on CPU, once and for all
+    return chosen
+
+
+def _environment(arguments: argparse.Namespace) -> dict[str, str]:
+    from chatlearn_vllm.engines.server_process import weight_update_environment
+
+    if not arguments.weight_updates:
+        return {}
+    return weight_update_environment(os.environ["VLLM_API_KEY"])
+
+
+def _is_given(flag: str, flags: Sequence[str]) -> bool:
+    return any(one.partition("=")[0].replace("_", "-") == flag for one in flags)
+
+
+def _export(checkpoint: Path, out: Path) -> Path:
+    from chatlearn_vllm.engines.megatron.export import export
+
+    return export(checkpoint, out)

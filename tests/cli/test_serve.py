@@ -1,0 +1,225 @@
+"""Is a trained policy served with an OpenAI API, to any client?
+
+One real server, of a trainer's checkpoint, serves the slow tests of this file.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import psutil
+import pytest
+import torch
+import transformers
+
+from chatlearn_vllm.cli import serve
+from chatlearn_vllm.cli.main import main
+from chatlearn_vllm.engines.server_client import ServerClient, ServerError
+from chatlearn_vllm.engines.server_process import serve_command
+from chatlearn_vllm.engines.server_start import inspect_server
+from chatlearn_vllm.layouts import ModelShape
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny_llama import save_tiny_llama
+from tests.megatron.test_export import train_and_save
+
+PROMPT = "What is 2 + 2?"
+
+# As printed in a tutorial on GRPO with vLLM.
+CURL = """
+curl http://localhost:8000/v1/completions \\
+  -H "Content-Type: application/json" \\
+  -d '{
+    "model": "Qwen/Qwen-7B",
+    "prompt": "What is 2 + 2?",
+    "max_tokens": 100,
+    "temperature": 0.6
+  }'
+"""
+CLIENT = """
+import requests
+
+response = requests.post(
+    "http://localhost:8000/v1/completions",
+    json={
+        "model": "Qwen/Qwen-7B",
+        "prompt": "Solve: 2x + 3 = 7",
+        "max_tokens": 512,
+        "temperature": 0.6,
+    }
+)
+
+print(response.json()["choices"][0]["text"])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no/such"], "CKPT=no/such: no such directory; a model of the .* by `vllm serve`"),
+        (["."], "no checkpoint|no complete checkpoint"),
+        ([".", "--port", "70000"], "--port 70000: must be from 1 to 65535"),
+        ([".", "--tensor-parallel-size", "0"], "--tensor-parallel-size 0: must be >= 1"),
+        ([".", "--weight-updates"], "set VLLM_API_KEY to a secret"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_starts(
+    arguments, message, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert main(["serve", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_is_that_of_vllm_with_the_users_flags() -> None:
+    chosen = Namespace(
+        checkpoint="run/ckpt", host=None, port=8001, tensor_parallel_size=2, dtype=None,
+        served_model_name=None, weight_updates=False, flags=["--max-model-len", "32768"],
+    )  # fmt: skip
+    command = serve_command("/tmp/hf", serve.vllm_arguments(chosen), chosen.flags)
+    assert command[2:] == [
+        "chatlearn_vllm.engines.vllm_serve", "/tmp/hf", "--port", "8001",
+        "--tensor-parallel-size", "2", "--served-model-name", "run/ckpt",
+        "--max-model-len", "32768",
+    ]  # fmt: skip
+
+
+def test_a_server_that_takes_weights_is_on_this_host_and_tells_trainable_logprobs() -> None:
+    chosen = Namespace(
+        checkpoint="hf", host=None, port=None, tensor_parallel_size=None, dtype="bfloat16",
+        served_model_name="policy", weight_updates=True, flags=[],
+    )  # fmt: skip
+    arguments = serve.vllm_arguments(chosen)
+    assert arguments["host"] == "127.0.0.1"
+    assert arguments["logprobs_mode"] == "processed_logprobs"
+    assert arguments["dtype"] == "bfloat16"
+    chosen.flags = ["--logprobs_mode=raw_logprobs"]
+    assert "logprobs_mode" not in serve.vllm_arguments(chosen)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory with `checkpoints` of a trainer and `hf`, the same weights."""
+    root = tmp_path_factory.mktemp("trained")
+    save_tiny_llama(root / "source", max_position_embeddings=1024)
+    ranks = Ranks(1)
+    try:
+        ranks.run(train_and_save, root / "source", root, steps=1)
+    finally:
+        ranks.close()
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(trained, tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    temporary = tmp_path_factory.mktemp("temporary")
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    command = [
+        sys.executable, "-m", "chatlearn_vllm.cli.main", "serve", "checkpoints",
+        "--host", "localhost", "--port", str(port), "--dtype", "float32", "--",
+        "--max-model-len", "600", "--max-num-seqs", "4", "--enforce-eager",
+        "--kv-cache-memory-bytes", str(2**26), "--block-size", "32",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=trained, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )  # fmt: skip
+    url = f"http://localhost:{port}"
+    try:
+        wait_for(url, process, log)
+        processes = [process, *psutil.Process(process.pid).children(recursive=True)]
+        assert len(processes) >= 3, "the command, the API server and its engine"
+        assert list(temporary.glob("*/model/config.json"))
+        yield SimpleNamespace(url=url, process=process, log=log)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(40)
+    assert process.returncode == 0
+    assert not any(one.is_running() for one in processes[1:])
+    assert not list(temporary.glob("chatlearn_vllm-serve-*"))
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.25)
+
+
+@pytest.mark.slow
+def test_the_openai_client_gets_what_the_trained_model_says(server, trained) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["checkpoints"]
+    answer = client.completions.create(
+        model="checkpoints", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=1
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained / "hf")
+    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
+    expected = model.generate(tokens, do_sample=False, max_new_tokens=8)[0, tokens.size(1) :]
+    assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+    with torch.no_grad():
+        logits = model(torch.cat([tokens[0], expected])[None]).logits[0, tokens.size(1) - 1 : -1]
+    logprobs = logits.log_softmax(-1).gather(1, expected[:, None])[:, 0]
+    assert answer.choices[0].logprobs.token_logprobs == pytest.approx(logprobs.tolist(), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_curl_and_requests_get_answers_as_printed(server) -> None:
+    def here(text: str) -> str:
+        return text.replace("http://localhost:8000", server.url).replace(
+            "Qwen/Qwen-7B", "checkpoints"
+        )
+
+    command = ["bash", "-c", here(CURL).strip() + " --silent --fail"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["object"] == "text_completion" and answer["model"] == "checkpoints"
+    assert answer["choices"][0]["index"] == 0
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert 0 < answer["usage"]["completion_tokens"] <= 100
+    done = subprocess.run(
+        [sys.executable, "-c", here(CLIENT)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_a_job_refuses_the_logprobs_of_a_plain_server(server, trained) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "hf")
+    config = json.loads((trained / "hf" / "config.json").read_text())
+    client = ServerClient(server.url, api_key=None, timeout_s=60, max_retries=0)
+    with pytest.raises(ServerError, match="start it with --logprobs-mode processed_logprobs"):
+        inspect_server(client, ModelShape.from_hf_config(config), 96, tokenizer.encode)
+    client.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_is_an_error_that_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "none"}')
+    before = len(psutil.Process().children(recursive=True))
+    done = subprocess.run(
+        [sys.executable, "-m", "chatlearn_vllm.cli.main", "serve", str(tmp_path / "model")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode not in (0, 2), done.stderr[-2000:]
+    assert len(psutil.Process().children(recursive=True)) == before
