@@ -299,13 +299,17 @@ def test_a_key_of_the_whole_job_sets_ours(job, override, values):
 def test_devices_batches_and_engine_are_of_the_role(job):
     overrides = ["actor_infer.device_mapping=list(range(0,12))", "actor_infer.infer_batch_size=1",
                  "actor_infer.strategy_args.strategy_name=hf_infer",
-                 "actor_infer.strategy_args.strategy_config=None",
+                 "actor_infer.strategy_args.strategy_config={max_num_seqs: 7}",
+                 "actor_infer.model_args.attn_implementation=fa2",
                  "actor_infer.model_update_frequency=2", "rewards.rule.world_size=8"]  # fmt: skip
     loaded = load_config(job, overrides)
     policy = loaded.models["policy"]
     assert (policy.device_mapping, policy.num_replica) == (tuple(range(12)), 12)
     assert (policy.generation_batch_size, policy.sync_frequency) == (1, 2)
-    assert policy.model_args.inference_engine == "transformers"
+    args = policy.model_args
+    assert (args.inference_engine, args.max_num_seqs) == ("transformers", 7)
+    assert args.attn_implementation == "flash_attention_2"
+    assert loaded.notices == ()
     assert loaded.models["reward_rule"].num_replica == 8
 
 

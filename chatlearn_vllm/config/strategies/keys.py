@@ -315,8 +315,11 @@ MODEL_ARGS: Keys = {
             "additional_target",
         )
     },
-    "attn_implementation": NoEffect(_KERNELS),
-    "flash_attn": NoEffect(_KERNELS),
+    "attn_implementation": Becomes(
+        "model_args.attn_implementation",
+        "of actor_infer with hf_infer: sdpa, eager, fa2; others choose their kernels",
+    ),
+    "flash_attn": Becomes("model_args.attn_implementation", "its older name"),
     "gradient_checkpointing_use_reentrant": NoEffect(_KERNELS),
     "device_map": NoEffect("device_mapping says where a model lies", (None, "balanced")),
     "model_type": NoEffect("config.json says it"),
@@ -419,7 +422,8 @@ VLLM: Keys = {
     "enable_sleep_mode": NoEffect("it is on where the policy shares devices", (None, True)),
     "VLLM_USE_V1": NoEffect("vLLM has the V1 engine only", (None, 1, "1", True)),
 }
-"""Keys of a vLLM strategy_config, besides all fields of vLLM's EngineArgs."""
+"""Keys of the strategy_config of vllm, and of hf_infer in actor_infer, besides our own of engines;
+for vllm also all fields of vLLM's EngineArgs."""
 
 VLLM_SET_ELSEWHERE = {
     "model": "pretrain, or model_args.model_name_or_path",

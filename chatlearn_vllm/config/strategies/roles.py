@@ -19,6 +19,13 @@ from chatlearn_vllm.config.tree import BROKEN
 from chatlearn_vllm.config.upstream_fields import upstream_fields
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_ATTENTION = {
+    "fa2": "flash_attention_2",
+    "flash_attention_2": "flash_attention_2",
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "auto": None,
+}
 _LORA_LAYERS = {
     "q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv",
     "o_proj": "linear_proj",
@@ -84,6 +91,7 @@ class Role:
         self.config = self._strategy_config(strategy.key("strategy_config"))
         self.num_devices = self._devices()
         self.given.copy(self.at)
+        self._attention()
         self._tell_unused()
 
     def put(self, name: str, value: Any, *written: Key) -> None:
@@ -106,6 +114,18 @@ class Role:
                     self.t.has_no_effect(self.model_args.key(name), adapters)
         elif "generating_args" in self.given:
             self.t.has_no_effect(self.given.key("generating_args"), "responses are actor_infer's")
+
+    def _attention(self) -> None:
+        """Set what computes attention, where the role says it."""
+        for name in ("attn_implementation", "flash_attn"):
+            value = self.model_args.choose(name, _ATTENTION, None)
+            if name not in self.model_args:
+                continue
+            if self.kind == "actor_infer" and self.strategy == "hf_infer":
+                self.put("attn_implementation", value or "sdpa", self.model_args.key(name))
+            else:
+                why = "vLLM and megatron-core choose their kernels"
+                self.t.has_no_effect(self.model_args.key(name), why)
 
     def _strategy(self, given: Given) -> str | None:
         allowed = keys.STRATEGIES_OF_ROLE[self.kind]
@@ -135,6 +155,8 @@ class Role:
         if self.strategy == "vllm":
             further = (_OURS_ON_VLLM | upstream["engine_args"]) | {*keys.VLLM_SET_ELSEWHERE}
             return Given(self.t, path, keys.VLLM, further)
+        if self.kind == "actor_infer":
+            return Given(self.t, path, keys.VLLM, _OURS_ON_VLLM | {*keys.VLLM_SET_ELSEWHERE})
         if self.strategy in ("megatron_train", "megatron_infer"):
             further = _OURS_ON_MEGATRON | (upstream["transformer_args"] - {"params_dtype"})
             return Given(self.t, path, keys.MEGATRON, further)
@@ -186,14 +208,18 @@ class Role:
 
     # ---- engines ----------------------------------------------------------------------------
 
-    def on_vllm(self, *, default_load_format: str = "dummy") -> None:
-        """Set vLLM's arguments."""
+    def generates_with_strategy_config(self, *, load_format: str = "dummy") -> None:
+        """Set the engine's arguments, vLLM's or those of ours that Transformers have, too.
+
+        Args:
+            load_format: where the file says none.
+        """
         names = {
             "tensor_parallel_size": "tensor_model_parallel_size",
             "pipeline_parallel_size": "pipeline_model_parallel_size",
         }
         self.put("sleep_level", 1, self.config.key("sleep_level"))
-        self.put("load_format", default_load_format, self.config.key("load_format"))
+        self.put("load_format", load_format, self.config.key("load_format"))
         for name, value in self.config.values.items():
             key = self.config.key(name)
             if name in keys.VLLM_SET_ELSEWHERE:
@@ -327,8 +353,14 @@ class Role:
 
     # ---- generation -------------------------------------------------------------------------
 
-    def generates(self, given: Given, *, max_new_tokens: int, default_key: Key) -> None:
-        """Set the sampling parameters of a role on vLLM, every field of vLLM's by its name."""
+    def samples(self, given: Given, *, max_new_tokens: int, default_key: Key) -> None:
+        """Set the sampling parameters, every field of vLLM's by its name.
+
+        Args:
+            given: the role's `generating_args`.
+            max_new_tokens: longest response, where these do not say it.
+            default_key: that says it then.
+        """
         length = given.get("max_new_tokens", int, max_new_tokens, least=1)
         self.put("max_new_tokens", length, given.key("max_new_tokens"), default_key)
         self.put("temperature", temperature(given), *temperature_keys(given))

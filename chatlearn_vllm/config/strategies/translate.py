@@ -150,19 +150,12 @@ class _Job:
         self._set_length(role)
         role.weights(self._seed(), ("pretrain",))
         if role.strategy == "hf_infer":
-            role.put(
-                "inference_engine",
-                "transformers",
-                ("actor_infer", "strategy_args", "strategy_name"),
-            )
-        else:
-            role.on_vllm()
+            name = ("actor_infer", "strategy_args", "strategy_name")
+            role.put("inference_engine", "transformers", name)
+        role.generates_with_strategy_config()
         self.sampling = generating_args(self.t, role.path)
-        role.generates(
-            self.sampling, max_new_tokens=self.response, default_key=("response_length",)
-        )
-        if role.strategy == "vllm":
-            self._max_model_len(role)
+        role.samples(self.sampling, max_new_tokens=self.response, default_key=("response_length",))
+        self._max_model_len(role)
         self._group(role)
 
     def _max_model_len(self, role: Role) -> None:
@@ -234,10 +227,10 @@ class _Job:
             user_args["tag"] = tag
         if role.strategy == "vllm":
             role.weights(self._seed(), ("reward_pretrain",))
-            role.on_vllm(default_load_format="auto")
+            role.generates_with_strategy_config(load_format="auto")
             self._set_length(role)
             sampling = generating_args(self.t, path)
-            role.generates(sampling, max_new_tokens=512, default_key=path)
+            role.samples(sampling, max_new_tokens=512, default_key=path)
             n = sampling.get("num_return_sequences", int, 1, least=1)
             role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
             length = role.config.get("max_model_len", int, least=1)
