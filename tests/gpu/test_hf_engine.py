@@ -37,8 +37,15 @@ def with_hf(model, tmp_path_factory):
     return start(Policy, model, tmp_path_factory.mktemp("hf"), inference_engine="transformers")
 
 
-def test_greedy_responses_are_those_of_vllm(with_hf, model, tmp_path_factory) -> None:
+def test_greedy_responses_and_beams_are_those_of_vllm(with_hf, model, tmp_path_factory) -> None:
     with_vllm = start(VLLMPolicy, model, tmp_path_factory.mktemp("vllm"))
+    keys = {"beam_width": 3, "max_tokens": 12, "length_penalty": 0.0, "ignore_eos": True}
+    best = []
+    for module in (with_hf, with_vllm):
+        module.engine.add_request("0", None, [5, 6, 7, 8], keys)
+        best.append(module.engine.run()[0].outputs[0].score)
+    assert best[0] == pytest.approx(best[1], abs=1e-2)
+
     got = with_hf.generate([0, 1, 2], first_sample=0, is_eval=True)
     expected = with_vllm.generate([0, 1, 2], first_sample=0, is_eval=True)
     assert torch.equal(got["all_tokens"], expected["all_tokens"])

@@ -3,12 +3,15 @@
 One engine of each kind, with equal weights, serves this file.
 """
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from chatlearn_vllm import GRPOEngine, VLLMModule, load_config
 from chatlearn_vllm.config import ConfigError
@@ -459,3 +462,37 @@ def test_a_grpo_job_learns_with_transformers(hf_model, tmp_path) -> None:
     for metrics in history[1:]:
         assert metrics["train/logprob_abs_diff_max"] < 1e-3
         assert metrics["train/grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_shipped_evaluation_answers_with_the_best_beam(hf_model, tmp_path, engine) -> None:
+    questions = [{"prompt": f"{i}+{i + 7}=", "answer": str(2 * i + 7)} for i in range(10, 16)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    settings = {
+        "policy_load": hf_model.directory, "eval_data_path": prompts, "num_gpu_policy": 1,
+        "output_dir": tmp_path, "seq_length": 32, "max_new_tokens": 12, "max_num_seqs": 8,
+        "eval_num_beams": 3, "INFERENCE_ENGINE": engine,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "chatlearn_vllm.cli.main", "launch", "configs/llama2/eval.yaml"],
+        cwd=ROOT, env=os.environ | {key: str(value) for key, value in settings.items()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "eval" / "eval" / "episode_000000.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(hf_model.directory)
+    for question, sample in zip(questions, samples, strict=True):
+        ids = torch.tensor([tokenizer.encode(question["prompt"])])
+        made = hf_model.generate(
+            ids, num_beams=3, max_new_tokens=12, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        response = made.sequences[0, ids.shape[1] :]
+        assert sample["str_outputs"] == tokenizer.decode(response, skip_special_tokens=True)
+        # What vLLM divides by counts the prompt, too.
+        lengths = {"transformers": len(response), "vllm": ids.shape[1] + len(response)}
+        score = made.sequences_scores.item() * len(response) / lengths[engine]
+        assert sample["beam_scores"] == pytest.approx(score, abs=1e-4)
