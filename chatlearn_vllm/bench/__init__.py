@@ -3,7 +3,8 @@
     options.py, environment.py   what is asked for: of the command line, of run_benchmark.sh
     cases.py                     what is measured, and which parallel sizes cannot be
     workload.py                  the model's directory and the prompts, the same for every case
-    run.py                       one child process (or one per rank) after the other
+    run.py                       one case after the other, and what became of it
+    processes.py                 a case's processes: one, or one per rank
     child.py                     what such a process does, with one of
         transformers_case.py, vllm_case.py, vllm_module_case.py
     measure.py                   times become numbers

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
-import random
 import re
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,17 +17,12 @@ import psutil
 from chatlearn_vllm.bench import remedies
 from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, OptionError, check_cases, ratios
 from chatlearn_vllm.bench.child import Task
-from chatlearn_vllm.bench.environment import without_variables
-from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, process_tree, this_machine, versions
+from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
 from chatlearn_vllm.bench.measure import together
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
-from chatlearn_vllm.bench.workload import (
-    check_prompt_file,
-    model_config,
-    model_dir,
-    remove_made_model,
-)
+from chatlearn_vllm.bench.processes import Processes
+from chatlearn_vllm.bench.workload import check_prompt_file, config_of, model_dir
 from chatlearn_vllm.layouts import ModelShape
 
 FORMAT = 1
@@ -47,15 +34,12 @@ _WORKLOAD = (
 )  # fmt: skip
 """Options that must be equal for results to be compared."""
 _LOOK_EVERY_S = 0.25
-_END_WITHIN_S = 10.0
-"""Longest wait for processes that were asked to end."""
 _LEAVE_WITHIN_S = 30.0
 """Longest wait for the memory of processes that have ended."""
 _UNSTEADY_BYTES = 2**28
 """By so much the free memory of a GPU may change by itself."""
 _CAUSE = re.compile(r"\b\w+(?:Error|Exception): .+")
 """An exception in a log."""
-_SHARED_MEMORY = re.compile(r"/dev/shm/\S+(?=$|\n)")
 _LOG_END = 20_000
 """Characters of a log in which the cause of a failure is looked for."""
 
@@ -90,10 +74,9 @@ class Bench:
         self._after_case = after_case
         self._machine = this_machine()
         self._cases = options.parsed_cases()
-        out.mkdir(parents=True, exist_ok=True)
         check_prompt_file(options)
-        self._model_dir = model_dir(options, out)
-        self._shape = ModelShape.from_hf_config(model_config(self._model_dir))
+        config = config_of(options)
+        self._shape = ModelShape.from_hf_config(config)
         check_cases(self._cases, self._shape, len(self._machine.gpus))
         self.results: dict[str, Any] = {
             "format": FORMAT,
@@ -106,7 +89,7 @@ class Bench:
             "model": {
                 "name": options.model or f"Llama shape {options.shape}, random weights",
                 "num_parameters": num_parameters(self._shape),
-                "config": model_config(self._model_dir),
+                "config": config,
             },
             "cases": [
                 {**case.to_dict(), "status": "not run", "reason": None} for case in self._cases
@@ -120,22 +103,21 @@ class Bench:
         Raises:
             KeyboardInterrupt: the user ended it; what was measured is in the results.
         """
-        try:
+        self._out.mkdir(parents=True, exist_ok=True)
+        with model_dir(self._options, self._out) as directory:
             for _ in range(self._options.rounds):
                 for number in range(len(self._cases)):
-                    self._run_case(number)
-        finally:
-            remove_made_model(self._options, self._out)
+                    self._run_case(number, directory)
         return all(entry["status"] in ("ok", "skipped") for entry in self.results["cases"])
 
-    def _run_case(self, number: int) -> None:
+    def _run_case(self, number: int, directory: Path) -> None:
         case, entry = self._cases[number], self.results["cases"][number]
         name = f"[{number + 1}/{len(self._cases)}] {case}"
         if entry["status"] in ("failed", "skipped"):  # in an earlier round
             return
         self._say(f"{name} ...")
         try:
-            now = self._measure(number, case)
+            now = self._measure(number, case, directory)
             if entry["status"] == "ok" and now["status"] == "ok":
                 now["throughput"] = together(entry["throughput"], now["throughput"])
             entry |= now
@@ -149,17 +131,17 @@ class Bench:
             self._after_case(self.results)
         self._say(f"{name}: {_in_a_line(entry)}")
 
-    def _measure(self, number: int, case: Case) -> dict[str, Any]:
+    def _measure(self, number: int, case: Case, directory: Path) -> dict[str, Any]:
         if missing := _missing(case, on_gpu=bool(self._machine.gpus)):
             return missing
         log = self._out / f"{number + 1:02d}-{str(case).replace(':', '_').replace('=', '')}.log"
         with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as work_dir:
             events = Path(work_dir, "events.jsonl")
             events.touch()
-            task = Task(case, self._options, self._model_dir, Path(work_dir), events)
+            task = Task(case, self._options, directory, Path(work_dir), events)
             free = self._free_bytes(case)
             peaks = MemoryPeaks(self._machine.gpus[: case.num_gpus])
-            with _Processes(task, log, on_gpu=bool(self._machine.gpus)) as processes:
+            with Processes(task, log, on_gpu=bool(self._machine.gpus)) as processes:
                 entry = self._watch(case, processes, events, peaks, free)
         return entry | {"log": str(log)}
 
@@ -182,7 +164,7 @@ class Bench:
             time.sleep(_LOOK_EVERY_S)
 
     def _watch(
-        self, case: Case, processes: _Processes, events: Path, peaks: MemoryPeaks, free_bytes: int
+        self, case: Case, processes: Processes, events: Path, peaks: MemoryPeaks, free_bytes: int
     ) -> dict[str, Any]:
         """Wait for the end of a case and look at its memory meanwhile; its part of the results."""
         start = time.monotonic()
@@ -290,7 +272,7 @@ def _device_bytes(machine: Machine) -> int:
 
 
 def _failure(
-    error: str | None, situation: remedies.Situation, processes: _Processes, *, is_late: bool
+    error: str | None, situation: remedies.Situation, processes: Processes, *, is_late: bool
 ) -> dict[str, str | None]:
     """Why a case failed, and what to do."""
     if is_late:
@@ -314,136 +296,3 @@ def _in_a_line(entry: dict[str, Any]) -> str:
         return f"{entry['status']}: {entry['reason']}{remedy}"
     speed = entry["throughput"]["output_tokens_per_s"]
     return f"{speed:,.0f} tokens/s, {entry['seconds']:.0f} s in all"
-
-
-class _Processes:
-    """The processes of one case: one, or VLLMModule's ranks. Leaving the context ends them all."""
-
-    def __init__(self, task: Task, log: Path, *, on_gpu: bool) -> None:
-        self.log = log
-        self._job_id = f"bench-{uuid.uuid4().hex[:12]}"
-        path = task.work_dir / "task.json"
-        task.save(path)
-        environment = {
-            **without_variables(os.environ),
-            "CHATLEARN_VLLM_JOB_ID": self._job_id,
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        }
-        if on_gpu:
-            # Asking whether there are GPUs must not start CUDA: vLLM starts processes afterwards.
-            environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        else:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-            # vLLM's CPU engine is many times slower with more threads than cores.
-            environment.setdefault("OMP_NUM_THREADS", "1")
-            # It would want a NUMA node for each tensor parallel rank.
-            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        ranks: list[dict[str, str]] = [{}]
-        if task.case.engine == "vllm-module":
-            ranks = _rank_environments(task.case.num_processes, on_gpu=on_gpu)
-        self._processes: list[subprocess.Popen] = []
-        self._shared_memory: set[Path] = set()
-        self._file = log.open("w")
-        command = [sys.executable, "-m", "chatlearn_vllm.bench.child", str(path)]
-        for rank in ranks:
-            self._processes.append(
-                subprocess.Popen(
-                    command,
-                    env=environment | rank,
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is for the parent, which ends this group
-                )
-            )
-
-    def __enter__(self) -> _Processes:
-        return self
-
-    @property
-    def ids(self) -> list[int]:
-        """Of the processes that were started."""
-        return [process.pid for process in self._processes]
-
-    @property
-    def are_running(self) -> bool:
-        """Whether the first rank is, and no other failed, which would leave the first waiting."""
-        first, *others = (process.poll() for process in self._processes)
-        return first is None and all(code in (None, 0) for code in others)
-
-    @property
-    def killed(self) -> bool:
-        """Whether one was killed, not by us."""
-        return any(process.poll() == -signal.SIGKILL for process in self._processes)
-
-    def __exit__(self, *error: object) -> None:
-        self.note_shared_memory()
-        # Whatever a process has started is in its group, too: vLLM's engine and workers, and
-        # Python's tracker of shared memory, which cleans up when the others have ended.
-        self._signal(signal.SIGTERM)
-        patience = time.monotonic() + _END_WITHIN_S
-        while self._groups() and time.monotonic() < patience:
-            time.sleep(0.05)
-        self._signal(signal.SIGKILL)
-        for process in self._processes:
-            process.wait()
-        self._file.close()
-        # vLLM leaves some behind where it is ended, or fails.
-        for leftover in (*Path("/dev/shm").glob(f"*{self._job_id}*"), *self._shared_memory):
-            leftover.unlink(missing_ok=True)
-
-    def note_shared_memory(self) -> None:
-        """Look which files of shared memory the processes and their children have now."""
-        for one in (child for process in self._processes for child in process_tree(process.pid)):
-            with contextlib.suppress(OSError):
-                maps = Path(f"/proc/{one.pid}/maps").read_text()
-                self._shared_memory |= {Path(name) for name in _SHARED_MEMORY.findall(maps)}
-
-    def _signal(self, number: int) -> None:
-        for group in self._groups():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, number)
-
-    def _groups(self) -> list[int]:
-        """Those process groups in which a process is left."""
-        left = []
-        for process in self._processes:
-            process.poll()  # one that has ended is in its group until it is asked for
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 0)
-                left.append(process.pid)
-        return left
-
-
-def _rank_environments(world_size: int, *, on_gpu: bool) -> list[dict[str, str]]:
-    """What a job gives to its ranks (runtime/worker.py) and torch.distributed reads."""
-    port = str(_free_port())
-    job = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if on_gpu:
-        job["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return [
-        job
-        | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        for rank in range(world_size)
-    ]
-
-
-def _free_port() -> int:
-    """A free port below those that the system gives to outgoing connections."""
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free TCP port between 20000 and 32000")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,16 +45,14 @@ class Prompt:
     token_ids: list[int]
 
 
-def make_model(shape: str, directory: Path, *, max_position_embeddings: int) -> None:
-    """Write config.json and a tokenizer of a Llama, without weights.
+def made_config(shape: str, max_position_embeddings: int) -> dict[str, Any]:
+    """The config.json of a Llama.
 
     Args:
         shape: one of options.SHAPES.
-        directory: to be made.
         max_position_embeddings: longest sequence, in tokens.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
@@ -60,8 +60,18 @@ def make_model(shape: str, directory: Path, *, max_position_embeddings: int) -> 
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
         "dtype": "bfloat16", **_SIZES[shape],
     }  # fmt: skip
+
+
+def make_model(config: dict[str, Any], directory: Path) -> None:
+    """Write config.json and a tokenizer, without weights.
+
+    Args:
+        config: of `made_config`.
+        directory: to be made.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    _make_tokenizer(directory, _SIZES[shape]["vocab_size"])
+    _make_tokenizer(directory, config["vocab_size"])
 
 
 def _make_tokenizer(directory: Path, vocab_size: int) -> None:
@@ -83,20 +93,25 @@ def _make_tokenizer(directory: Path, vocab_size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def model_dir(options: BenchOptions, out: Path) -> Path:
-    """The directory of the model, made under `out` where none was given."""
+def config_of(options: BenchOptions) -> dict[str, Any]:
+    """The config.json of the model that is given, or will be made."""
     if options.model is not None:
-        return Path(options.model).resolve()
-    directory = out / f"model-{options.shape}"
-    length = max(options.seq_length, 2 * options.max_tokens)
-    make_model(options.shape, directory, max_position_embeddings=length)
-    return directory.resolve()
+        return model_config(Path(options.model))
+    return made_config(options.shape, max(options.seq_length, 2 * options.max_tokens))
 
 
-def remove_made_model(options: BenchOptions, out: Path) -> None:
-    """Remove what `model_dir` made."""
-    if options.model is None:
-        shutil.rmtree(out / f"model-{options.shape}", ignore_errors=True)
+@contextlib.contextmanager
+def model_dir(options: BenchOptions, out: Path) -> Iterator[Path]:
+    """The directory of the model, there for the time of the context where none was given."""
+    if options.model is not None:
+        yield Path(options.model).resolve()
+        return
+    directory = (out / f"model-{options.shape}").resolve()
+    make_model(config_of(options), directory)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
 
 
 def has_weights(directory: Path) -> bool:

@@ -4,7 +4,7 @@ from chatlearn_vllm.bench.cases import parse_case
 from chatlearn_vllm.bench.memory import GIB, Needs, num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.remedies import Situation, killed, remedy, timed_out
-from chatlearn_vllm.bench.workload import make_model, model_config
+from chatlearn_vllm.bench.workload import made_config
 from chatlearn_vllm.layouts import ModelShape
 
 LLAMA_8B = ModelShape.from_hf_config(
@@ -29,7 +29,7 @@ def situation(case: str = "vllm", *, total: float, free: float, **options) -> Si
     )  # fmt: skip
 
 
-def test_needs_of_llama_8b_and_of_the_shapes_made_here(tmp_path):
+def test_needs_of_llama_8b_and_of_the_shapes_made_here():
     assert num_parameters(LLAMA_8B) == 8_030_261_248
     whole = Needs.of(LLAMA_8B, "bfloat16", tp=1, pp=1)
     assert whole.weight_bytes == 2 * 8_030_261_248
@@ -37,10 +37,10 @@ def test_needs_of_llama_8b_and_of_the_shapes_made_here(tmp_path):
     part = Needs.of(LLAMA_8B, "bfloat16", tp=4, pp=2)
     assert part.weight_bytes == whole.weight_bytes // 8
     assert part.kv_bytes_per_token == whole.kv_bytes_per_token // 8
-    counts = {}
-    for shape in ("1b", "8b"):
-        make_model(shape, tmp_path / shape, max_position_embeddings=640)
-        counts[shape] = num_parameters(ModelShape.from_hf_config(model_config(tmp_path / shape)))
+    counts = {
+        shape: num_parameters(ModelShape.from_hf_config(made_config(shape, 640)))
+        for shape in ("1b", "8b")
+    }
     assert counts == {"1b": 1_235_814_400, "8b": 8_030_261_248}
 
 

@@ -4,7 +4,7 @@ from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import options_from_environment
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.vllm_arguments import bare_engine_arguments, make_job
-from chatlearn_vllm.bench.workload import make_model
+from chatlearn_vllm.bench.workload import config_of, make_model
 
 ENVIRON = {
     "INFERENCE_ENGINE": "vllm", "INFERENCE_METHOD": "speculative",
@@ -19,7 +19,7 @@ def arguments_of(environ: dict[str, str], directory) -> dict:
     """Of bare vLLM on a GPU."""
     options = BenchOptions.of(options_from_environment(environ))
     (case,) = options.parsed_cases()
-    make_model("tiny", directory / "model", max_position_embeddings=4096)
+    make_model(config_of(options), directory / "model")
     task = Task(case, options, directory / "model", directory, directory / "events.jsonl")
     return bare_engine_arguments(task, make_job(task), on_gpu=True)
 
