@@ -100,6 +100,19 @@ class Speculation:
     _step: int = 0
     _drafts: bool = True
     """What the engine does now."""
+    _is_eval: bool = False
+
+    def begin(self, *, is_eval: bool, measures: bool) -> None:
+        """Before each part of a rollout or an evaluation; forgets the counts of the other kind.
+
+        Args:
+            is_eval: an evaluation; nothing is compared in it.
+            measures: whether some steps of a rollout are run the other way.
+        """
+        if is_eval != self._is_eval:
+            self._is_eval = is_eval
+            self.take_stats()
+        self.measures = measures and not is_eval
 
     def set_on(self, is_on: bool) -> None:
         """Draft from the next step on, or not; between two rollouts."""

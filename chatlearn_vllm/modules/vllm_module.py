@@ -408,7 +408,8 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 is_eval,
             )
             if (speculation := self.engine.speculation) is not None:
-                speculation.measures = self.model_args.speculative_min_gain > 0 and not is_eval
+                measures = self.model_args.speculative_min_gain > 0
+                speculation.begin(is_eval=is_eval, measures=measures)
             outputs = self.engine.run(min_finished, max_steps, self._decode)
         except BaseException:
             self.engine.abort()

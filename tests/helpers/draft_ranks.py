@@ -25,7 +25,7 @@ PROMPTS = ["12+34=", "ab" * 20, "x y z", "The sum of 1 and 2 is"]
 NGRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
 }  # fmt: skip
-MAX_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 32
 
 _policies: dict[str, Any] = {}
 _models: dict[str, Any] = {}
@@ -292,6 +292,19 @@ def greedy_in_parts(name: str, num_steps: int) -> tuple[list[list[int]], int]:
         policy.engine.cut()
         cut_at = cut_at or sum(len(responses[0].token_ids) for responses in begun)
     return [list(done[str(row)].outputs[0].token_ids) for row in range(len(PROMPTS))], cut_at
+
+
+def draft_of(name: str, parameter: str) -> torch.Tensor:
+    """A parameter of what drafts."""
+    from chatlearn_vllm.engines import vllm_compat
+
+    draft = vllm_compat.draft_model(_policies[name].engine._engine)
+    return dict(draft.named_parameters())[parameter].detach().clone()
+
+
+def take_over_draft(name: str, directory: Path) -> None:
+    """Load another draft."""
+    _policies[name].engine.load_draft(str(directory))
 
 
 def switch(name: str, is_on: bool) -> None:

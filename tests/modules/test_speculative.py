@@ -5,6 +5,8 @@ does not draft, and with transformers.
 """
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from chatlearn_vllm.engines import speculation
 from chatlearn_vllm.engines.speculation import Speculation, SpeculationStats
@@ -25,7 +27,12 @@ def rank(tmp_path_factory):
     ranks = Ranks(1)
     try:
         ranks.run(draft_ranks.build, root)
-        yield lambda function, *args: ranks.run(function, *args)[0]
+
+        def run(function, *args):
+            return ranks.run(function, *args)[0]
+
+        run.root = root
+        yield run
     finally:
         ranks.close()
 
@@ -63,11 +70,11 @@ def test_drafts_do_not_change_what_is_drawn_how_often(rank) -> None:
     }
     for name, (prompt, restriction) in cases.items():
         sampling = {"temperature": 1.5, **restriction}
-        p_value, stats = rank(draft_ranks.distribution_p_value, name, prompt, sampling, 2500, False)
+        p_value, stats = rank(draft_ranks.distribution_p_value, name, prompt, sampling, 1600, False)
         assert p_value > P_VALUE, name
         assert 0.04 < stats.acceptance_rate < 0.95, name
         # The same test of an engine that accepts what it should not.
-        p_value, _ = rank(draft_ranks.distribution_p_value, name, prompt, sampling, 1000, True)
+        p_value, _ = rank(draft_ranks.distribution_p_value, name, prompt, sampling, 600, True)
         assert p_value < P_VALUE / 100, name
 
 
@@ -84,6 +91,20 @@ def test_a_draft_outlives_sleep_wake_and_sync(rank) -> None:
     rank(draft_ranks.sleep_and_lose_the_weights, "draft_model")
     assert rank(draft_ranks.wake, "draft_model", "model", 2) == "READY(2)"
     assert rank(draft_ranks.greedy, "draft_model") == before
+
+
+def test_a_draft_is_read_from_its_directory_and_another_can_take_its_place(rank) -> None:
+    own = load_file(rank.root / "eagle/model.safetensors")["fc.weight"]
+    assert torch.equal(rank(draft_ranks.draft_of, "eagle", "model.fc.weight"), own)
+    before, stats = rank(draft_ranks.greedy, "draft_model")
+    assert stats.acceptance_rate < 1
+    rank(draft_ranks.take_over_draft, "draft_model", rank.root / "model")
+    rank(draft_ranks.sleep_and_lose_the_weights, "draft_model")
+    rank(draft_ranks.wake, "draft_model", "model", 2)
+    responses, stats = rank(draft_ranks.greedy, "draft_model")
+    assert (responses, stats.acceptance_rate) == (before, 1)
+    rank(draft_ranks.take_over_draft, "draft_model", rank.root / "draft")
+    assert rank(draft_ranks.greedy, "draft_model")[0] == before
 
 
 @pytest.mark.parametrize("name", DRAFTING)
@@ -188,3 +209,17 @@ def test_nothing_is_switched_where_nothing_is_to_be_measured(monkeypatch) -> Non
     clock.run(100)
     assert clock.switched_at == []
     assert clock.speculation.take_stats().gain is None
+
+
+def test_an_evaluation_between_two_rollouts_leaves_no_trace(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    drafting = clock.speculation
+    drafting.begin(is_eval=True, measures=True)
+    clock.run(40)
+    drafting.begin(is_eval=False, measures=True)
+    for _ in range(2):  # a rollout of two calls
+        drafting.begin(is_eval=False, measures=True)
+        clock.run(40)
+    stats = drafting.take_stats()
+    assert stats.num_drafts == 80 - speculation.WINDOW - speculation.SETTLING
+    assert stats.gain == 1.5
