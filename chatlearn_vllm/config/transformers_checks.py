@@ -5,12 +5,7 @@ from collections.abc import Iterator
 from chatlearn_vllm.config.model_args import ModelArgs
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.schema import ModelConfig
-
-SAMPLING_KEYS = (
-    "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "logit_bias",
-    "allowed_token_ids", "logprobs", "detokenize",
-)  # fmt: skip
-"""Those fields of vLLM's SamplingParams without a key of their own that it understands."""
+from chatlearn_vllm.config.upstream_fields import FIELDS_WITHOUT_VLLM
 
 _CHANGES_RESPONSES = (
     "hf_overrides", "hf_config_path", "model_impl", "revision", "code_revision",
@@ -18,8 +13,6 @@ _CHANGES_RESPONSES = (
     "logprobs_mode", "enable_lora", "logits_processors", "kv_cache_dtype",
 )  # fmt: skip
 """Fields of vLLM's EngineArgs with which another engine would answer otherwise."""
-
-_UNDERSTOOD = ("trust_remote_code",)
 
 
 def transformers_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
@@ -29,7 +22,7 @@ def transformers_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
         return
     remedy = "leave it out, or set inference_engine: vllm"
     for name in args.sampling_args:
-        if name not in SAMPLING_KEYS:
+        if name not in FIELDS_WITHOUT_VLLM["sampling_args"]:
             yield (*at, name), f"is none of the sampling keys of Transformers here; {remedy}"
     for name, value in args.engine_args.items():
         if name == "logprobs_mode" and value == "processed_logprobs":
@@ -42,5 +35,5 @@ def without_effect(args: ModelArgs) -> list[str]:
     """Arguments of vLLM's engine, as `key=value`, that Transformers has no use for."""
     if args.inference_engine != "transformers":
         return []
-    known = (*_UNDERSTOOD, *_CHANGES_RESPONSES)
+    known = FIELDS_WITHOUT_VLLM["engine_args"] | set(_CHANGES_RESPONSES)
     return [f"{name}={value!r}" for name, value in args.engine_args.items() if name not in known]

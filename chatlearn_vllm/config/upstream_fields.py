@@ -20,13 +20,29 @@ _SOURCES = {
     ),
 }
 
+FIELDS_WITHOUT_VLLM = MappingProxyType(
+    {
+        "engine_args": frozenset({"trust_remote_code"}),
+        "sampling_args": frozenset(
+            {
+                "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "logit_bias",
+                "allowed_token_ids", "logprobs", "detokenize",
+            }
+        ),
+        "transformer_args": frozenset(),
+    }
+)  # fmt: skip
+"""Fields of vLLM's that `inference_engine: transformers` reads; known without vLLM, too."""
+
 
 @functools.cache
 def upstream_fields() -> Mapping[str, frozenset[str]]:
-    """Field names by ModelArgs' pass-through dict; empty for a library that is not installed."""
+    """Field names by ModelArgs' pass-through dict; of libraries that are installed."""
     return MappingProxyType(
         {
-            target: frozenset().union(*(_fields(path, name) for path, name in sources))
+            target: FIELDS_WITHOUT_VLLM[target].union(
+                *(_fields(path, name) for path, name in sources)
+            )
             for target, sources in _SOURCES.items()
         }
     )
