@@ -369,6 +369,36 @@ def test_gae_is_ppo_with_a_critic(job):
     assert "critic.training_args.gradient_accumulation_steps=2: both trainers take batches" in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["init_kl_coef=0.1"], "init_kl_coef=0.1 (only with add_token_level_kl: True and"),
+        (["kl_loss_coef=0.1"], "kl_loss_coef=0.1 (only with use_kl_loss: True and"),
+        (["kl_loss_coef=0.1", "use_kl_loss=True"], None),
+        (["pg_clip_low=0.1"], "pg_clip_low=0.1 (only with use_pg_clip_range: True)"),
+        (["adv_estimator=reinforce", "whiten_advantages=False"], "whiten_advantages=False (rein"),
+        (["whiten_advantages=True"], "whiten_advantages=True (grpo compares a response with its"),
+        (["actor_train.generating_args.top_k=1"], "generating_args (responses are actor_infer's)"),
+        (["actor_train.world_size=4"], "actor_train.world_size=4 (follows from device_mapping)"),
+        (["actor_train.model_args.lora_rank=4"], "lora_rank=4 (only with lora_target)"),
+        (["actor_infer.training_args.learning_rate=1"], "(training is said in actor_train)"),
+        (["actor_infer.data_args.file_name=x"], "(prompts are named in actor_train and validati"),
+        (["actor_infer.model_args.attn_implementation=sdpa"], "choose their kernels"),
+        (["validation.generating_args.max_new_tokens=9"], "with the lengths of training"),
+        (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
+        (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
+         "reference (not started without a KL penalty: use_kl_loss with grpo"),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_in_its_place_is_told(job, overrides, told):
+    notices = load_config(job, overrides).notices
+    if told is None:
+        assert notices == ()
+    else:
+        (line,) = notices
+        assert told in line
+
+
 def test_a_critic_without_gae_is_named_and_gae_without_a_critic_refused(job):
     job.write_text(JOB + CRITIC)
     loaded = load_config(job)

@@ -112,8 +112,16 @@ class Role:
             for name in ("lora_target", "lora_rank", "lora_alpha", "lora_dropout"):
                 if name in self.model_args and "lora_target" in self.model_args:
                     self.t.has_no_effect(self.model_args.key(name), adapters)
-        elif "generating_args" in self.given:
+        if (
+            self.kind != "actor_infer"
+            and self.strategy != "vllm"
+            and ("generating_args" in self.given)
+        ):
             self.t.has_no_effect(self.given.key("generating_args"), "responses are actor_infer's")
+        if self.num_devices and "world_size" in self.given:
+            self.t.has_no_effect(self.given.key("world_size"), "follows from device_mapping")
+        if trains and "lora_target" not in self.model_args and "lora_rank" in self.model_args:
+            self.t.has_no_effect(self.model_args.key("lora_rank"), "only with lora_target")
 
     def _attention(self) -> None:
         """Set what computes attention, where the role says it."""

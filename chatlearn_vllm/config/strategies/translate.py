@@ -30,6 +30,10 @@ _LOSS_AGGREGATIONS = {
     "seq-mean-token-mean": "seq-mean",
     "seq-mean-token-sum-norm": "seq-mean-token-sum-norm",
 }
+_KL_IN_USE = {
+    "kl_loss_coef": "only with use_kl_loss: True and adv_estimator: grpo",
+    "init_kl_coef": "only with add_token_level_kl: True and adv_estimator: reinforce or gae",
+}
 _EVALUATED = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty",
@@ -320,8 +324,11 @@ class _Job:
     def _loss(self, trainer: Role) -> None:
         top, put = self.top, trainer.put
         self._advantages(trainer)
-        coefficient, *named = self._kl_coef()
-        put("init_kl_coef", coefficient, *named)
+        coefficient, name, in_use = self._kl_coef()
+        put("init_kl_coef", coefficient, name, in_use)
+        for other, why in _KL_IN_USE.items():
+            if top.values.get(other) and ((other,) != name or not coefficient):
+                self.t.has_no_effect((other,), why)
         for name, ours in (
             ("gamma", "gamma"),
             ("lambd", "lam"),
@@ -384,8 +391,8 @@ class _Job:
             if top.values.get(name) not in (None, False, "group", BROKEN):
                 self.t.has_no_effect((name,), why)
 
-    def _kl_coef(self) -> tuple[Any, ...]:
-        """Weight of the KL penalty, and the keys that say it."""
+    def _kl_coef(self) -> tuple[float, Key, Key]:
+        """Weight of the KL penalty, and the keys that say it: the number's, and the switch."""
         top = self.top
         if self._estimator() == "grpo":
             in_use, name, default = "use_kl_loss", "kl_loss_coef", 0.0
