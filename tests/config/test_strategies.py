@@ -336,6 +336,10 @@ def test_an_evaluation_has_its_own_sampling(job):
          {"cliprange": 0.1, "cliprange_high": 0.3}),
         (("dual_clip_loss=True", "pg_clip=0.5"), {"dual_clip": 2.0}),
         (("reward_clip=3", "adv_estimator=reinforce"), {"cliprange_reward": 3}),
+        (("train_infer_correction.is_weight={enabled: True, weight_type: token}",),
+         {"tis_imp_ratio_cap": 1.2}),
+        (("train_infer_correction.is_weight={enabled: False, upper_bound: 2}",),
+         {"tis_imp_ratio_cap": None}),
     ],
 )  # fmt: skip
 def test_an_algorithm_has_our_keys(job, overrides, values):
@@ -464,6 +468,10 @@ def test_rewards_may_be_rules_and_models(job):
         ("add_token_level_kl=True", "add_token_level_kl=True: must be False: grpo has its KL in"),
         (f"{TRAIN}warmup_steps=1000", f"{TRAIN}warmup_steps=1000: must be less than the 1000 "
          "optimizer steps of the job, at whose end lr_scheduler_type=linear is"),
+        ("train_infer_correction.is_weight={enabled: True, weight_type: sequence}",
+         "train_infer_correction.is_weight.weight_type='sequence': must be token"),
+        ("train_infer_correction.is_weight={enabled: True, upper_bound: 0.5}",
+         "train_infer_correction.is_weight.upper_bound=0.5: must be greater than or equal to 1"),
         # what another key says
         (f"{INFER}n=2", f"{INFER}n=2: is set by num_return_sequences; leave it out"),
         (f"{INFER}max_tokens=2", "is set by max_new_tokens; leave it out"),

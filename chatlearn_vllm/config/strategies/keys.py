@@ -161,7 +161,10 @@ TOP: Keys = {
     "rl_loss_coef": NoEffect(_LOSS, (None, 1, 1.0)),
     "use_policy_loss_type": NoEffect(_LOSS, (None, "PPO")),
     "pg_variant": NoEffect(_LOSS, (None, "ppo")),
-    "train_infer_correction": NoEffect("see tis_imp_ratio_cap in docs/algorithms/grpo.md"),
+    "train_infer_correction": Becomes(
+        "model_args.tis_imp_ratio_cap",
+        "is_weight with enabled: True and weight_type: token: its upper_bound (default 1.2)",
+    ),
     "l2": NoEffect(_LOSS, (None, 0, 0.0)),
     "critic_warmup": NoEffect("policy and critic learn from the first step on", (None, 0)),
     "balance_length": NoEffect("rows are always balanced by length"),

@@ -347,6 +347,7 @@ class _Job:
                     self.t.has_no_effect((name,), "only with use_pg_clip_range: True")
         if top.get("dual_clip_loss", bool, False):
             put("dual_clip", 1 + 2 * clip, ("dual_clip_loss",))
+        self._correction(trainer)
         put("loss_agg", top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean"),
             ("loss_agg_mode",))  # fmt: skip
         ratio = top.choose("importance_sampling", {"token": "token", "seq": "sequence"}, "token")
@@ -359,6 +360,25 @@ class _Job:
         for name in only_ppo:
             if name in top:
                 self.t.has_no_effect((name,), "only with adv_estimator: gae")
+
+    def _correction(self, trainer: Role) -> None:
+        """Set the weights that make up for the rollout's other log-probabilities."""
+        path = ("train_infer_correction",)
+        given = Given(self.t, path, {}, ("is_weight", "filters"))
+        if given.values.get("filters"):
+            self.t.has_no_effect(given.key("filters"), "samples are weighed, none is left out")
+        known = ("enabled", "weight_type", "upper_bound", "detach")
+        weight = Given(self.t, given.key("is_weight"), {}, known)
+        if not weight.get("enabled", bool, False):
+            return
+        if weight.values.get("weight_type", "token") != "token":
+            rule = "must be token: each token is weighed by its own probabilities"
+            self.t.report(weight.key("weight_type"), rule)
+        bound = weight.values.get("upper_bound", 1.2)
+        if bound is None:
+            self.t.report(weight.key("upper_bound"), "must be a number of at least 1")
+        else:
+            trainer.put("tis_imp_ratio_cap", bound, weight.key("upper_bound"), path)
 
     def _advantages(self, trainer: Role) -> None:
         top = self.top
