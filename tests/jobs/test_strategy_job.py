@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from chatlearn_vllm.config import load_config
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
@@ -63,7 +64,9 @@ def test_vllm_samples_as_the_file_says():
 def test_a_reward_scores_the_records_of_its_tags_and_evaluations_add_up(tmp_path):
     job = load_config(EXAMPLE, ["rewards.math_rule.tag_included=[sum]",
                                 "rewards.math_rule.reward_weight=0.5"])  # fmt: skip
-    reward = reward_class(job.models["reward_math_rule"])("reward_math_rule", job)
+    # Ranks get the class itself: it cannot be imported there.
+    made = cloudpickle.loads(cloudpickle.dumps(reward_class(job.models["reward_math_rule"])))
+    reward = made("reward_math_rule", job)
     data = {"str_outputs": ["5", "5", "4"], "answer": ["5", "5", "5"], "tag": ["sum", "x", "sum"]}
     torch.testing.assert_close(reward.forward_step(data)["rewards"], torch.tensor([1.0, 0.0, 0.0]))
     added = reward.eval_forward({**data, "rewards": torch.ones(3)})["rewards"]
