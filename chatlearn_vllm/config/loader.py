@@ -35,6 +35,9 @@ _SET_BY_OUR_KEY = {
     "data_parallel_size": "num_gpu of the model",
     "distributed_executor_backend": "the runtime",
     "worker_cls": "the runtime",
+    "spec_method": "speculative_config",
+    "spec_model": "speculative_config",
+    "spec_tokens": "speculative_config",
 }
 """Upstream arguments that follow from one of our keys, so that no two keys mean the same."""
 

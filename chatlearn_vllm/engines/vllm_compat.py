@@ -317,7 +317,9 @@ def _draft_of(worker: Any) -> torch.nn.Module | None:
     else:
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         model = getattr(drafter, "model", None)
-    return model if isinstance(model, torch.nn.Module) else None
+        if model is not None and not isinstance(model, torch.nn.Module):
+            model = model.unwrap()  # of what captures CUDA graphs
+    return model
 
 
 def keep_process_groups(engine: Any) -> None:

@@ -141,6 +141,12 @@ def test_problems(job, keys, lines) -> None:
     assert problems_of(job, *keys) == lines
 
 
+def test_vllms_flags_for_drafts_have_one_place(job) -> None:
+    assert problems_of(job, "spec_model=/draft") == [
+        "spec_model='/draft': is set by speculative_config; leave it out"
+    ]
+
+
 def test_a_draft_must_be_there_and_know_the_same_tokens(job, models) -> None:
     tokens = "num_speculative_tokens=3"
     assert problems_of(job, "speculative_model=/nowhere", tokens, check_files=True) == [

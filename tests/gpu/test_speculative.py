@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.gpu.conftest import LLAMA_100M
+from tests.helpers.draft_ranks import save_eagle_head
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny_llama import save_tiny_llama
 
@@ -22,11 +23,11 @@ NGRAM = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A model, one that it was trained into, and a draft that agrees with it mostly."""
+    """A model, one that it was trained into, a draft that agrees with it mostly, an EAGLE head."""
     root = tmp_path_factory.mktemp("models")
     (root / "model").mkdir()
     model = save_tiny_llama(root / "model", **LLAMA_100M)
-    for name, noise in (("trained", 0.1), ("draft", 0.02)):
+    for name, noise in (("trained", 0.5), ("draft", 0.02)):
         (root / name).mkdir()
         torch.manual_seed(len(name))
         other = save_tiny_llama(root / name, **LLAMA_100M)
@@ -34,6 +35,8 @@ def root(tmp_path_factory):
             for mine, its in zip(other.parameters(), model.parameters(), strict=True):
                 mine.copy_(its + noise * its.std() * torch.randn_like(its))
         other.save_pretrained(root / name)
+    (root / "eagle").mkdir()
+    save_eagle_head(root / "eagle", **LLAMA_100M)
     return root
 
 
@@ -75,19 +78,24 @@ def greedy(module):
         module.take_speculation_stats()
     batch = module.generate([0, 1, 2, 3], first_sample=0, is_eval=True)
     stats = module.take_speculation_stats() if module.engine.speculation is not None else None
-    return batch["all_tokens"], stats
+    return batch, stats
 
 
-def regret(model, batch, temperature=1.0):
-    """How much less probable than the model's best token greedy responses are, mean nats."""
+def regret(model, batch):
+    """How much less probable than the model's best tokens greedy responses are, mean nats."""
     differences = []
-    for row in range(len(batch)):
-        tokens = batch[row]
+    for tokens, loss_mask in zip(batch["all_tokens"], batch["loss_mask"], strict=True):
         with torch.no_grad():
-            logprobs = (model(tokens[None].cuda()).logits[0, :-1].float()).log_softmax(-1)
+            logprobs = model(tokens[None].cuda()).logits[0, :-1].float().log_softmax(-1)
         taken = logprobs.gather(1, tokens[1:, None].cuda())[:, 0]
-        differences.append((logprobs.amax(-1) - taken)[-40:])
+        differences.append((logprobs.amax(-1) - taken)[loss_mask[1:].cuda() == 1])
     return torch.cat(differences).mean().item()
+
+
+def share_of_same_tokens(batch, other):
+    """Of two batches of greedy responses to the same prompts."""
+    sampled = batch["loss_mask"] == 1
+    return (batch["all_tokens"] == other["all_tokens"])[sampled].float().mean().item()
 
 
 def logprob_error(module, model):
@@ -111,8 +119,8 @@ def drafts_through_sleep_and_sync(root, job_dir, speculative_config):
 
     facts = {}
     module, models = build(root, job_dir, {"speculative_config": speculative_config})
-    tokens, stats = greedy(module)
-    facts["regret"] = regret(models["model"], tokens)
+    batch, stats = greedy(module)
+    facts["regret"] = regret(models["model"], batch)
     facts["rate"] = stats.acceptance_rate
     facts["logprob_error"] = logprob_error(module, models["model"])
     module.sleep()
@@ -120,7 +128,7 @@ def drafts_through_sleep_and_sync(root, job_dir, speculative_config):
     put_weights(module, models["model"], version=2)
     module.wake_kv_cache()
     again, stats = greedy(module)
-    facts["same"] = (again == tokens).float().mean().item()
+    facts["same"] = share_of_same_tokens(batch, again)
     facts["rate_after_sleep"] = stats.acceptance_rate
     put_weights(module, models["trained"], version=3)
     trained, stats = greedy(module)
@@ -137,11 +145,12 @@ def drafts_through_sleep_and_sync(root, job_dir, speculative_config):
     return facts
 
 
-@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
 def test_drafts_outlive_sleep_level_2_and_a_sync(rank, root, tmp_path, method) -> None:
     config = NGRAM
-    if method == "draft_model":
-        config = {"method": method, "model": str(root / "draft"), "num_speculative_tokens": 3}
+    if method != "ngram":
+        draft = root / {"draft_model": "draft", "eagle": "eagle"}[method]
+        config = {"method": method, "model": str(draft), "num_speculative_tokens": 3}
     facts = rank(drafts_through_sleep_and_sync, root, tmp_path / "job", config)
     # bf16 products round differently in batches of other shapes, and a near tie falls either way.
     assert facts["regret"] < 0.01
@@ -181,4 +190,4 @@ def test_fp8_weights_are_quantised_again_at_each_sync(rank, root, tmp_path) -> N
     assert not facts["is_direct"] and "is quantised" in facts["path"]
     for name in ("error", "error_after_sync", "error_after_sleep"):
         assert facts[name] < 0.1, name
-        assert facts[name] < 0.3 * facts["error_of_other"], name
+        assert facts[name] < 0.5 * facts["error_of_other"], name

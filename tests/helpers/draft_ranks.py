@@ -46,9 +46,9 @@ def save_models(root: Path) -> None:
     save_eagle_head(root / "eagle")
 
 
-def save_eagle_head(directory: Path) -> None:
+def save_eagle_head(directory: Path, **config: Any) -> None:
     """One layer that reads an embedding and a hidden state; it shares the model's embedding."""
-    layer = save_tiny_llama(directory, num_hidden_layers=1)
+    layer = save_tiny_llama(directory, **{**config, "num_hidden_layers": 1})
     width = layer.config.hidden_size
     head = {
         name.removeprefix("model."): tensor.clone()
@@ -210,7 +210,10 @@ def distribution_p_value(
     expected = dict(_first_tokens(prompt, sampling, 3, 1.0))
     counts = dict.fromkeys(expected, 0)
     for completion in output.outputs:
-        counts[tuple(completion.token_ids[:3])] += 1
+        tokens = tuple(completion.token_ids[:3])
+        if tokens not in counts:  # the model never says that
+            return 0.0, take_stats(name)
+        counts[tokens] += 1
     return _chi_square(counts, expected, num_samples), take_stats(name)
 
 

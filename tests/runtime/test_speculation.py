@@ -3,9 +3,13 @@
 import logging
 
 import pytest
+import yaml
 
+from chatlearn_vllm.config import load_config
 from chatlearn_vllm.engines.speculation import SpeculationStats
+from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
 from chatlearn_vllm.runtime.speculation import SpeculationSwitch
+from tests.helpers.toy_modules import ToyModule, ToyTrainer
 
 
 class Policy:
@@ -88,3 +92,19 @@ def test_the_log_says_why(caplog, monkeypatch) -> None:
         "without in the last rollouts (speculative_min_gain: 1); 50% of the drafted tokens "
         "accepted with weight version 2"
     )
+
+
+def test_a_policy_that_gets_weights_is_not_read_from_a_quantised_checkpoint(tmp_path) -> None:
+    frozen = {"quantization": "gptq", "load_format": "auto"}
+    models = {
+        "policy": {"num_gpu": 1, "model_args": frozen},
+        "reward": {"num_cpu": 1},
+        "policy_trainer": {"num_gpu": 1, "trainable": True},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"models": models}))
+    job = load_config(tmp_path / "job.yaml")
+    with pytest.raises(ValueError, match=r"models.policy: .* quantised \(gptq\).*fp8"):
+        GRPOEngine(
+            ToyModule("policy", job), None, ToyModule("reward", job),
+            ToyTrainer("policy_trainer", job),
+        )  # fmt: skip
