@@ -18,7 +18,8 @@ import torch
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.weight_stream import receive_tensors
 
-vllm_compat.unpacked_cpu_weights().__enter__()  # for the life of the process
+_OF_THE_PROCESS = contextlib.ExitStack()
+_OF_THE_PROCESS.enter_context(vllm_compat.unpacked_cpu_weights())
 
 _BOOT_ID = uuid.uuid4().hex
 """Different after each start: a server that was started anew has lost its weights."""
