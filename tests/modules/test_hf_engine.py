@@ -25,6 +25,8 @@ from tests.jobs.test_grpo_job import PROMPTS as RECORDS
 from tests.jobs.test_grpo_job import write_job
 
 ROOT = Path(__file__).parents[2]
+MODEL_EOS = 26
+"""A second end-of-sequence token, of generation_config.json alone."""
 PROMPTS = ["12+34=", "a", "The sum of 1 and 2 is"]
 
 
@@ -70,6 +72,8 @@ SETTINGS = dict(n=3, temperature=0.7, eval_temperature=0.0, stop_token_list="~;@
 def hf_model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     model = save_tiny_llama(directory)
+    model.generation_config.eos_token_id = [2, MODEL_EOS]
+    model.generation_config.save_pretrained(directory)
     model.directory = directory
     return model
 
@@ -159,6 +163,7 @@ GREEDY = {
 
 
 def test_greedy_answers_are_those_of_vllm(ready, with_vllm) -> None:
+    reasons = set()
     for name, keys in GREEDY.items():
         requests = [
             (ids, {"temperature": 0.0, "max_tokens": 9, "logprobs": 0} | keys) for ids in IDS
@@ -166,11 +171,14 @@ def test_greedy_answers_are_those_of_vllm(ready, with_vllm) -> None:
         answers, expected = ask(ready, requests), ask(with_vllm, requests)
         for got, want in zip(answers, expected, strict=True):
             assert parts(got) == parts(want), name
+            reasons |= {(made.finish_reason, made.stop_reason) for made in got.outputs}
             assert_same_logprobs(got.prompt_logprobs, want.prompt_logprobs)
             for made, theirs in zip(got.outputs, want.outputs, strict=True):
                 assert_same_logprobs(made.logprobs, theirs.logprobs)
                 total = theirs.cumulative_logprob
                 assert made.cumulative_logprob == pytest.approx(total, abs=1e-3)
+    assert reasons >= {("stop", None), ("stop", MODEL_EOS), ("stop", 75), ("length", None)}
+    assert any(isinstance(reason, str) for _, reason in reasons)
 
 
 def test_an_evaluation_gives_the_same_batch(ready, with_vllm) -> None:
@@ -469,12 +477,13 @@ def test_a_grpo_job_learns_with_transformers(hf_model, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_the_shipped_evaluation_answers_with_the_best_beam(hf_model, tmp_path, engine) -> None:
+def test_the_shipped_evaluation_answers_with_the_best_beam(tmp_path, engine) -> None:
+    model = save_tiny_llama(tmp_path / "model")
     questions = [{"prompt": f"{i}+{i + 7}=", "answer": str(2 * i + 7)} for i in range(10, 16)]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(question) + "\n" for question in questions))
     settings = {
-        "policy_load": hf_model.directory, "eval_data_path": prompts, "num_gpu_policy": 1,
+        "policy_load": tmp_path / "model", "eval_data_path": prompts, "num_gpu_policy": 1,
         "output_dir": tmp_path, "seq_length": 32, "max_new_tokens": 12, "max_num_seqs": 8,
         "eval_num_beams": 3, "INFERENCE_ENGINE": engine,
     }  # fmt: skip
@@ -486,10 +495,10 @@ def test_the_shipped_evaluation_answers_with_the_best_beam(hf_model, tmp_path, e
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "eval" / "eval" / "episode_000000.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    tokenizer = AutoTokenizer.from_pretrained(hf_model.directory)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for question, sample in zip(questions, samples, strict=True):
         ids = torch.tensor([tokenizer.encode(question["prompt"])])
-        made = hf_model.generate(
+        made = model.generate(
             ids, num_beams=3, max_new_tokens=12, do_sample=False, pad_token_id=0,
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
