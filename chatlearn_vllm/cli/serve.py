@@ -16,6 +16,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+_RETIRED_FLAGS = {
+    "--speculative-model": '--speculative-config \'{"method": "draft_model", "model": "DIR", '
+    '"num_speculative_tokens": 5}\'',
+    "--num-speculative-tokens": "num_speculative_tokens in --speculative-config",
+    "--swap-space": "nothing: preempted requests are computed again",
+    "--use-v2-block-manager": "nothing: there is one block manager",
+    "--disable-log-requests": "nothing: requests are logged with --enable-log-requests only",
+}
+"""Flags of older vLLM versions -> what stands in their place."""
+
 HELP = "serve a trainer's checkpoint, or a Hugging Face directory, with an OpenAI API"
 USER_ERROR = 2
 
@@ -91,6 +101,9 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
         raise ValueError(f"--port {arguments.port}: must be from 1 to 65535")
     if arguments.tensor_parallel_size is not None and arguments.tensor_parallel_size < 1:
         raise ValueError(f"--tensor-parallel-size {arguments.tensor_parallel_size}: must be >= 1")
+    for flag, instead in _RETIRED_FLAGS.items():
+        if _is_given(flag, arguments.flags):
+            raise ValueError(f"{flag}: vLLM no longer has it; instead: {instead}")
     if arguments.weight_updates and not environment.get("VLLM_API_KEY"):
         raise ValueError(
             "--weight-updates: who reaches such a server can change its model; set VLLM_API_KEY to "

@@ -416,7 +416,7 @@ class ServerEngine(GenerationEngine):
     def _end_of_log(self) -> str:
         if self._process is None:
             return ""
-        return f"\nthe end of {self._process.log}:\n{self._process.last_lines()}"
+        return f"\nfrom {self._process.log}:\n{self._process.last_lines()}"
 
 
 def _worker_answers(answer: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -20,7 +21,10 @@ from chatlearn_vllm.engines.server_watch import GRACE_S
 WORKER_EXTENSION = "chatlearn_vllm.engines.vllm_server_worker.WeightUpdates"
 CONTROL_GUARD = "chatlearn_vllm.engines.server_guard.ControlGuard"
 _POLL_S = 0.25
-_LAST_LINES = 30
+_LAST_LINES = 20
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
+_MOST_ERRORS = 5
+"""Those that come first: vLLM's last lines say only that something went wrong."""
 _PORT_ATTEMPTS = 3
 _OF_A_RANK = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -54,9 +58,11 @@ class ServerProcess:
         return self._process.pid
 
     def last_lines(self) -> str:
-        """The end of the log, without the key."""
-        lines = self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        return "\n".join(lines).replace(self.api_key, "***")
+        """The errors that the log names, and its end, without the key."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = dict.fromkeys(found[0] for line in lines if (found := _ERROR.search(line)))
+        shown = [*list(errors)[:_MOST_ERRORS], "...", *lines[-_LAST_LINES:]]
+        return "\n".join(shown).replace(self.api_key, "***")
 
     def stop(self) -> None:
         """End the server and all its processes; safe to call again."""
@@ -175,7 +181,7 @@ def _wait_until_healthy(server: ServerProcess, timeout_s: float) -> None:
             )
         time.sleep(_POLL_S)
     raise ServerStartError(
-        f"the vLLM server ended while starting; the end of {server.log}:\n{server.last_lines()}"
+        f"the vLLM server ended while starting; from {server.log}:\n{server.last_lines()}"
     )
 
 

@@ -69,6 +69,7 @@ print(response.json()["choices"][0]["text"])
         (["."], "no checkpoint|no complete checkpoint"),
         ([".", "--port", "70000"], "--port 70000: must be from 1 to 65535"),
         ([".", "--tensor-parallel-size", "0"], "--tensor-parallel-size 0: must be >= 1"),
+        ([".", "--", "--speculative-model", "d"], "--speculative-model: .* --speculative-config"),
         ([".", "--weight-updates"], "set VLLM_API_KEY to a secret"),
     ],
 )

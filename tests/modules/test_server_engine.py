@@ -49,9 +49,15 @@ class Policy(VLLMModule):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models of one shape and unlike weights; the first one's directory is `load`."""
+    """Two models of one shape and unlike weights; the first one's directory is `load`.
+
+    Their embeddings are tied, which vLLM on CPU would not update if its weights were packed.
+    """
     directories = [tmp_path_factory.mktemp(f"model{seed}") for seed in range(2)]
-    made = [save_tiny_llama(directory, seed=seed) for seed, directory in enumerate(directories)]
+    made = [
+        save_tiny_llama(directory, tied=True, seed=seed)
+        for seed, directory in enumerate(directories)
+    ]
     made[0].directory = directories[0]
     return made
 
