@@ -597,6 +597,7 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         ("${a b}", "${a b} is neither the name of a key nor"),
         ("${....x}", "leads out of the file"),
         ("${open", "a template ${ has no closing brace"),
+        ("${" * 3000 + "}" * 3000, "templates are nested too deep"),
     ],
 )
 def test_a_template_that_stands_for_nothing_is_named(write, monkeypatch, text, rule):
@@ -617,6 +618,12 @@ def test_defaults_are_laid_below_the_file_or_where_it_says(write):
     write("training_args/fast.yaml", "learning_rate: 1e-3\n")
     path = write("c.yaml", "defaults: [base, {training_args@actor_train.training_args: fast}]\n")
     assert args_of(path, model="policy_trainer").lr == 1e-3
+
+
+def test_defaults_in_a_circle_are_refused(write):
+    write("base.yaml", "defaults: [job]\n")
+    path = write("job.yaml", f"defaults: [base]\n{JOB}")
+    assert problems_of(path) == ["base.yaml: defaults='job': files name each other in a circle"]
 
 
 def test_files_of_defaults_that_are_not_there_are_named(write):

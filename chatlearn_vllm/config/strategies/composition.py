@@ -5,7 +5,7 @@ else on top. An entry is a file beside this one, `group/name` or `{group: name}`
 whose keys then lie below `group`; `@_here_` and `@_global_` put them at the top, `@a.b` below a.b.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ Load = Callable[[Path], Any]
 
 
 def compose(
-    path: Path, values: dict[str, Any], load: Load, problems: list[Problem]
+    path: Path,
+    values: dict[str, Any],
+    load: Load,
+    problems: list[Problem],
+    including: Sequence[Path] = (),
 ) -> tuple[Tree, list[str]]:
     """Lay a file over what its `defaults` name.
 
@@ -26,6 +30,7 @@ def compose(
         values: its keys, templates still in them.
         load: reads another file.
         problems: takes entries that are none.
+        including: files whose `defaults` led to this one.
 
     Returns:
         All keys, and the entries of which there is no file.
@@ -51,10 +56,14 @@ def compose(
             (one for end in (".yaml", ".yml") if (one := path.parent / f"{name}{end}").is_file()),
             None,
         )
+        chain = (*including, path.resolve())
         if file is None:
             missing.append(name)
+        elif file.resolve() in chain:
+            rule = "files name each other in a circle"
+            problems.append(Problem(str(path), "defaults", rule, entry))
         elif isinstance(below := load(file), dict):
-            inner, further = compose(file, below, load, problems)
+            inner, further = compose(file, below, load, problems, chain)
             tree.merge(inner, at)
             missing += further
     return tree, missing

@@ -40,9 +40,11 @@ def interpolate(
         parent = tree.get(key[:-1])
         try:
             parent[key[-1]] = resolver.value_at(key)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            is_deep = isinstance(error, RecursionError)
+            rule = "templates are nested too deep" if is_deep else str(error)
             file, dotted = tree.origin(key)
-            problems.append(Problem(file, dotted, str(error), parent[key[-1]]))
+            problems.append(Problem(file, dotted, rule, parent[key[-1]]))
             parent[key[-1]] = BROKEN
 
 
