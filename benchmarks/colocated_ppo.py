@@ -177,6 +177,7 @@ class RecordingTimers(PhaseTimers):
                 yield
             return
         self._meter.take_peak()
+        before = self.seconds(name)
         span = {"phase": name, "begin": self._meter.used() // MIB}
         self._spans.append(span)
         try:
@@ -185,6 +186,7 @@ class RecordingTimers(PhaseTimers):
         finally:
             span["peak"] = self._meter.take_peak() // MIB
             span["end"] = self._meter.used() // MIB
+            span["seconds"] = round(self.seconds(name) - before, 4)
 
     def take_spans(self) -> list[dict[str, Any]]:
         """What was noted since the last call, in the order in which phases began."""
