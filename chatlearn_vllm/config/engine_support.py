@@ -145,31 +145,28 @@ FEATURES: Mapping[str, Feature] = {
 
 @dataclass(frozen=True)
 class Clash:
-    """Two features of vLLM's engine that do not go together."""
+    """Features of vLLM's engine that do not go together with another."""
 
-    first: str
-    second: str
+    these: tuple[str, ...]
+    other: str
     why: str
-    """What is told, at the key of the first."""
+    """What is told, at the key of these."""
 
-
-_DRAFTS = ("ngram", "ngram_gpu", "draft_model", "eagle", "other drafts")
 
 NOT_TOGETHER: tuple[Clash, ...] = (
-    *(
-        Clash(
-            drafts, "pipeline parallel",
-            "drafts are made on the last pipeline stage only, and the ranks of a replica schedule "
-            "for themselves; set pipeline_model_parallel_size: 1 and a larger "
-            "tensor_model_parallel_size, or leave speculative_config out",
-        )
-        for drafts in _DRAFTS
+    Clash(
+        ("ngram", "ngram_gpu", "draft_model", "eagle", "other drafts"),
+        "pipeline parallel",
+        "drafts are made on the last pipeline stage only, and the ranks of a replica schedule for "
+        "themselves; set pipeline_model_parallel_size: 1 and a larger "
+        "tensor_model_parallel_size, or leave speculative_config out",
     ),
     Clash(
-        "direct copy", "fp8",
+        ("direct copy",),
+        "fp8",
         "vLLM's parameters hold quantised weights then; set weight_sync_path: auto",
     ),
-)  # fmt: skip
+)
 
 
 def quantization_of_checkpoint(args: ModelArgs) -> str | None:
@@ -201,8 +198,9 @@ def conflicts(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[tupl
     if engine != "vllm":
         return
     for clash in NOT_TOGETHER:
-        if clash.first in names and clash.second in names:
-            yield _key(FEATURES[clash.first], model), clash.why
+        for name in names:
+            if name in clash.these and clash.other in names:
+                yield _key(FEATURES[name], model), clash.why
 
 
 def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:

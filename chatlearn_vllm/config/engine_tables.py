@@ -32,10 +32,9 @@ def tables() -> str:
         "| | with | because |",
         "|---|---|---|",
     ]
-    lines += [
-        f"| {FEATURES[clash.first].title} | {FEATURES[clash.second].title} | {clash.why} |"
-        for clash in NOT_TOGETHER
-    ]
+    for clash in NOT_TOGETHER:
+        these = "; ".join(FEATURES[name].title for name in clash.these)
+        lines.append(f"| {these} | {FEATURES[clash.other].title} | {clash.why} |")
     return "\n".join((*lines, ""))
 
 

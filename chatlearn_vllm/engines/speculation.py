@@ -16,10 +16,13 @@ from typing import Any
 
 WINDOW = 16
 """Steps of each kind that are compared with each other."""
-PERIOD = 256
-"""Steps from one comparison to the next; one in so many steps x WINDOW is run the other way."""
 SETTLING = 3
 """Steps after a switch that do not count: with async scheduling they were scheduled before it."""
+PERIOD = 256
+"""Steps from the beginning of one comparison to that of the next."""
+_LENGTH = SETTLING + WINDOW
+_BEFORE, _DURING, _AFTER = range(3)
+"""Parts of a comparison, each of `_LENGTH` steps; those during it are run the other way."""
 
 
 @dataclass
@@ -132,46 +135,43 @@ class Speculation:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around each step of the engine."""
-        place = self._step % PERIOD
-        is_other = self.measures and WINDOW + SETTLING <= place < 2 * (WINDOW + SETTLING)
-        self._draft(self.is_on != is_other)
+        part, place = divmod(self._step % PERIOD, _LENGTH)
+        self._draft(self.is_on != (self.measures and part == _DURING))
         self.step_count = count = StepCount()
         begin = time.perf_counter()
         yield
-        self._note(count, place, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self._step += 1
+        self._stats.num_drafts += count.num_drafts
+        self._stats.num_draft_tokens += count.num_draft_tokens
+        self._stats.num_accepted_tokens += count.num_accepted_tokens
+        if self.measures and part <= _AFTER:
+            self._note(part, place, count, seconds)
 
     def _draft(self, drafts: bool) -> None:
         if drafts != self._drafts:
             self.switch(drafts)
             self._drafts = drafts
 
-    def _note(self, count: StepCount, place: int, seconds: float) -> None:
-        stats = self._stats
-        stats.num_drafts += count.num_drafts
-        stats.num_draft_tokens += count.num_draft_tokens
-        stats.num_accepted_tokens += count.num_accepted_tokens
-        self._step += 1
-        if not self.measures or place >= 3 * (WINDOW + SETTLING):
-            return
+    def _note(self, part: int, place: int, count: StepCount, seconds: float) -> None:
+        """Add a step to the part of the comparison that it belongs to."""
         if place == 0:
-            self._windows = []
-        if place % (WINDOW + SETTLING) == 0:
-            self._windows.append(_Window(self._drafts))
+            before = self._windows if part != _BEFORE else []
+            self._windows = [*before, _Window(self._drafts)]
         # Steps that work on prompts, too, say little about either kind.
-        is_settled = place % (WINDOW + SETTLING) >= SETTLING
-        if is_settled and not count.prompt_tokens and count.tokens and self._windows:
+        if place >= SETTLING and self._windows and count.tokens and not count.prompt_tokens:
             window = self._windows[-1]
             window.num_steps += 1
             window.tokens += count.tokens
             window.seconds += seconds
-        if place == 3 * (WINDOW + SETTLING) - 1:
+        if part == _AFTER and place == _LENGTH - 1:
             self._compare()
 
     def _compare(self) -> None:
-        """Add the windows before, during and after a switch to the stats, unless one is empty.
+        """Add the windows before, during and after to the stats, unless one says too little.
 
-        Of the first and the last half each counts, so that it does not matter that there are ever
-        fewer requests.
+        What is before counts as much as what is after, so that it does not matter that there are
+        ever fewer requests.
         """
         if len(self._windows) != 3 or any(w.num_steps < WINDOW // 2 for w in self._windows):
             return

@@ -484,7 +484,10 @@ class RolloutEngine(BaseEngine):
         if self.evaluator is None:
             return {}
         with self.timers.phase("eval"):
-            return self.evaluator.evaluate(self.groups, episode, self.run_dir, self.in_memory)
+            metrics = self.evaluator.evaluate(self.groups, episode, self.run_dir, self.in_memory)
+        if self._speculation is not None and self.evaluator.policy is self.policy:
+            metrics |= self._speculation.after_evaluation()
+        return metrics
 
     @staticmethod
     def _is_due(interval: int, episode: int) -> bool:

@@ -43,15 +43,23 @@ class SpeculationSwitch:
         Returns:
             Metrics of the rollout; those of drafts only if there were any.
         """
-        of_ranks = self._policy.call("take_speculation_stats")
-        # The ranks of a replica count the same.
-        stats = sum(of_ranks[:: len(self._policy.replicas[0])], SpeculationStats())
-        metrics = {"rollout/spec_enabled": float(self._is_on), **speculation_metrics(stats)}
+        stats = self._take_stats()
+        metrics = {"rollout/spec_enabled": float(self._is_on)}
+        metrics |= speculation_metrics(stats, "rollout")
         if stats.gain is not None and self._min_gain > 0:
             self._gains = [*self._gains, stats.gain][-PATIENCE:]
             if self._should_switch():
                 self._switch(stats, weight_version)
         return metrics
+
+    def after_evaluation(self) -> dict[str, float]:
+        """What drafting did in an evaluation, as metrics."""
+        return speculation_metrics(self._take_stats(), "eval")
+
+    def _take_stats(self) -> SpeculationStats:
+        of_ranks = self._policy.call("take_speculation_stats")
+        # The ranks of a replica count the same.
+        return sum(of_ranks[:: len(self._policy.replicas[0])], SpeculationStats())
 
     def _should_switch(self) -> bool:
         if len(self._gains) < PATIENCE:
@@ -77,12 +85,12 @@ class SpeculationSwitch:
         self._gains = []
 
 
-def speculation_metrics(stats: SpeculationStats) -> dict[str, float]:
-    """What is known of the drafts of a rollout."""
+def speculation_metrics(stats: SpeculationStats, prefix: str) -> dict[str, float]:
+    """What is known of the drafts of a rollout or an evaluation."""
     values = {
-        "rollout/spec_drafts": stats.num_drafts,
-        "rollout/spec_acceptance_rate": stats.acceptance_rate,
-        "rollout/spec_accepted_length": stats.accepted_length,
-        "rollout/spec_gain": stats.gain,
+        f"{prefix}/spec_drafts": stats.num_drafts,
+        f"{prefix}/spec_acceptance_rate": stats.acceptance_rate,
+        f"{prefix}/spec_accepted_length": stats.accepted_length,
+        f"{prefix}/spec_gain": stats.gain,
     }
     return {name: float(value) for name, value in values.items() if value is not None}

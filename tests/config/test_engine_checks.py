@@ -51,7 +51,7 @@ def test_the_documented_tables_are_those_of_the_checks() -> None:
         "run: python -m chatlearn_vllm.config.engine_tables docs/engines.md"
     )
     known = FEATURES.keys()
-    assert all({clash.first, clash.second} <= known for clash in NOT_TOGETHER)
+    assert all({*clash.these, clash.other} <= known for clash in NOT_TOGETHER)
 
 
 def test_older_spellings_mean_the_map(job, models) -> None:

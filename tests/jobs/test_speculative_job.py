@@ -41,6 +41,7 @@ def test_two_ranks_draft_alike_and_stop_together(tmp_path) -> None:
         assert 0 < metrics["rollout/spec_gain"] < 1000
         assert 0.1 < metrics["rollout/spec_acceptance_rate"] <= 1
         assert 1 < metrics["rollout/spec_accepted_length"] <= 3
+        assert ("eval/spec_acceptance_rate" in metrics) == (metrics["episode"] < 2)
     # Two rollouts say that it is too little; the others draft in a few steps, to compare.
     assert [metrics["rollout/spec_enabled"] for metrics in episodes] == [1, 1, 0, 0]
     drafts = [metrics["rollout/spec_drafts"] for metrics in episodes]

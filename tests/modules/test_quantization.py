@@ -52,3 +52,12 @@ def logprob_error(model, answers) -> float:
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         errors.append((torch.tensor(logprobs) - expected).abs())
     return torch.cat(errors).mean().item()
+
+
+def test_what_needs_a_gpu_is_refused_before_an_engine_is_built(ranks, tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    save_tiny_llama(tmp_path / "model")
+    with pytest.raises(AssertionError, match=r"models.policy: .* \(quantization\) works on GPUs"):
+        ranks.run(
+            rollout_ranks.build, tmp_path / "job", tmp_path / "model", 1, 1, quantization="fp8"
+        )

@@ -59,6 +59,14 @@ def test_the_metrics_count_each_replica_once() -> None:
     }  # fmt: skip
 
 
+def test_an_evaluation_has_metrics_of_its_own() -> None:
+    assert SpeculationSwitch(Policy(), 1.0).after_evaluation() == {
+        "eval/spec_drafts": 200.0,
+        "eval/spec_acceptance_rate": 0.5,
+        "eval/spec_accepted_length": 2.5,
+    }
+
+
 def test_two_slow_rollouts_in_a_row_end_drafting_and_two_fast_ones_bring_it_back() -> None:
     policy = Policy()
     gains = [0.9, 1.1, 0.9, 0.8, 1.2, 1.02, 1.06, 1.2, 1.2]
