@@ -253,15 +253,15 @@ class ServerEngine(GenerationEngine):
     # ---- memory -----------------------------------------------------------------------------
 
     def _sleep(self, level: int) -> None:
-        if self._facts.has_sleep_mode:
+        if self._facts.can_sleep:
             self._client.post(f"/sleep?level={level}")
 
     def _wake_weights(self) -> None:
-        if self._facts.has_sleep_mode:
+        if self._facts.can_sleep:
             self._client.post("/wake_up?tags=weights")
 
     def _wake_kv_cache(self) -> None:
-        if self._facts.has_sleep_mode:
+        if self._facts.can_sleep:
             self._client.post("/wake_up?tags=kv_cache")
 
     # ---- weights ----------------------------------------------------------------------------
@@ -285,7 +285,9 @@ class ServerEngine(GenerationEngine):
                 "abort(), before the weights change"
             )
         self.begin_weight_update()
-        if not self._is_paused:
+        # A sleeping server schedules nothing, and resuming would have it begin without KV cache.
+        is_asleep = self._facts.can_sleep and not self.state.kv_cache_awake
+        if not self._is_paused and not is_asleep:
             self._client.post("/pause?mode=wait", is_repeatable=True)
             self._is_paused = True
         parts = urlsplit(self._client.url)
@@ -339,8 +341,9 @@ class ServerEngine(GenerationEngine):
         if self._facts.boot_ids is None:
             return
         self._workers("chatlearn_set_version", version=version)
-        self._client.post("/resume", is_repeatable=True)
-        self._is_paused = False
+        if self._is_paused:
+            self._client.post("/resume", is_repeatable=True)
+            self._is_paused = False
 
     def require_weight_updates(self) -> None:
         """Check that the server takes weights.

@@ -48,8 +48,8 @@ class ServerFacts:
     """As far as it says so."""
     is_paused: bool = False
     """Whether a weight sync of an earlier job ended midway."""
-    has_sleep_mode: bool = False
-    """Whether its memory can be given back."""
+    can_sleep: bool = False
+    """Whether it was started with sleep mode; on CPU vLLM goes through the motions without."""
     boot_ids: tuple[str, ...] | None = None
     """Of its workers, one start of which they name; None where it takes no weights."""
     dtype: str | None = None
@@ -200,7 +200,7 @@ def inspect_server(
         max_model_len,
         on_gpu=worker["device_type"] == "cuda",
         is_paused=client.get("/is_paused")["is_paused"],
-        has_sleep_mode=worker["has_sleep_mode"],
+        can_sleep=worker["has_sleep_mode"] or worker["device_type"] == "cpu",
         boot_ids=tuple(one["boot_id"] for one in workers),
         dtype=worker["dtype"],
     )

@@ -204,6 +204,15 @@ def test_an_incomplete_checkpoint_leaves_the_engine_stale_until_a_whole_one_come
     assert ready.generate([0], first_sample=0)["weight_version"].tolist() == [2, 2, 2]
 
 
+def test_a_server_that_an_earlier_job_left_paused_needs_weights_first(ready, client) -> None:
+    tokenize = ready.tokenizer.tokenizer.encode
+    client.post("/pause?mode=wait")
+    try:
+        assert inspect_server(client, ready.engine._shape, SEQ_LENGTH, tokenize).is_paused
+    finally:
+        client.post("/resume")
+
+
 def test_weights_do_not_change_under_requests_of_the_job(engine, models) -> None:
     engine.add_request("r", None, [5], SAMPLING)
     with pytest.raises(EngineStateError, match="1 requests are under way"):
@@ -220,14 +229,17 @@ def test_weights_of_somebody_else_are_noticed(engine, client) -> None:
     assert str(engine.state) == "STALE(1)"
 
 
-def test_sleep_and_wake_keep_the_states_of_an_engine(ready, models) -> None:
+def test_sleep_and_wake_keep_the_states_of_an_engine(ready, models, client) -> None:
     ready.engine.sleep(2)
+    assert client.get("/is_sleeping") == {"is_sleeping": True}
     with pytest.raises(EngineStateError, match="the engine is ASLEEP"):
         ready.engine.load_weights(models[1].named_parameters())
     ready.wake_weights()
     assert ready.engine_state() == "EMPTY without KV cache"
     put_weights(ready, models[1], version=2)
+    assert client.get("/is_sleeping") == {"is_sleeping": True}
     ready.wake_kv_cache()
+    assert client.get("/is_sleeping") == {"is_sleeping": False}
     assert ready.engine_state() == "READY(2)"
     assert len(ready.generate([1], first_sample=0)["str_outputs"]) == 3
 
