@@ -99,6 +99,8 @@ class ServerEngine(GenerationEngine):
         self._seed_per_response = seed_per_response
         self._requests: dict[str, _Request] = {}
         self._is_paused = False
+        self._boot_ids = facts.boot_ids
+        """Which start of its workers has the weights."""
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -130,7 +132,12 @@ class ServerEngine(GenerationEngine):
         body = {name: value for name, value in sampling.items() if value is not None}
         if not self._seed_per_response:
             body.pop("seed", None)
-        body |= {"model": self._facts.model, "prompt": list(token_ids), "return_token_ids": True}
+        body |= {
+            "model": self._facts.model,
+            "prompt": list(token_ids),
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # else the server makes text of each
+        }
         self._requests[request_id] = _Request(prompt, list(token_ids), body)
 
     def add_partial_request(self, request: PartialRequest) -> None:
@@ -240,10 +247,10 @@ class ServerEngine(GenerationEngine):
         workers = self._workers("chatlearn_describe")
         boot_ids = tuple(worker["boot_id"] for worker in workers)
         versions = {worker["weight_version"] for worker in workers}
-        if boot_ids == self._facts.boot_ids and versions == {self.state.version}:
+        if boot_ids == self._boot_ids and versions == {self.state.version}:
             return
         self.state = EngineState(Weights.STALE, self.state.version, self.state.kv_cache_awake)
-        happened = "was started anew" if boot_ids != self._facts.boot_ids else "was given others"
+        happened = "was started anew" if boot_ids != self._boot_ids else "was given others"
         raise EngineStateError(
             f"{self._client.url} no longer has the weights of version {self.state.version}: it "
             f"{happened} (it says {sorted(versions, key=str)}); a weight sync must follow. "
@@ -340,7 +347,8 @@ class ServerEngine(GenerationEngine):
     def _note_version(self, version: int) -> None:
         if self._facts.boot_ids is None:
             return
-        self._workers("chatlearn_set_version", version=version)
+        workers = self._workers("chatlearn_set_version", version=version)
+        self._boot_ids = tuple(worker["boot_id"] for worker in workers)
         if self._is_paused:
             self._client.post("/resume", is_repeatable=True)
             self._is_paused = False
@@ -411,10 +419,17 @@ class ServerEngine(GenerationEngine):
             self._process.stop()
 
     def _workers(self, method: str, **kwargs: Any) -> list[dict[str, Any]]:
-        """Run a method of `vllm_server_worker.WeightUpdates` on all workers; their answers."""
-        return _worker_answers(
+        """Run a method of `vllm_server_worker.WeightUpdates` on all workers; their answers.
+
+        Raises:
+            ServerError: one of them says an error.
+        """
+        answers = _worker_answers(
             self._client.post("/collective_rpc", {"method": method, "kwargs": kwargs})
         )
+        if errors := dict.fromkeys(answer["error"] for answer in answers if "error" in answer):
+            raise ServerError(f"{self._client.url}: {'; '.join(errors)}")
+        return answers
 
     def _end_of_log(self) -> str:
         if self._process is None:

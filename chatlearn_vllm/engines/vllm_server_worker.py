@@ -53,7 +53,7 @@ class WeightUpdates:
         Returns:
             `num_tensors`, or `error` in words; the weights have no version then.
         """
-        self._chatlearn_version = None
+        self._chatlearn_version, self._chatlearn_has_weights = None, False
         count = 0
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -71,12 +71,19 @@ class WeightUpdates:
                 _read_to_the_end(stream)  # the other workers and the sender wait for this one
             self.reload_weights(weights_iterator=iter(()))  # forgets layers of which a part came
             return {"error": f"{type(error).__name__}: {error}"}
+        self._chatlearn_has_weights = True
         return {"num_tensors": count}
 
     def chatlearn_set_version(self, version: int) -> dict[str, Any]:
-        """Note what the weights are called from now on."""
+        """Note what the weights are called from now on.
+
+        Returns:
+            `boot_id`, or `error` where this worker was started anew since it was given weights.
+        """
+        if not getattr(self, "_chatlearn_has_weights", False):
+            return {"error": "the server was started anew and has no weights of the job"}
         self._chatlearn_version = version
-        return {"weight_version": version}
+        return {"boot_id": _BOOT_ID}
 
 
 def _read_to_the_end(stream: Iterator[Any]) -> None:

@@ -79,6 +79,8 @@ def served(models, tmp_path_factory):
     module = start(models, tmp_path_factory.mktemp("served"), vllm_server="start")
     with pytest.raises(EngineStateError, match="the engine is DUMMY, it must be READY"):
         module.generate([0], first_sample=0)
+    with pytest.raises(ServerError, match="has no weights of the job"):
+        module.engine.finish_weight_update(1)
     yield module
     module.shutdown()
 
@@ -227,6 +229,14 @@ def test_weights_of_somebody_else_are_noticed(engine, client) -> None:
     with pytest.raises(EngineStateError, match=r"no longer has the weights of version 1.*\[7\]"):
         engine.run()
     assert str(engine.state) == "STALE(1)"
+
+
+def test_a_server_that_was_started_anew_is_noticed_and_takes_weights_again(ready, models) -> None:
+    ready.engine._boot_ids = ("another start",)
+    with pytest.raises(EngineStateError, match="was started anew .* a weight sync must follow"):
+        ready.generate([0], first_sample=0)
+    put_weights(ready, models[1], version=2)
+    assert ready.generate([0], first_sample=0)["weight_version"].tolist() == [2, 2, 2]
 
 
 def test_sleep_and_wake_keep_the_states_of_an_engine(ready, models, client) -> None:
