@@ -48,6 +48,11 @@ def installed_version() -> Version:
     return version
 
 
+def import_vllm() -> None:
+    """Import what building an engine needs, without building one."""
+    from vllm import EngineArgs, LLMEngine  # noqa: F401
+
+
 def is_cpu_platform() -> bool:
     """Whether vLLM will run on CPU."""
     from vllm.platforms import current_platform

@@ -18,7 +18,7 @@ class BaseModule(ABC):
 
     The driver makes one instance per role to say which class plays it. Each rank of the role then
     makes its own instance in its own process, and the framework calls on every rank, in order:
-    `init`, `model_setup`, `validate`, and per episode `before_episode`, the role's work
+    `preload`, `init`, `model_setup`, `validate`, and per episode `before_episode`, the role's work
     (`forward_step`, or what a subclass adds), `after_episode`. Colocated roles are asked to give
     their device memory back with `offload` and to take it with `onload`.
 
@@ -93,6 +93,9 @@ class BaseModule(ABC):
     def is_last_rank(self) -> bool:
         """Whether this is the replica's last rank."""
         return self.rank == self.world_size - 1
+
+    def preload(self) -> None:
+        """Import what `model_setup` needs: all models at once, before the first is set up."""
 
     def init(self) -> None:
         """Join the replica's process group. All ranks; once, before `model_setup`."""

@@ -158,6 +158,10 @@ class MegatronModule(BaseModule, ABC):
 
     # ---------------------------------------------------------------- what the framework calls
 
+    def preload(self) -> None:
+        """Import megatron-core."""
+        import chatlearn_vllm.engines.megatron.engine  # noqa: F401
+
     def init(self) -> None:
         """Join the process group and the parallel groups. All ranks; once."""
         from chatlearn_vllm.engines.megatron.engine import MegatronEngine

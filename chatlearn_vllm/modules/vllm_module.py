@@ -249,6 +249,15 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     # ---- what the framework calls -----------------------------------------------------------
 
+    def preload(self) -> None:
+        """Import the engine's library; vLLM takes seconds."""
+        if self.model_args.inference_engine == "vllm":
+            from chatlearn_vllm.engines.vllm_compat import import_vllm
+
+            import_vllm()
+        elif self.model_args.inference_engine == "transformers":
+            import chatlearn_vllm.engines.hf_engine  # noqa: F401
+
     def init(self) -> None:
         """Join the process group of the replica's tensor and pipeline parallel ranks."""
         from chatlearn_vllm.engines.process_group import join_process_group

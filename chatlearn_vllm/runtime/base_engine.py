@@ -29,7 +29,7 @@ from chatlearn_vllm.runtime.checkpoint import (
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.stop_request import StopRequest
-from chatlearn_vllm.runtime.worker_group import WorkerGroup
+from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
 logger = get_logger(__name__)
 
@@ -191,8 +191,10 @@ class BaseEngine(ABC):
             self.evaluator.require_prompts()
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()
+        imports = [call for group in self.groups.values() for call in group.start("preload")]
         for module in self.modules:
             self._build_model(module)
+        gather(imports)
         if self.evaluator is not None:
             self.evaluator.setup(self.groups)
 
