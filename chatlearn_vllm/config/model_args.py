@@ -361,7 +361,8 @@ class ServerArgs(Section):
     starts one for each replica, on its device."""
     vllm_server_api_key: Annotated[
         SecretStr | None,
-        BeforeValidator(lambda key: str(key) if isinstance(key, int | float) else key),
+        # Whatever it is: an error would show it.
+        BeforeValidator(lambda key: key if key is None else str(key)),
     ] = None
     """Key that the server was started with, best as ${VLLM_API_KEY}; never shown. Servers that the
     job starts have keys of their own."""

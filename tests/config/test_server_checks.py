@@ -40,7 +40,7 @@ def test_the_engine_follows_from_the_keys(tmp_path, given, engine) -> None:
 
 
 def test_a_key_is_never_shown(tmp_path) -> None:
-    for key in ("secret-5", 12345):
+    for key in ("secret-5", 12345, ["a", "b"]):
         args = load(tmp_path, vllm_server=URL, vllm_server_api_key=key)
         assert args.vllm_server_api_key.get_secret_value() == str(key)
         assert str(key) not in f"{args!r} {args} {args.model_dump_json()}"

@@ -254,6 +254,25 @@ def test_sleep_and_wake_keep_the_states_of_an_engine(ready, models, client) -> N
     assert len(ready.generate([1], first_sample=0)["str_outputs"]) == 3
 
 
+def test_a_server_elsewhere_is_named_by_its_url(ready, models, tmp_path) -> None:
+    key = ready.engine._process.api_key
+    address = {"vllm_server": ready.engine._client.url + "/"}
+    other = start(models, tmp_path, **address, vllm_server_api_key=key)
+    try:
+        # It generates from what the server has, and gives it weights of its own.
+        first, second = (module.generate([0, 3], first_sample=4) for module in (ready, other))
+        assert torch.equal(first["all_tokens"], second["all_tokens"])
+        assert other.engine_state() == "READY(0)"
+        put_weights(other, models[1], version=5)
+        assert other.generate([0], first_sample=0)["weight_version"].tolist() == [5, 5, 5]
+        with pytest.raises(EngineStateError, match="was given others"):
+            ready.generate([0], first_sample=0)
+    finally:
+        other.shutdown()
+    with pytest.raises(ServerError, match="asks for another key"):
+        start(models, tmp_path, **address, vllm_server_api_key="wrong")
+
+
 @pytest.mark.parametrize(
     "path, status",
     [("/health", 200), ("/v1/models", 401), ("/collective_rpc", 401), ("/sleep", 401)],
