@@ -108,6 +108,16 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         "synthetic accepts drafts without looking at the model, so that responses and their "
         "log-probabilities are not the model's; leave it out",
     )
+    budget = args.max_num_batched_tokens
+    if method == "draft_model" and is_number:
+        report.require(
+            budget is None or budget > args.max_num_seqs,
+            (*at, "max_num_batched_tokens"),
+            f"must be more than max_num_seqs={args.max_num_seqs}: a draft model takes a token of "
+            "each running sequence for itself; verifying all of them in one step takes "
+            f"{args.max_num_seqs * (number + 2)}",
+            given=[(*at, "max_num_seqs")],
+        )
     tensor = model.tensor_model_parallel_size
     own_tensor = config.get("draft_tensor_parallel_size")
     allowed = (tensor,) if method == "draft_model" else (1, tensor)

@@ -92,6 +92,8 @@ class Speculation:
 
     switch: Callable[[bool], None]
     """Has the engine draft in its next steps, or not."""
+    can_stop: bool = True
+    """Whether a step without drafts costs less; else there is nothing to compare."""
     is_on: bool = True
     """Whether most steps draft."""
     measures: bool = True
@@ -115,7 +117,7 @@ class Speculation:
         if is_eval != self._is_eval:
             self._is_eval = is_eval
             self.take_stats()
-        self.measures = measures and not is_eval
+        self.measures = measures and not is_eval and self.can_stop
 
     def set_on(self, is_on: bool) -> None:
         """Draft from the next step on, or not; between two rollouts."""

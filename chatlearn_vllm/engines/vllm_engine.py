@@ -90,6 +90,8 @@ class VLLMEngine(GenerationEngine):
             if vllm_compat.needs_dummy_batch(pipeline_parallel_size=pipeline):
                 self._engine.collective_rpc("execute_dummy_batch")
             self._rng = vllm_compat.RandomState.capture()
+        if self.speculation is not None:
+            self.speculation.can_stop = vllm_compat.drafting_can_stop(self._engine)
         draft = vllm_compat.draft_model(self._engine) if self.speculation else None
         self._draft_weights = DraftWeights(draft, self.model) if draft is not None else None
         self._shape = shape
@@ -101,7 +103,8 @@ class VLLMEngine(GenerationEngine):
         """What takes log-probabilities out of each step at once; None where vLLM does."""
         self.seed_per_response = seed_per_response
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
-        if draft is not None and self.state.weights is Weights.DUMMY:
+        is_random = draft is not None and self.state.weights is Weights.DUMMY
+        if is_random and self._engine.vllm_config.speculative_config.method == "draft_model":
             self.load_draft(None)
 
     @property

@@ -309,7 +309,15 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 logger.info("%s: %s", self.name, notice)
         own = self.model_args.seed_per_response
         own = not on_gpu if own is None else own
-        return VLLMEngine(arguments, shape, owner=self, seed_per_response=own)
+        engine = VLLMEngine(arguments, shape, owner=self, seed_per_response=own)
+        drafting = engine.speculation
+        if drafting is not None and not drafting.can_stop and self.rank == self.replica_id == 0:
+            logger.info(
+                "%s: no effect of speculative_min_gain: this model runner of vLLM goes on making "
+                "drafts that nobody asks for; VLLM_USE_V2_MODEL_RUNNER=0 chooses the other one",
+                self.name,
+            )
+        return engine
 
     def _transformers_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
         import torch

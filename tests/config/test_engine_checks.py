@@ -161,6 +161,15 @@ def test_a_draft_must_be_there_and_know_the_same_tokens(job, models) -> None:
     policy_args(job, f"load={models}/target", f"speculative_model={models}/draft", tokens)
 
 
+def test_a_draft_needs_room_in_a_step(job, models) -> None:
+    keys = (f"speculative_model={models}/draft", "num_speculative_tokens=3", "max_num_seqs=8")
+    assert problems_of(job, *keys, "max_num_batched_tokens=8") == [
+        "max_num_batched_tokens=8: must be more than max_num_seqs=8: a draft model takes a token "
+        "of each running sequence for itself; verifying all of them in one step takes 40"
+    ]
+    policy_args(job, *keys, "max_num_batched_tokens=9")
+
+
 def test_a_draft_is_split_as_the_model_is(job, models) -> None:
     config = f"{{model: {models}/draft, num_speculative_tokens: 3, draft_tensor_parallel_size: 1}}"
     lines = problems_of(job, f"speculative_config={config}", "tensor_model_parallel_size=2")

@@ -223,3 +223,11 @@ def test_an_evaluation_between_two_rollouts_leaves_no_trace(monkeypatch) -> None
     stats = drafting.take_stats()
     assert stats.num_drafts == 80 - speculation.WINDOW - speculation.SETTLING
     assert stats.gain == 1.5
+
+
+def test_nothing_is_compared_where_drafting_cannot_stop(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.speculation.can_stop = False
+    clock.speculation.begin(is_eval=False, measures=True)
+    clock.run(100)
+    assert clock.switched_at == []
