@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chatlearn_vllm.config import ModelArgs
-from chatlearn_vllm.config.engine_support import CHECKPOINT_QUANTIZATION, DRAFT_DIR_METHODS
+from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization_of_checkpoint
 from chatlearn_vllm.config.parallel_checks import read_config_json
 from chatlearn_vllm.layouts import ModelShape
 
@@ -25,8 +25,7 @@ def resolve_dtype(args: ModelArgs, *, on_gpu: bool) -> torch.dtype:
     half precision there, too.
     """
     if not on_gpu:
-        is_quantized = args.quantization in CHECKPOINT_QUANTIZATION
-        return torch.bfloat16 if is_quantized else torch.float32
+        return torch.float32 if quantization_of_checkpoint(args) is None else torch.bfloat16
     return torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
 
 

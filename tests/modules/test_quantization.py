@@ -22,13 +22,13 @@ def engine_facts() -> tuple[str, str, str | None]:
     return str(engine.state), str(engine.dtype), engine.direct_copy_problem()
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_a_frozen_model_answers_from_its_quantised_checkpoint(ranks, tmp_path, method) -> None:
+@pytest.mark.parametrize(("method", "key"), [("awq", "awq"), ("gptq", "gptq"), ("gptq", None)])
+def test_a_frozen_model_answers_from_its_quantised_checkpoint(ranks, tmp_path, method, key) -> None:
     (tmp_path / "model").mkdir()
     model = save_quantized(tmp_path / "model", method)
     ranks.run(
         rollout_ranks.build, tmp_path / "job", tmp_path / "model", 1, 1,
-        quantization=method, load_format="auto", dtype="half",
+        quantization=key, load_format="auto", dtype="half",
     )  # fmt: skip
     [(state, dtype, problem)] = ranks.run(engine_facts)
     assert (state, dtype) == ("READY(0)", "torch.bfloat16")
