@@ -21,6 +21,8 @@ import torch
 _LENGTH = struct.Struct("!I")
 _MAX_HEADER_BYTES = 1 << 20
 _POLL_S = 0.2
+_TOKEN_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 60.0
 
 
 class StreamError(RuntimeError):
@@ -81,23 +83,19 @@ class StreamSender:
         Raises:
             StreamError: the server did not connect, or went away.
         """
-        num_bytes, num_tensors, name = 0, 0, "the first tensor"
+        num_bytes = num_tensors = 0
         with self._accept(check, timeout_s) as connection:
-            try:
-                for name, tensor in tensors:
-                    payload = _bytes_of(tensor)
-                    header = {
-                        "name": name,
-                        "dtype": str(tensor.dtype).removeprefix("torch."),
-                        "shape": list(tensor.shape),
-                        "checksum": zlib.crc32(payload),
-                    }
-                    _send_header(connection, header)
-                    connection.sendall(payload)
-                    num_bytes, num_tensors = num_bytes + len(payload), num_tensors + 1
-                _send_header(connection, {"end": num_tensors})
-            except OSError as error:
-                raise StreamError(f"the server broke off at {name}: {error}") from error
+            for name, tensor in tensors:
+                payload = _bytes_of(tensor)
+                header = {
+                    "name": name,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": list(tensor.shape),
+                    "checksum": zlib.crc32(payload),
+                }
+                _send(connection, header, payload)
+                num_bytes, num_tensors = num_bytes + len(payload), num_tensors + 1
+            _send(connection, {"name": "the end", "end": num_tensors})
         return num_bytes
 
     def _accept(self, check: Callable[[], None], timeout_s: float) -> socket.socket:
@@ -108,12 +106,13 @@ class StreamSender:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            connection.settimeout(timeout_s)
+            connection.settimeout(_TOKEN_TIMEOUT_S)
             try:
                 said = _receive(connection, len(self.token))
             except (OSError, StreamError):
                 said = b""
             if secrets.compare_digest(bytes(said), self.token.encode()):
+                connection.settimeout(timeout_s)
                 return connection
             connection.close()
         host, port = self.address
@@ -138,7 +137,8 @@ def receive_tensors(
     """
     name, count = "the first tensor", 0
     try:
-        with socket.create_connection(tuple(address), timeout=timeout_s) as connection:
+        with socket.create_connection(tuple(address), timeout=_CONNECT_TIMEOUT_S) as connection:
+            connection.settimeout(timeout_s)
             connection.sendall(token.encode())
             while True:
                 (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
@@ -167,9 +167,15 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _send_header(connection: socket.socket, header: dict[str, Any]) -> None:
+def _send(
+    connection: socket.socket, header: dict[str, Any], payload: bytes | memoryview = b""
+) -> None:
     data = json.dumps(header).encode()
-    connection.sendall(_LENGTH.pack(len(data)) + data)
+    try:
+        connection.sendall(_LENGTH.pack(len(data)) + data)
+        connection.sendall(payload)
+    except OSError as error:
+        raise StreamError(f"the server broke off at {header['name']}: {error}") from error
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytearray:

@@ -150,7 +150,8 @@ def server(trained, tmp_path_factory):
         process.send_signal(signal.SIGINT)
         process.wait(40)
     assert process.returncode == 0
-    assert not any(one.is_running() for one in processes[1:])
+    _, alive = psutil.wait_procs(processes[1:], timeout=10)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
     assert not list(temporary.glob("chatlearn_vllm-serve-*"))
 
 
