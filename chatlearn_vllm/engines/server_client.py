@@ -19,6 +19,7 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 30.0
 _KEEP_ALIVE_S = 2.0
 """Less than vLLM's own 5 s: no call meets a connection that the server is closing."""
+_CONNECT_TIMEOUT_S = 20.0
 _SHOWN_CHARACTERS = 500
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class ServerClient:
         """
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._loop = asyncio.new_event_loop()
@@ -175,8 +176,9 @@ class ServerClient:
                     return await answer.json() if is_json else None
                 text = (await answer.text())[:_SHOWN_CHARACTERS]
                 raise _refusal(place, answer.status, text, answer.headers, is_repeatable)
-        except aiohttp.ClientConnectorError as error:
-            gone = ServerError(f"{self.url}: no vLLM server answers there ({error.strerror})")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            reason = getattr(error, "strerror", None) or f"nothing in {_CONNECT_TIMEOUT_S:g} s"
+            gone = ServerError(f"{self.url}: no vLLM server answers there ({reason})")
             raise _PassingError(gone) from error
         except TimeoutError as error:
             raise ServerError(

@@ -1,12 +1,14 @@
 """Which calls to a server are tried again? A real HTTP server answers as the tests say."""
 
 import asyncio
+import socket
 import threading
 import time
 
 import pytest
 from aiohttp import web
 
+from chatlearn_vllm.engines import server_client
 from chatlearn_vllm.engines.server_client import NotFoundError, ServerClient, ServerError
 
 
@@ -115,6 +117,22 @@ def test_a_late_answer_is_not_asked_for_again(server, client) -> None:
     with pytest.raises(ServerError, match="no answer within 0.5 s; raise vllm_server_timeout"):
         client.start_completion({}).result()
     assert len(server.calls) == 1
+
+
+def test_an_address_that_does_not_react_is_given_up_early(monkeypatch) -> None:
+    monkeypatch.setattr(server_client, "_CONNECT_TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+        waiting = [socket.socket() for _ in range(3)]  # they fill its queue
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(silent.getsockname())
+        port = silent.getsockname()[1]
+        client = ServerClient(f"http://127.0.0.1:{port}", api_key=None, timeout_s=60, max_retries=0)
+        with pytest.raises(ServerError, match="no vLLM server answers there .nothing in 0.3 s"):
+            client.get("/health")
+        client.close()
+        for one in waiting:
+            one.close()
 
 
 def test_only_so_many_responses_are_under_way_at_once(server, client) -> None:
