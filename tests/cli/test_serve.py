@@ -30,7 +30,6 @@ from chatlearn_vllm.engines.server_start import inspect_server
 from chatlearn_vllm.layouts import ModelShape
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.megatron.test_export import train_and_save
 
 PROMPT = "What is 2 + 2?"
 
@@ -111,6 +110,8 @@ def test_a_server_that_takes_weights_is_on_this_host_and_tells_trainable_logprob
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Directory with `checkpoints` of a trainer and `hf`, the same weights."""
+    from tests.megatron.test_export import train_and_save  # imports megatron-core
+
     root = tmp_path_factory.mktemp("trained")
     save_tiny_llama(root / "source", max_position_embeddings=1024)
     ranks = Ranks(1)
