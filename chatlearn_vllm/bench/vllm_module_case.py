@@ -95,7 +95,8 @@ def measure(task: Task) -> dict[str, Any]:
             "latency": None,
             "speculation": speculation(task, drafts),
             "engine_arguments": arguments,
-            "sampling": sampling_arguments(args, is_eval=False) | {"seed": "one per request"},
+            "sampling": sampling_arguments(args, is_eval=False)
+            | {"seed": "one per request" if policy.engine.seed_per_response else "one per pass"},
             "notices": notices,
             "memory_phases": ["throughput"],
         }
