@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 
 GRACE_S = 10.0
 """From SIGTERM to SIGKILL."""
+HELPERS_S = 3.0
+"""From the end of the command to SIGKILL for what it has started."""
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -84,15 +86,21 @@ def _end_session(child: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + GRACE_S
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(_POLL_S / 4)
+    # python's own helper process then removes what the others left in shared memory.
+    deadline = time.monotonic() + HELPERS_S
+    while _signal(child.pid, 0) and time.monotonic() < deadline:
+        time.sleep(_POLL_S / 4)
     _signal(child.pid, signal.SIGKILL)
     child.wait()
 
 
-def _signal(group: int, number: int) -> None:
+def _signal(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether there is still a process in it."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
-        pass
+        return False
+    return True
 
 
 if __name__ == "__main__":

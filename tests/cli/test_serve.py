@@ -143,9 +143,11 @@ def server(trained, tmp_path_factory):
     url = f"http://localhost:{port}"
     try:
         wait_for(url, process, log)
-        processes = [process, *psutil.Process(process.pid).children(recursive=True)]
+        watch = psutil.Process(process.pid)
+        processes = [watch, *watch.children(recursive=True)]
         assert len(processes) >= 3, "the command, the API server and its engine"
         assert list(temporary.glob("*/model/config.json"))
+        in_memory = shared_memory_of(processes)
         yield SimpleNamespace(url=url, process=process, log=log)
     finally:
         process.send_signal(signal.SIGINT)
@@ -154,6 +156,12 @@ def server(trained, tmp_path_factory):
     _, alive = psutil.wait_procs(processes[1:], timeout=10)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
     assert not list(temporary.glob("chatlearn_vllm-serve-*"))
+    assert in_memory and not [path for path in in_memory if path.exists()]
+
+
+def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
+    paths = {memory.path for one in processes for memory in one.memory_maps()}
+    return {Path(path) for path in paths if path.startswith("/dev/shm/")}
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
