@@ -99,6 +99,11 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             notices.append("ENABLE_BATCH has no effect on vLLM: it batches continuously")
         if name in TRANSFORMERS and not flag("ENABLE_BATCH", True):
             options["hf_batch_size"] = "1"
+    if not cases:
+        problems.append(
+            f"INFERENCE_ENGINE={environ['INFERENCE_ENGINE']!r} must name an engine, of "
+            f"{', '.join((*TRANSFORMERS, *VLLM))}"
+        )
     options["cases"] = tuple(cases)
     if "VLLM_USE_V2_BLOCK_MANAGER" in environ:
         notices.append(

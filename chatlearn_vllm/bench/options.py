@@ -132,6 +132,14 @@ class BenchOptions:
                 f"--prompt-tokens={self.prompt_tokens} and --max-tokens={self.max_tokens}; raise "
                 "it or lower one of them"
             )
+        budget = self.max_num_batched_tokens
+        is_vllm = any(text.startswith("vllm") for text in self.cases)
+        if is_vllm and budget is not None and 0 < budget < self.num_seqs:
+            yield (
+                f"{_named('max_num_batched_tokens')}={budget} must be at least "
+                f"{_named('max_num_seqs')}={self.num_seqs}, one token per running sequence; raise "
+                "it or lower that"
+            )
         if self.temperature == 0 and self.completions > 1:
             yield (
                 f"--temperature=0 with --completions={self.completions}: greedy completions of a "

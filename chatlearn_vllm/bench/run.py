@@ -102,8 +102,14 @@ class Bench:
 
         Raises:
             KeyboardInterrupt: the user ended it; what was measured is in the results.
+            OptionError: the directory of results cannot be made; nothing was started.
         """
-        self._out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"--out={self._out}: cannot be made ({error.strerror}); name another directory"
+            ) from error
         with model_dir(self._options, self._out) as directory:
             for _ in range(self._options.rounds):
                 for number in range(len(self._cases)):

@@ -32,9 +32,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the arguments; for `serve` those after -- are vLLM's."""
     is_split = argv[:1] == ["serve"] and "--" in argv
     end = argv.index("--") if is_split else len(argv)
-    arguments = _parser().parse_args(argv[:end])
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv[:end])
+    if unknown:
+        parser.error(_unknown(arguments.command, unknown))
     arguments.flags = argv[end + 1 :]
     return arguments
+
+
+def _unknown(command: str, unknown: Sequence[str]) -> str:
+    """What to say about arguments that a command does not take."""
+    given = " ".join(unknown)
+    if command == "serve":
+        return f"{given}: flags of `vllm serve` come last, after --: serve CKPT -- {given}"
+    return f"{given}: {command} takes no such argument; see chatlearn-vllm {command} --help"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reinforcement learning of language models: Megatron trains, vLLM generates.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, run, help_text in (
         ("launch", _launch, "run a job with the script that its runtime.entry_script names"),
         ("plan", _plan, "check a job and show which rank runs on which device; starts nothing"),

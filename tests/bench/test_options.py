@@ -111,6 +111,23 @@ def test_a_value_out_of_range_names_option_and_variable():
     assert "--dtype (VLLM_DTYPE)='int8' must be one of auto, half" in text
 
 
+def test_a_step_must_have_room_for_a_token_of_each_sequence():
+    few = {"INFERENCE_ENGINE": "vllm", "VLLM_MAX_NUM_SEQS": "64"}
+    assert of(few | {"VLLM_MAX_NUM_BATCHED_TOKENS": "64"}).max_num_batched_tokens == 64
+    with pytest.raises(OptionError) as refusal:
+        of(few | {"VLLM_MAX_NUM_BATCHED_TOKENS": "63"})
+    assert str(refusal.value) == (
+        "--max-num-batched-tokens (VLLM_MAX_NUM_BATCHED_TOKENS)=63 must be at least "
+        "--max-num-seqs (VLLM_MAX_NUM_SEQS)=64, one token per running sequence; raise it or lower "
+        "that"
+    )
+
+
+def test_a_variable_that_names_no_engine_measures_nothing_and_is_refused():
+    with pytest.raises(OptionError, match="INFERENCE_ENGINE=' , ' must name an engine, of transf"):
+        options_from_environment({"INFERENCE_ENGINE": " , "})
+
+
 def test_processes_that_run_vllm_do_not_get_the_variables():
     environ = SPECULATIVE | {"VLLM_ATTENTION_BACKEND": "FLASH_ATTN", "PATH": "/bin"}
     assert without_variables(environ) == {"VLLM_ATTENTION_BACKEND": "FLASH_ATTN", "PATH": "/bin"}
@@ -133,6 +150,13 @@ def test_the_command_refuses_before_anything_starts(arguments, message, capsys, 
     assert main(["bench", *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_of_results_that_cannot_be_made_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--out", str(tmp_path / "file/results")]) == 2
+    message = f"--out={tmp_path}/file/results: cannot be made (Not a directory); name another"
+    assert message in capsys.readouterr().err
 
 
 def test_the_script_passes_variables_and_arguments_on():

@@ -1,5 +1,9 @@
 """What do the variables of run_benchmark.sh change about vLLM's engine?"""
 
+import shlex
+
+import pytest
+
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import options_from_environment
 from chatlearn_vllm.bench.options import BenchOptions
@@ -15,11 +19,83 @@ ENVIRON = {
 }  # fmt: skip
 
 
+# As printed in a guide to benchmarks with vLLM, for eight GPUs and for one.
+ALL_VARIABLES = """
+export INFERENCE_ENGINE="vllm"
+export VLLM_TENSOR_PARALLEL_SIZE=8       # 1 to the number of GPUs
+export VLLM_GPU_MEMORY_UTILIZATION=0.9
+export VLLM_MAX_MODEL_LEN=4096
+export VLLM_MAX_NUM_SEQS=128
+export VLLM_MAX_NUM_BATCHED_TOKENS=8192
+export VLLM_DISABLE_LOG_STATS=true
+export VLLM_DTYPE="half"                 # or "float16", "bfloat16"
+export VLLM_ENABLE_SPECULATIVE="true"
+export VLLM_NUM_SPECULATIVE_TOKENS=5     # without: GAMMA_VALUE
+export VLLM_USE_V2_BLOCK_MANAGER="true"
+"""
+DRAFTS = """
+export INFERENCE_ENGINE="vllm"
+export INFERENCE_METHOD="speculative"
+export VLLM_ENABLE_SPECULATIVE="true"
+export VLLM_NUM_SPECULATIVE_TOKENS=5
+export VLLM_TENSOR_PARALLEL_SIZE=8
+export VLLM_GPU_MEMORY_UTILIZATION=0.9
+export VLLM_MAX_MODEL_LEN=4096
+export VLLM_MAX_NUM_SEQS=128
+export VLLM_DTYPE="half"
+export VLLM_USE_V2_BLOCK_MANAGER="true"
+"""
+THROUGHPUT = """
+export INFERENCE_ENGINE="vllm"
+export INFERENCE_METHOD="target_ar"
+export VLLM_ENABLE_SPECULATIVE="false"
+export VLLM_TENSOR_PARALLEL_SIZE=8
+export VLLM_GPU_MEMORY_UTILIZATION=0.9
+export VLLM_MAX_MODEL_LEN=4096
+export VLLM_MAX_NUM_SEQS=256
+export VLLM_DTYPE="half"
+"""
+LATENCY = """
+export INFERENCE_ENGINE="vllm"
+export INFERENCE_METHOD="speculative"
+export VLLM_ENABLE_SPECULATIVE="true"
+export VLLM_NUM_SPECULATIVE_TOKENS=4
+export VLLM_TENSOR_PARALLEL_SIZE=8
+export VLLM_GPU_MEMORY_UTILIZATION=0.8
+export VLLM_MAX_MODEL_LEN=2048
+export VLLM_MAX_NUM_SEQS=32
+export VLLM_DTYPE="half"
+"""
+ONE_GPU = """
+export INFERENCE_ENGINE="vllm"
+export INFERENCE_METHOD="speculative"
+export VLLM_ENABLE_SPECULATIVE="true"
+export VLLM_NUM_SPECULATIVE_TOKENS=5
+export VLLM_TENSOR_PARALLEL_SIZE=1
+export VLLM_GPU_MEMORY_UTILIZATION=0.9
+export VLLM_MAX_MODEL_LEN=4096
+export VLLM_MAX_NUM_SEQS=64
+export VLLM_DTYPE="half"
+"""
+OUT_OF_MEMORY = """
+export VLLM_GPU_MEMORY_UTILIZATION=0.8
+export VLLM_MAX_MODEL_LEN=2048
+export VLLM_MAX_NUM_SEQS=64
+"""
+
+
+def variables(*blocks: str) -> dict[str, str]:
+    """What lines of a shell set; later ones win."""
+    words = shlex.split("\n".join(blocks), comments=True)
+    return dict(word.split("=", 1) for word in words if word != "export")
+
+
 def arguments_of(environ: dict[str, str], directory) -> dict:
-    """Of bare vLLM on a GPU."""
+    """Of bare vLLM on a GPU, for a model whose heads eight GPUs can share."""
     options = BenchOptions.of(options_from_environment(environ))
     (case,) = options.parsed_cases()
-    make_model(config_of(options), directory / "model")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    make_model(config_of(options) | heads, directory / "model")
     task = Task(case, options, directory / "model", directory, directory / "events.jsonl")
     return bare_engine_arguments(task, make_job(task), on_gpu=True)
 
@@ -42,3 +118,38 @@ def test_statistics_are_off_unless_asked_for(tmp_path):
     kept = arguments_of(plain | {"VLLM_DISABLE_LOG_STATS": "false"}, tmp_path)
     assert not kept["disable_log_stats"]
     assert "speculative_config" not in kept
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tensor_parallel_size", "gpu_share", "max_model_len", "max_num_seqs", "drafts"),
+    [
+        ([ALL_VARIABLES], 8, 0.9, 4096, 128, None),  # drafts need INFERENCE_METHOD, too
+        ([ALL_VARIABLES, 'INFERENCE_METHOD="speculative"'], 8, 0.9, 4096, 128, 5),
+        ([DRAFTS], 8, 0.9, 4096, 128, 5),
+        ([THROUGHPUT], 8, 0.9, 4096, 256, None),
+        ([LATENCY], 8, 0.8, 2048, 32, 4),
+        ([ONE_GPU], 1, 0.9, 4096, 64, 5),
+        ([DRAFTS, OUT_OF_MEMORY], 8, 0.8, 2048, 64, 5),
+    ],
+)
+def test_lines_of_a_guide_reach_the_engine(
+    tmp_path, blocks, tensor_parallel_size, gpu_share, max_model_len, max_num_seqs, drafts
+):
+    arguments = arguments_of(variables(*blocks), tmp_path)
+    expected = {
+        "tensor_parallel_size": tensor_parallel_size, "gpu_memory_utilization": gpu_share,
+        "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "dtype": "float16",
+        # The counters of accepted drafts are part of the statistics.
+        "disable_log_stats": drafts is None,
+    }  # fmt: skip
+    assert {name: arguments[name] for name in expected} == expected
+    assert arguments.get("speculative_config", {}).get("num_speculative_tokens") == drafts
+    assert ("max_num_batched_tokens" in arguments) == (blocks[0] is ALL_VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("half", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")],
+)
+def test_each_name_of_a_type_reaches_the_engine(tmp_path, given, dtype):
+    assert arguments_of(ENVIRON | {"VLLM_DTYPE": given}, tmp_path)["dtype"] == dtype

@@ -70,6 +70,29 @@ def test_a_bad_job_is_a_message_and_not_a_traceback(job, capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "serve DIR --max-model-len 8192 --trust-remote-code",
+            "--max-model-len 8192 --trust-remote-code: flags of `vllm serve` come last, after --: "
+            "serve CKPT -- --max-model-len 8192 --trust-remote-code",
+        ),
+        (
+            "bench vllm --gpu-memory-utilisation=0.8",
+            "--gpu-memory-utilisation=0.8: bench takes no such argument; see chatlearn-vllm bench "
+            "--help",
+        ),
+    ],
+)
+def test_an_argument_that_a_command_does_not_take_is_told_with_what_to_do(
+    arguments, message, capsys
+):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
 def test_plan_draws_the_placement_and_tells_the_notices(job, capsys):
     assert main(["plan", str(job), "models.m.model_args.max_paddings=3"]) == 0
     out = capsys.readouterr().out
