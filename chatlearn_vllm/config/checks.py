@@ -258,6 +258,13 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
             samples,
             f"must be a multiple of {responses} = num_inference_per_prompt x n of {name}",
         )
+        args = model.model_args
+        report.require(
+            args.temperature > 0 or responses == 1 or args.beam_width(is_eval=False) > 1,
+            ("models", model.name, "model_args", "temperature"),
+            f"must be more than 0 with {responses} responses per prompt (num_inference_per_prompt "
+            "x n): greedy ones would all be equal",
+        )
 
 
 def _check_warmup(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -> None:

@@ -14,7 +14,7 @@ from chatlearn_vllm.config.engine_support import (
     conflicts,
 )
 from chatlearn_vllm.config.parallel_checks import read_config_json
-from chatlearn_vllm.config.upstream_fields import speculative_fields
+from chatlearn_vllm.config.upstream_fields import speculative_fields, upstream_names
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.checks import Reporter
@@ -48,6 +48,13 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
 def _check_quantization(model: ModelConfig, report: Reporter) -> None:
     args, at = model.model_args, ("models", model.name, "model_args")
     method = args.quantization
+    for name in ("load_format", "quantization"):
+        known = upstream_names(name)
+        report.require(
+            not known or args[name] is None or args[name] in known,
+            (*at, name),
+            f"must be one of vLLM's: {', '.join(known)}" + _nearest(str(args[name]), known),
+        )
     report.require(
         method not in CHECKPOINT_QUANTIZATION or args.load_format != "dummy",
         (*at, "quantization"),

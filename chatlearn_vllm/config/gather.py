@@ -17,7 +17,7 @@ _LEGACY_MODEL_KEYS = {
     "num_device": "num_gpu",
     "moe_expert_model_parallel_size": "expert_model_parallel_size",
 }
-_LEGACY_MODEL_FILE_KEYS = {
+LEGACY_MODEL_FILE_KEYS = {
     "vllm_load_format": "load_format",
     "num_generations": "num_inference_per_prompt",
     "max_completion_length": "max_new_tokens",
@@ -25,6 +25,7 @@ _LEGACY_MODEL_FILE_KEYS = {
     "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
     "moe_expert_model_parallel_size": "expert_model_parallel_size",
 }
+"""Older names of keys of a model's file, or other frameworks', and ours."""
 
 
 class Gathering:
@@ -113,7 +114,7 @@ class Gathering:
             self.problems.append(Problem(file, dotted, "no such file", name))
             return Tree()
         model_tree = self._reader.read(path)
-        self._rename(model_tree, (), _LEGACY_MODEL_FILE_KEYS)
+        self._rename(model_tree, (), LEGACY_MODEL_FILE_KEYS)
         return model_tree
 
     def _rename_legacy_keys(self, tree: Tree) -> None:
@@ -121,7 +122,7 @@ class Gathering:
         self._rename(tree, (), _LEGACY_JOB_KEYS)
         for name in _models_in(tree):
             self._rename(tree, ("models", name), _LEGACY_MODEL_KEYS)
-            self._rename(tree, ("models", name, "model_args"), _LEGACY_MODEL_FILE_KEYS)
+            self._rename(tree, ("models", name, "model_args"), LEGACY_MODEL_FILE_KEYS)
 
     def _rename(self, tree: Tree, at: Key, new_names: dict[str, str]) -> None:
         values = tree.get(at)

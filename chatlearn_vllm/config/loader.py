@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from chatlearn_vllm.config.checks import check_job, notices
 from chatlearn_vllm.config.derive import derive
-from chatlearn_vllm.config.gather import Gathering
+from chatlearn_vllm.config.gather import LEGACY_MODEL_FILE_KEYS, Gathering
 from chatlearn_vllm.config.model_args import ModelArgs
 from chatlearn_vllm.config.problems import NO_VALUE, ConfigError, Key, Problem
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, RuntimeEnvConfig
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.strategies import ROLES
 from chatlearn_vllm.config.tree import BROKEN, Tree
-from chatlearn_vllm.config.upstream_fields import upstream_fields
+from chatlearn_vllm.config.upstream_fields import upstream_fields, upstream_scalars
 
 _SECTIONS: dict[str, type[Section]] = {"runtime_env": RuntimeEnvConfig, "runtime": RuntimeConfig}
 _SET_BY_OUR_KEY = {
@@ -131,12 +131,13 @@ class _Validation:
             key = (*at, name)
             if value is BROKEN:
                 self._unreadable.add(key)
-            elif name in keys:
+                continue
+            if section is ModelArgs and value == "None":
+                value = None  # the text, as files for ChatLearn have it in quotes
+            if name in keys:
                 inner = keys[name]
-                if section is ModelArgs and value == "None":
-                    value = None  # the text, as files for ChatLearn have it in quotes
                 known[name] = self._known(inner, value, key) if inner else value
-            elif section is ModelArgs and (targets := self._upstream_targets(key)):
+            elif section is ModelArgs and (targets := self._upstream_targets(key, value)):
                 for target in targets:
                     known.setdefault(target, {})[name] = value
             elif key not in self._unreadable:
@@ -153,25 +154,34 @@ class _Validation:
             self._report_unreadable(at, "must be a map of keys")
         return {}
 
-    def _upstream_targets(self, key: Key) -> list[str]:
+    def _upstream_targets(self, key: Key, value: Any) -> list[str]:
         """The pass-through dicts that take a key of a model file, by the library that has it."""
         targets = [target for target, names in upstream_fields().items() if key[-1] in names]
         if targets and key[-1] in _SET_BY_OUR_KEY:
             self._report_unreadable(key, f"is set by {_SET_BY_OUR_KEY[key[-1]]}; leave it out")
             return []
+        for target in targets:
+            kind = upstream_scalars().get(target, {}).get(key[-1])
+            if kind is not None and value is not None and not _is_kind(value, kind):
+                self._report_unreadable(key, f"must be {_KINDS[kind]}")
+                return []
         return targets
 
     def _report_unknown(self, key: Key, valid: Sequence[str] | Mapping[str, Any]) -> None:
         name = key[-1]
         candidates = set(valid)
         if "model_args" in key:
+            candidates |= LEGACY_MODEL_FILE_KEYS.keys()
             candidates = candidates.union(*upstream_fields().values()) - _SET_BY_OUR_KEY.keys()
         homes = {
             "models.<name>": ModelConfig,
             **_SECTIONS,
             "the model's file or models.<name>.model_args": ModelArgs,
         }
-        home = next((title for title, section in homes.items() if name in keys_of(section)), None)
+        present = LEGACY_MODEL_FILE_KEYS.get(name, name)
+        home = next(
+            (title for title, section in homes.items() if present in keys_of(section)), None
+        )
         rule = f"unknown key here; it belongs in {home}" if home else "unknown key"
         if len(key) == 1 and name in ROLES:
             rule = "a file describes models or roles, not both; docs/strategies.md"
@@ -205,9 +215,22 @@ def keys_of(section: type[Section]) -> dict[str, type[Section] | None]:
     }
 
 
+def _is_kind(value: Any, kind: type) -> bool:
+    """Whether an upstream field takes a value; whole numbers are floats, too, 0 and 1 bools."""
+    if isinstance(value, bool) or (kind is bool and value in (0, 1)):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+_KINDS = {bool: "a valid boolean", int: "a valid integer", float: "a valid number", str: "text"}
+
+
 def _rule(message: str) -> str:
     """pydantic's message in the words of this project."""
-    for theirs, ours in (("Input should", "must"), ("tuple", "list"), ("dictionary", "map")):
+    words = (
+        ("Value error, ", ""), ("Input should", "must"), ("tuple", "list"), ("dictionary", "map")
+    )  # fmt: skip
+    for theirs, ours in words:
         message = message.replace(theirs, ours, 1)
     return message
 

@@ -252,7 +252,7 @@ class SamplingArgs(Section):
     n: Positive = 1
     """Responses per request; multiplies num_inference_per_prompt."""
     temperature: NonNegative = 1.0
-    """Logits are divided by it before sampling; 0 = greedy."""
+    """Logits are divided by it before sampling; 0 = greedy, for one response per prompt."""
     top_p: TopP = 1.0
     """Sample from the most probable tokens whose probabilities sum to this; 1 or 0 = all."""
     top_k: Limit = -1
@@ -347,6 +347,13 @@ class SchedulerArgs(Section):
     """Log the engine's own counters (running requests, cache use) while it generates."""
 
 
+def _servers(given: Any) -> Any:
+    """One server or several as a list of them."""
+    if given is not None and (not isinstance(given, str | list | tuple) or not given):
+        raise ValueError("must be the URL of a server, a list of URLs, or `start`")
+    return (given,) if isinstance(given, str) else given
+
+
 class ServerArgs(Section):
     """vLLM servers
 
@@ -354,9 +361,7 @@ class ServerArgs(Section):
     no device then (num_cpu: 1 for each server). docs/server.md.
     """
 
-    vllm_server: Annotated[
-        Strings | None, BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)
-    ] = None
+    vllm_server: Annotated[Strings | None, BeforeValidator(_servers)] = None
     """URL of the server, `http://HOST:PORT`; a list of them for as many replicas; `start`: the job
     starts one for each replica, on its device."""
     vllm_server_api_key: Annotated[

@@ -19,6 +19,14 @@ _SOURCES = {
         ("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
     ),
 }
+_NAMES = {
+    "load_format": ("vllm/model_executor/model_loader/__init__.py", "LoadFormats"),
+    "quantization": (
+        "vllm/model_executor/layers/quantization/__init__.py", "QuantizationMethods"
+    ),
+}  # fmt: skip
+"""Where vLLM lists the values of a key of ours that it takes as text."""
+_SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
 
 FIELDS_WITHOUT_VLLM = MappingProxyType(
     {
@@ -49,32 +57,65 @@ def upstream_fields() -> Mapping[str, frozenset[str]]:
 
 
 @functools.cache
+def upstream_scalars() -> Mapping[str, Mapping[str, type]]:
+    """Types of the fields that hold one bool, int, float or str, by ModelArgs' pass-through dict.
+
+    Many of them also take None.
+    """
+    found: dict[str, dict[str, type]] = {}
+    for target, sources in _SOURCES.items():
+        for source in sources:
+            for name, annotation in _fields(*source).items():
+                plain = annotation.removesuffix(" | None")
+                plain = plain.removeprefix("Optional[").removesuffix("]")
+                if plain in _SCALARS:
+                    found.setdefault(target, {})[name] = _SCALARS[plain]
+    return MappingProxyType(found)
+
+
+@functools.cache
+def upstream_names(key: str) -> tuple[str, ...]:
+    """The values of `load_format` or `quantization` that vLLM knows; empty without vLLM."""
+    path, name = _NAMES[key]
+    for node in ast.parse(_source(path)).body:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id == name
+            and isinstance(node.value, ast.Subscript)
+        ):
+            return ast.literal_eval(node.value.slice)
+    return ()
+
+
+@functools.cache
 def speculative_fields() -> frozenset[str]:
     """Fields of vLLM's SpeculativeConfig; empty where vLLM is not installed."""
-    return _fields(*_SPECULATIVE_CONFIG)
+    return frozenset(_fields(*_SPECULATIVE_CONFIG))
 
 
-def _fields(path: str, class_name: str) -> frozenset[str]:
-    """Public annotated fields of a class, from its source file under an installed package."""
+def _fields(path: str, class_name: str) -> Mapping[str, str]:
+    """Public annotated fields of a class with their annotations."""
+    for node in ast.parse(_source(path)).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return {
+                field.target.id: annotation
+                for field in node.body
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and not field.target.id.startswith("_")
+                and "ClassVar" not in (annotation := ast.unparse(field.annotation))
+            }
+    return {}
+
+
+def _source(path: str) -> str:
+    """A source file under an installed package; empty where that is not installed."""
     package, _, rest = path.partition("/")
     # find_spec of the top-level package runs none of its code; of a submodule it would.
     spec = importlib.util.find_spec(package)
     for location in (spec and spec.submodule_search_locations) or ():
         source = Path(location, rest)
         if source.is_file():
-            return _annotated_names(source.read_text(encoding="utf-8"), class_name)
-    return frozenset()
-
-
-def _annotated_names(source: str, class_name: str) -> frozenset[str]:
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return frozenset(
-                field.target.id
-                for field in node.body
-                if isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and not field.target.id.startswith("_")
-                and "ClassVar" not in ast.unparse(field.annotation)
-            )
-    return frozenset()
+            return source.read_text(encoding="utf-8")
+    return ""

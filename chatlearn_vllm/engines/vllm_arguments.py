@@ -176,13 +176,7 @@ def sampling_arguments(args: ModelArgs, *, is_eval: bool) -> dict[str, Any]:
         prompt_logprobs=args.prompt_logprobs,
         skip_special_tokens=args.skip_special_tokens,
     )
-    sampling.update(args.sampling_args)
-    if sampling["temperature"] == 0 and sampling["n"] > 1:
-        raise ValueError(
-            f"n={sampling['n']} with temperature=0: greedy responses would all be equal; "
-            "set n: 1 or temperature > 0"
-        )
-    return sampling
+    return sampling | args.sampling_args
 
 
 def max_response_tokens(args: ModelArgs, prompt_length: int) -> int:

@@ -152,6 +152,19 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
          "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
         # model arguments
+        ("models.policy.model_args={temperature: 0, num_inference_per_prompt: 4}",
+         "models.policy.model_args.temperature=0: must be more than 0 with 4 responses per prompt "
+         "(num_inference_per_prompt x n): greedy ones would all be equal"),
+        ("models.policy.model_args.max_completion_lenght=8", "max_completion_lenght=8: unknown "
+         "key; did you mean max_completion_length?"),
+        ("models.policy.num_generations=4", "models.policy.num_generations=4: unknown key here; "
+         "it belongs in the model's file or models.<name>.model_args"),
+        ("models.policy.model_args.trust_remote_code=maybe", "trust_remote_code='maybe': must be a "
+         "valid boolean"),
+        ("models.policy.model_args.max_model_len=8k", "max_model_len='8k': must be a valid int"),
+        ("models.policy.model_args.max_model_len=True", "max_model_len=True: must be a valid int"),
+        ("models.policy.model_args.load_format=dumy", "load_format='dumy': must be one of vLLM's"),
+        ("models.policy.model_args.quantization=awk", "; did you mean awq?"),
         ("models.policy.model_args.max_model_len=63", "models.policy.model_args.max_model_len=63: "
          "must be at least seq_length=64, prompt and response together"),
         ("models.policy_trainer.model_args.context_parallel_size=2", "context_parallel_size=2: "

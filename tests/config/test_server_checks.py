@@ -53,6 +53,8 @@ def test_a_key_is_never_shown(tmp_path) -> None:
         ({"inference_engine": "vllm", "vllm_server": URL}, "is not used with inference_engine"),
         ({"use_vllm": False, "inference_engine": "vllm"}, "contradicts inference_engine: vllm"),
         ({"use_vllm": True, "inference_engine": "transformers"}, "contradicts inference_engine"),
+        ({"vllm_server": 8000}, "must be the URL of a server, a list of URLs, or `start`"),
+        ({"vllm_server": []}, "must be the URL of a server, a list of URLs, or `start`"),
         ({"vllm_server": "localhost:8000"}, "is no http or https URL; write http://HOST:PORT"),
         ({"vllm_server": f"{URL}/v1"}, "must have no path after the port"),
         ({"vllm_server": "http://me:pw@host:1"}, "must hold no key"),

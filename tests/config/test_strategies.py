@@ -225,7 +225,6 @@ TRAIN = "actor_train.training_args."
         (f"{INFER}top_k=None", "policy", {"top_k": 50}),
         (f"{INFER}temperature=None", "policy", {"temperature": 0.95}),
         (f"{INFER}temperature=0.5", "policy_trainer", {"temperature": 0.5}),
-        (f"{INFER}do_sample=False", "policy", {"temperature": 0.0}),
         (f"{INFER}num_beams=1", "policy", {"use_beam_search": False}),
         (f"{INFER}repetition_penalty=1.1", "policy", {"repetition_penalty": 1.1}),
         (f"{INFER}min_p=0.1", "policy", {"min_p": 0.1}),
@@ -294,6 +293,56 @@ def test_a_key_sets_ours(job, override, model, values):
 def test_a_key_of_the_whole_job_sets_ours(job, override, values):
     runtime = load_config(job, [override]).runtime
     assert {name: getattr(runtime, name) for name in values} == values
+
+
+def test_a_guide_s_role_has_all_its_keys(job):
+    role = """
+actor_infer:
+  model_args:
+    disable_gradient_checkpointing: true
+    dtype: bf16
+  generating_args:
+    max_new_tokens: ${response_length}
+    top_p: 0.99
+    top_k: 100
+    num_beams: 1
+    temperature: 0.99
+    num_return_sequences: ${num_return_sequences_in_group}
+  strategy_args:
+    strategy_name: vllm
+    strategy_config:
+      gpu_memory_utilization: 0.8
+      block_size: 16
+      max_model_len: 8000
+  device_mapping: list(range(0,12))
+  infer_batch_size: 1
+"""
+    head, rest = JOB.split("actor_infer:")
+    job.write_text(head + role + "rewards:" + rest.split("rewards:")[1])
+    long = ["prompt_length=3904", "response_length=4096"]
+    loaded = load_config(job, long)
+    (notice,) = loaded.notices
+    assert notice.startswith("actor_infer: top_p=0.99, top_k=100 draws training responses from")
+    policy = loaded.models["policy"]
+    args = policy.model_args
+    assert (args.dtype, args.max_new_tokens, args.num_inference_per_prompt) == ("bfloat16", 4096, 4)
+    assert (args.top_p, args.top_k, args.temperature, args.num_beams) == (0.99, 100, 0.99, 1)
+    assert (args.inference_engine, args.load_format, args.sleep_level) == ("vllm", "dummy", 1)
+    assert (args.gpu_memory_utilization, args.block_size) == (0.8, 16)
+    assert args.seq_length == 8000  # vLLM's max_model_len
+    assert (policy.device_mapping, policy.generation_batch_size) == (tuple(range(12)), 1)
+    # Without max_model_len: as long as prompt and response together.
+    unset = load_config(job, [*long, "prompt_length=100", f"{CONFIG}max_model_len=None"])
+    assert unset.models["policy"].model_args.seq_length == 4196
+
+
+def test_what_vllm_no_longer_has_is_told(job):
+    retired = ["swap_space=4", "use_v2_block_manager=True", "num_scheduler_steps=8"]
+    (line,) = load_config(job, [f"{CONFIG}{one}" for one in retired]).notices
+    assert line.endswith(
+        f"no effect of {', '.join(f'{CONFIG}{one}' for one in retired)} (vLLM's V1 engine has no "
+        "such setting)"
+    )
 
 
 def test_devices_batches_and_engine_are_of_the_role(job):
@@ -448,6 +497,12 @@ def test_rewards_may_be_rules_and_models(job):
         # values, by the user's key and with the user's value
         (f"{CONFIG}block_size=x", f"command line: {CONFIG}block_size='x': must be a valid integer"),
         (f"{CONFIG}sleep_level=3", f"command line: {CONFIG}sleep_level=3: must be 1 or 2"),
+        (f"{CONFIG}trust_remote_code=maybe", f"command line: {CONFIG}trust_remote_code='maybe': "
+         "must be a valid boolean"),
+        (f"{CONFIG}load_format=dumy", "must be one of vLLM's: auto, "),
+        (f"{CONFIG}load_format=dumy", "tensorizer; did you mean dummy?"),
+        (f"{CONFIG}quantization=awk", "did you mean awq?"),
+        ("actor_infer.model_args.disable_gradient_checkpointing=maybe", "must be True or False"),
         ("max_steps=0", "command line: max_steps=0: must be greater than or equal to 1"),
         ("rollout_batch_size=x", "command line: rollout_batch_size='x': must be a whole number"),
         ("rollout_batch_size=0", "rollout_batch_size=0: must be at least 1"),
@@ -510,6 +565,16 @@ def test_a_file_with_models_and_roles_is_refused(write):
     path = write("job.yaml", JOB + SAME_JOB)
     rule = "a file describes models or roles, not both; docs/strategies.md"
     assert f"job.yaml: actor_train: {rule}" in problems_of(path)
+
+
+def test_a_greedy_rollout_has_one_response_per_prompt(job):
+    args = args_of(job, [f"{INFER}do_sample=False", "num_return_sequences_in_group=1",
+                         "rollout_batch_size=64"])  # fmt: skip
+    assert (args.temperature, args.num_inference_per_prompt) == (0.0, 1)
+    (line,) = problems_of(job, [f"{INFER}do_sample=False"])
+    assert f"command line: {INFER}do_sample=False: must be more than 0 with 4 responses" in line
+    (line,) = problems_of(job, [f"{INFER}temperature=0"])
+    assert f"command line: {INFER}temperature=0: must be more than 0 with 4 responses" in line
 
 
 def test_beams_are_of_training_or_of_the_evaluation(job):

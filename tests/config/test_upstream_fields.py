@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+import typing
 
 from chatlearn_vllm.config import upstream_fields as upstream
 
@@ -19,6 +20,27 @@ def test_fields_are_those_of_the_installed_classes():
     ]
     assert {"min_tokens", "stop_token_ids", "logit_bias"} <= fields["sampling_args"]
     assert not any(name.startswith("_") for names in fields.values() for name in names)
+
+
+def test_types_and_names_are_those_of_the_installed_libraries():
+    from megatron.core.transformer import TransformerConfig
+    from vllm import EngineArgs, SamplingParams
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.model_executor.model_loader import LoadFormats
+
+    defaults = {"engine_args": EngineArgs, "sampling_args": SamplingParams(),
+                "transformer_args": TransformerConfig}  # fmt: skip
+    scalars = upstream.upstream_scalars()
+    assert scalars.keys() == defaults.keys()
+    for target, kinds in scalars.items():
+        given = {name: getattr(defaults[target], name, None) for name in kinds}
+        known = {name: default for name, default in given.items() if default is not None}
+        assert len(known) > 15
+        wrong = {name for name, default in known.items() if type(default) is not kinds[name]}
+        assert all(kinds[name] is float and type(known[name]) is int for name in wrong)
+    assert scalars["engine_args"]["trust_remote_code"] is bool
+    assert upstream.upstream_names("quantization") == tuple(QUANTIZATION_METHODS)
+    assert upstream.upstream_names("load_format") == typing.get_args(LoadFormats)
 
 
 def test_only_what_transformers_reads_passes_through_without_the_libraries(monkeypatch):

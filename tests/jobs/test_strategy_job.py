@@ -33,13 +33,15 @@ def test_vllm_gets_what_the_file_says(model_dir):
     config = "actor_infer.strategy_args.strategy_config."
     overrides = [f"pretrain={model_dir}", f"{config}gpu_memory_utilization=0.8",
                  f"{config}block_size=16", f"{config}max_model_len=200",
-                 f"{config}max_num_seqs=8", f"{config}kv_cache_dtype=auto"]  # fmt: skip
+                 f"{config}max_num_seqs=8", f"{config}kv_cache_dtype=auto",
+                 f"{config}trust_remote_code=True"]  # fmt: skip
     args = load_config(EXAMPLE, overrides).models["policy"].model_args
     shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
     kwargs, _ = engine_arguments(args, model_dir, shape, seed=3, on_gpu=True)
     wanted = {
         "dtype": "bfloat16", "gpu_memory_utilization": 0.8, "block_size": 16, "max_model_len": 200,
         "max_num_seqs": 8, "load_format": "dummy", "kv_cache_dtype": "auto",
+        "trust_remote_code": True,
         "enable_sleep_mode": True, "tensor_parallel_size": 1,
     }  # fmt: skip
     assert {name: kwargs[name] for name in wanted} == wanted

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chatlearn_vllm.config.model_args import RetiredArgs
+
 
 @dataclass(frozen=True)
 class Becomes:
@@ -424,6 +426,7 @@ VLLM: Keys = {
     "distributed_executor_backend": NoEffect("each rank runs in a process of this job"),
     "enable_sleep_mode": NoEffect("it is on where the policy shares devices", (None, True)),
     "VLLM_USE_V1": NoEffect("vLLM has the V1 engine only", (None, 1, "1", True)),
+    **{name: NoEffect(RetiredArgs.no_effect) for name in RetiredArgs.model_fields},
 }
 """Keys of the strategy_config of vllm, and of hf_infer in actor_infer, besides our own of engines;
 for vllm also all fields of vLLM's EngineArgs."""

@@ -212,6 +212,7 @@ class Role:
                 self.t.report(self.model_args.key(name), rule)
         dtype = self.model_args.choose("dtype", _DTYPES, "bfloat16")
         self.put("dtype", dtype, self.model_args.key("dtype"))
+        self.model_args.get("disable_gradient_checkpointing", bool)  # of trainers; a bool in all
         self.put("seed", seed, ("seed",))
 
     # ---- engines ----------------------------------------------------------------------------
