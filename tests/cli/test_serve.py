@@ -3,6 +3,7 @@
 One real server, of a trainer's checkpoint, serves the slow tests of this file.
 """
 
+import argparse
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import transformers
 
 from chatlearn_vllm.cli import serve
 from chatlearn_vllm.cli.main import main
+from chatlearn_vllm.engines import vllm_serve
 from chatlearn_vllm.engines.server_client import ServerClient, ServerError
 from chatlearn_vllm.engines.server_process import serve_command
 from chatlearn_vllm.engines.server_start import inspect_server
@@ -92,6 +94,50 @@ def test_the_command_is_that_of_vllm_with_the_users_flags() -> None:
         "--tensor-parallel-size", "2", "--served-model-name", "run/ckpt",
         "--max-model-len", "32768",
     ]  # fmt: skip
+
+
+# As printed in tutorials, those that older versions of vLLM took in the words of today; flags of
+# `chatlearn-vllm serve` may stand before --.
+DRAFT = json.dumps({"method": "draft_model", "model": "draft", "num_speculative_tokens": 5})
+
+
+@pytest.mark.parametrize(
+    ("ours", "flags", "expected"),
+    [
+        ("--host 0.0.0.0 --port 8000", ["--max-model-len", "32768", "--trust-remote-code"],
+         {"host": "0.0.0.0", "port": 8000, "max_model_len": 32768, "trust_remote_code": True}),
+        ("", ["--tensor-parallel-size", "8", "--host", "0.0.0.0", "--port", "8000"],
+         {"tensor_parallel_size": 8, "host": "0.0.0.0", "port": 8000, "trust_remote_code": False}),
+        ("--tensor-parallel-size 8", ["--pipeline-parallel-size", "4"],
+         {"tensor_parallel_size": 8, "pipeline_parallel_size": 4}),
+        ("", ["--quantization", "awq", "--tensor-parallel-size", "4"],
+         {"quantization": "awq", "tensor_parallel_size": 4}),
+        ("", ["--quantization", "gptq"], {"quantization": "gptq"}),
+        ("--dtype half", ["--speculative-config", DRAFT],
+         {"dtype": "half", "speculative_config": json.loads(DRAFT)}),
+    ],
+)  # fmt: skip
+def test_flags_of_tutorials_reach_vllms_server(ours, flags, expected, tmp_path) -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    chosen = parser.parse_args([str(tmp_path), *ours.split()])
+    command = serve_command(str(tmp_path), serve.vllm_arguments(chosen), flags)
+    _, parsed = vllm_serve.parse(command[3:])
+    assert parsed.model_tag == str(tmp_path)
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--speculative-model draft", "--num-speculative-tokens 5", "--swap-space 4",
+     "--use-v2-block-manager", "--disable-log-requests"],
+)  # fmt: skip
+def test_vllm_no_longer_has_the_flags_that_are_refused(flags, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        vllm_serve.parse([str(tmp_path), *flags.split()])
+    assert f"unrecognized arguments: {flags}" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--", *flags.split()]) == 2
+    assert f"{flags.split()[0]}: vLLM no longer has it" in capsys.readouterr().err
 
 
 def test_a_server_that_takes_weights_is_on_this_host_and_tells_trainable_logprobs() -> None:
