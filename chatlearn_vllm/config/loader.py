@@ -61,8 +61,8 @@ def load_config(
     tree = gathering.gather(overrides)
     if gathering.problems and not tree.values:
         raise ConfigError(gathering.problems)
-    validation = _Validation(tree, gathering.unset)
-    given = validation.build(str(path))
+    validation = _Validation(tree, str(path), gathering.unset)
+    given = validation.build()
     job = derive(given, tree)
     check_job(job, validation, check_files=check_files)
     if problems := [*gathering.problems, *validation.problems]:
@@ -76,18 +76,20 @@ class _Validation:
 
     Args:
         tree: all keys of the job.
+        path: its main file, where a key is missed that nobody wrote.
         unset: dotted keys that were left out, with the environment variable that is not set.
     """
 
-    def __init__(self, tree: Tree, unset: Mapping[str, str]) -> None:
+    def __init__(self, tree: Tree, path: str, unset: Mapping[str, str]) -> None:
         self.problems: list[Problem] = []
         self._tree = tree
+        self._path = path
         self._unset = unset
         self._unreadable: set[Key] = set()
 
-    def build(self, path: str) -> JobConfig:
+    def build(self) -> JobConfig:
         """The job without the values that were reported; those take their defaults."""
-        values: dict[str, Any] = {"path": path, "models": {}}
+        values: dict[str, Any] = {"path": self._path, "models": {}}
         for name, value in self._tree.values.items():
             if name == "models":
                 values["models"] = self._known_models(value)
@@ -200,7 +202,7 @@ class _Validation:
         rule = self._tree.in_users_words(rule)
         if variable := self._unset.get(dotted):
             rule += f"; environment variable {variable} is not set"
-        self.problems.append(Problem(file, dotted, rule, value, suggestion))
+        self.problems.append(Problem(file or self._path, dotted, rule, value, suggestion))
 
 
 def keys_of(section: type[Section]) -> dict[str, type[Section] | None]:

@@ -343,7 +343,7 @@ def test_files_are_required_only_when_asked_for(job, write, tmp_path):
 )
 def test_files_that_hold_no_job_are_refused(write, text, rule):
     (line,) = problems_of(write("job.yaml", text))
-    assert rule in line
+    assert line.startswith("job.yaml: ") and rule in line
 
 
 def test_a_missing_job_is_one_problem(tmp_path):
