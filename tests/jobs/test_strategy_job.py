@@ -1,6 +1,7 @@
 """Does a strategy file reach the engine, and does the example that is shipped run?"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from ray import cloudpickle
+from vllm import EngineArgs, SamplingParams
 
 from chatlearn_vllm.config import load_config
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
+from chatlearn_vllm.engines.vllm_compat import undisturbed_process
 from chatlearn_vllm.layouts import ModelShape
 from examples.megatron.entry.train_rlvr import reward_class
 from examples.megatron.models.arithmetic_reward import ArithmeticReward
@@ -47,6 +50,34 @@ def test_vllm_gets_what_the_file_says(model_dir):
     assert {name: kwargs[name] for name in wanted} == wanted
 
 
+@pytest.fixture
+def same_environment():
+    """What vLLM sets for its processes, LD_PRELOAD among it, is none of the other tests'."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_vllm_configures_its_engine_as_the_file_says(model_dir, same_environment):
+    config = "actor_infer.strategy_args.strategy_config."
+    overrides = [f"pretrain={model_dir}", f"{config}gpu_memory_utilization=0.8",
+                 f"{config}block_size=64", f"{config}max_model_len=200", f"{config}max_num_seqs=8",
+                 f"{config}trust_remote_code=True", f"{config}load_format=null"]  # fmt: skip
+    args = load_config(EXAMPLE, overrides).models["policy"].model_args
+    shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
+    kwargs, _ = engine_arguments(args, model_dir, shape, seed=3, on_gpu=False)
+    with undisturbed_process():
+        made = EngineArgs(**kwargs).create_engine_config()
+    assert made.model_config.max_model_len == 200
+    assert made.model_config.trust_remote_code
+    assert made.model_config.seed == 3
+    assert made.load_config.load_format == "dummy"
+    assert made.scheduler_config.max_num_seqs == 8
+    cache = made.cache_config
+    assert (cache.block_size, cache.gpu_memory_utilization) == (64, 0.8)
+
+
 def test_vllm_samples_as_the_file_says():
     generating = "actor_infer.generating_args."
     overrides = [f"{generating}stop_strings=['x', 'y']", f"{generating}repetition_penalty=1.2",
@@ -59,6 +90,8 @@ def test_vllm_samples_as_the_file_says():
     sampling = sampling_arguments(args, is_eval=False)
     assert {name: sampling[name] for name in wanted} == wanted
     assert args.max_new_tokens == 24
+    taken = SamplingParams(**sampling, max_tokens=args.max_new_tokens)
+    assert {name: getattr(taken, name) for name in wanted} == wanted
     evaluation = sampling_arguments(args, is_eval=True)
     assert (evaluation["temperature"], evaluation["top_p"], evaluation["n"]) == (0, 1, 1)
 
