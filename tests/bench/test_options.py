@@ -114,6 +114,8 @@ def test_a_value_out_of_range_names_option_and_variable():
 def test_a_step_must_have_room_for_a_token_of_each_sequence():
     few = {"INFERENCE_ENGINE": "vllm", "VLLM_MAX_NUM_SEQS": "64"}
     assert of(few | {"VLLM_MAX_NUM_BATCHED_TOKENS": "64"}).max_num_batched_tokens == 64
+    for none in ("", "None"):
+        assert of(few | {"VLLM_MAX_NUM_BATCHED_TOKENS": none}).max_num_batched_tokens is None
     with pytest.raises(OptionError) as refusal:
         of(few | {"VLLM_MAX_NUM_BATCHED_TOKENS": "63"})
     assert str(refusal.value) == (
