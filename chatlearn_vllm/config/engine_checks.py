@@ -50,10 +50,12 @@ def _check_quantization(model: ModelConfig, report: Reporter) -> None:
     method = args.quantization
     for name in ("load_format", "quantization"):
         known = upstream_names(name)
+        nearest = _nearest(str(args[name]), known)
         report.require(
-            not known or args[name] is None or args[name] in known,
+            # What resembles none of them may be registered by a plugin.
+            args[name] is None or args[name] in known or not nearest,
             (*at, name),
-            f"must be one of vLLM's: {', '.join(known)}" + _nearest(str(args[name]), known),
+            f"must be one of vLLM's: {', '.join(known)}{nearest}",
         )
     report.require(
         method not in CHECKPOINT_QUANTIZATION or args.load_format != "dummy",

@@ -224,3 +224,8 @@ def test_run_dir_holds_the_name_of_the_experiment_once(job):
     for output_dir in ("out", "out/exp"):
         overrides = [f"runtime.output_dir={output_dir}", "runtime.exp_name=exp"]
         assert load_config(job, overrides).runtime.run_dir.as_posix() == "out/exp"
+
+
+def test_a_load_format_that_a_plugin_of_vllm_brings_is_passed_on(job) -> None:
+    loaded = load_config(job, ["models.policy.model_args.load_format=my_object_store"])
+    assert loaded.models["policy"].model_args.load_format == "my_object_store"
