@@ -251,28 +251,15 @@ class VLLMEngine(GenerationEngine):
         max_steps: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
     ) -> list[Any]:
-        """Step until requests are done.
-
-        Args:
-            min_finished: return as soon as so many requests are done; the others go on with the
-                next call. None: all of them.
-            max_steps: return after so many steps in any case. None: no limit.
-            decode: makes text of token ids; needed for partial requests.
-
-        Returns:
-            One `vllm.RequestOutput` per finished request, in the order in which they were added.
-
-        Raises:
-            EngineStateError: the engine is not READY.
-        """
+        """See GenerationEngine; a step is one of vLLM's scheduler."""
         self.require_ready()
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
         gc.freeze()  # what is here stays: a full collection would take longer than many steps
-        outputs = self._finished_partial(list(self._partial), decode)
         steps = 0
         try:
+            outputs = self._finished_partial(list(self._partial), decode)
             # step() may return nothing while batches are in flight.
             while len(outputs) < wanted and steps != max_steps:
                 if not self._engine.has_unfinished_requests():
@@ -402,20 +389,11 @@ class VLLMEngine(GenerationEngine):
         vllm_compat.set_weight_version(self._engine, version)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Pass a whole checkpoint through vLLM's loader; `finish_weight_update` comes after it.
+        """See GenerationEngine; the tensors pass through vLLM's own loader.
 
         Slower than writing into live parameters, and right for every kind of engine: vLLM cuts,
-        quantises and rearranges the tensors as it did when it was built. The engine is STALE from
-        here on. If `tensors` raises, or is incomplete, loading may be tried again.
-
-        Args:
-            tensors: every tensor of the checkpoint, whole, by its Hugging Face name; read one
-                after the other, so a generator may gather them bucket by bucket. Tensors of a
-                layer should follow one another: vLLM holds begun layers twice.
-
-        Raises:
-            EngineStateError: the weights are asleep.
-            ValueError: a tensor is missing, unknown or of another shape.
+        quantises and rearranges the tensors as it did when it was built. Tensors of a layer should
+        follow one another: vLLM holds begun layers twice.
         """
         self.begin_weight_update()
         try:

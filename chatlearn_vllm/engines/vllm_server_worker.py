@@ -116,7 +116,7 @@ def _shared(
             about = name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             group.broadcast_object(about, src=0)
             yield name, group.broadcast(tensor.to(device), src=0)
-    except Exception as error:
+    except Exception as error:  # of the connection or the device; the other workers wait
         group.broadcast_object(f"the first worker failed: {error}", src=0)
         raise
     group.broadcast_object(None, src=0)
