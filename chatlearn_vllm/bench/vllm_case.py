@@ -12,6 +12,7 @@ from chatlearn_vllm.bench.vllm_arguments import (
     make_job,
     speculation,
 )
+from chatlearn_vllm.data.seeds import sample_seed
 
 if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task
@@ -100,8 +101,6 @@ class _BareVLLM:
         return Pass(seconds, len(completions), sum(len(one.token_ids) for one in completions))
 
     def _seed(self, number: int, row: int) -> int:
-        from chatlearn_vllm.modules.vllm_module import sample_seed
-
         options = self._task.options
         ordinal = (number * options.prompts + row) * options.completions
         return sample_seed(options.seed, ordinal, is_eval=False)

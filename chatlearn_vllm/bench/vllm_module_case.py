@@ -13,7 +13,8 @@ from chatlearn_vllm.bench.vllm_arguments import make_job, speculation
 from chatlearn_vllm.bench.workload import model_config
 from chatlearn_vllm.data.carried import Begun
 from chatlearn_vllm.data.prompts import PromptPipeline
-from chatlearn_vllm.modules.vllm_module import VLLMModule, sample_seed
+from chatlearn_vllm.data.seeds import sample_seed
+from chatlearn_vllm.modules.vllm_module import VLLMModule
 
 if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.data.carried import Begun, Carried
+from chatlearn_vllm.data.seeds import sample_seed
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.receives_weights import ReceivesWeights
 from chatlearn_vllm.observability.logging import get_logger
@@ -574,13 +574,3 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self.rank == 0 and self.replica_id == 0 and not weights.is_direct:
             logger.info("%s: new weights go through vLLM's loader: %s", self.name, weights.reason)
         return weights
-
-
-def sample_seed(run_seed: int, ordinal: int, is_eval: bool) -> int:
-    """Seed of the `ordinal`-th response of a job; vLLM adds the index among a prompt's responses.
-
-    Consecutive ordinals give consecutive seeds from a start that depends on the run's seed, so no
-    two of the first 2**32 responses share one, not even where a generator keeps 32 bits only.
-    """
-    digest = hashlib.sha256(f"{run_seed}/{'eval' if is_eval else 'train'}".encode()).digest()
-    return (int.from_bytes(digest[:7], "big") + ordinal) % 2**63

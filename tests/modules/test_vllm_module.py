@@ -14,7 +14,6 @@ from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.vllm_executor import Step
-from chatlearn_vllm.modules.vllm_module import sample_seed
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
 from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
@@ -290,13 +289,6 @@ def test_a_prompt_that_add_request_leaves_out_is_an_error(ready, monkeypatch) ->
     with pytest.raises(ValueError, match=r"_add_request\(\) added 2 requests for 3 prompts"):
         ready.generate([0, 1, 2], first_sample=0)
     assert ready.engine.requests == ()
-
-
-def test_no_two_samples_of_a_job_share_a_seed() -> None:
-    seeds = {sample_seed(run, i, e) for run in (1, 2) for i in range(5000) for e in (True, False)}
-    assert len(seeds) == 20000
-    low_bits = {sample_seed(1, i, False) % 2**32 for i in range(5000)}
-    assert len(low_bits) == 5000
 
 
 def test_generating_leaves_the_process_random_generators_alone(ready) -> None:
