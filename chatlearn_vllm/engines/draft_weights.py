@@ -1,7 +1,7 @@
 """How does a draft keep its weights while an engine sleeps without any?
 
-No weight sync brings them back: a trainer has the model that verifies drafts, not the one that
-makes them. Sleep level 2 of vLLM drops both.
+Sleep level 2 of vLLM drops them with those of the model that verifies drafts. A weight sync brings
+the latter back, and the draft's only if it is trained.
 """
 
 import torch

@@ -295,7 +295,7 @@ def draft_model(engine: Any) -> torch.nn.Module | None:
     return engine.collective_rpc(_draft_of)[0]
 
 
-def load_draft(engine: Any, directory: str | None = None) -> None:
+def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]] | None = None) -> None:
     """Read a draft's weights, as vLLM does with those of the model that verifies.
 
     vLLM builds a `draft_model` with the `load_format` of the model that verifies, whatever
@@ -303,13 +303,14 @@ def load_draft(engine: Any, directory: str | None = None) -> None:
 
     Args:
         engine: with a draft that is a model.
-        directory: whose weights; None: of `speculative_config`.
+        source: the directory of the weights, or whole tensors by their Hugging Face names; None:
+            the directory of `speculative_config`.
     """
     with unpacked_cpu_weights():
-        engine.collective_rpc(_load_draft, args=(directory,))
+        engine.collective_rpc(_load_draft, args=(source,))
 
 
-def _load_draft(worker: Any, directory: str | None) -> None:
+def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]] | None) -> None:
     from vllm.config import LoadConfig, set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.reload import (
@@ -319,13 +320,20 @@ def _load_draft(worker: Any, directory: str | None) -> None:
 
     speculative = worker.vllm_config.speculative_config
     draft, config = _draft_of(worker), speculative.draft_model_config
-    if directory is not None:
-        config.model = directory
-    loader = get_model_loader(speculative.draft_load_config or LoadConfig())
+    if source is None or isinstance(source, str):
+        config.model = source or config.model
+        loader = get_model_loader(speculative.draft_load_config or LoadConfig())
+        source = loader.get_all_weights(config, draft)
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(draft)
-        draft.load_weights(loader.get_all_weights(config, draft))
+        draft.load_weights(source)
         finalize_layerwise_reload(draft, config)
+
+
+def draft_is_built_random(engine: Any) -> bool:
+    """Whether `draft_load_config` says that the weights of the draft come from elsewhere."""
+    config = engine.vllm_config.speculative_config.draft_load_config
+    return config is not None and config.load_format == "dummy"
 
 
 def _draft_of(worker: Any) -> torch.nn.Module | None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
-from chatlearn_vllm.engines.draft_weights import DraftWeights
+from chatlearn_vllm.engines.draft_model import DraftModel
 from chatlearn_vllm.engines.generation_engine import EngineStateError, GenerationEngine, Weights
 from chatlearn_vllm.engines.response_text import TextKeys, response_text, without_text
 from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
@@ -92,8 +92,6 @@ class VLLMEngine(GenerationEngine):
             self._rng = vllm_compat.RandomState.capture()
         if self.speculation is not None:
             self.speculation.can_stop = vllm_compat.drafting_can_stop(self._engine)
-        draft = vllm_compat.draft_model(self._engine) if self.speculation else None
-        self._draft_weights = DraftWeights(draft, self.model) if draft is not None else None
         self._shape = shape
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}
@@ -103,9 +101,19 @@ class VLLMEngine(GenerationEngine):
         """What takes log-probabilities out of each step at once; None where vLLM does."""
         self.seed_per_response = seed_per_response
         super().__init__(has_weights=arguments.get("load_format") != "dummy")
-        is_random = draft is not None and self.state.weights is Weights.DUMMY
-        if is_random and self._engine.vllm_config.speculative_config.method == "draft_model":
-            self.load_draft(None)
+        self.draft = self._find_draft()
+
+    def _find_draft(self) -> DraftModel | None:
+        model = vllm_compat.draft_model(self._engine) if self.speculation else None
+        if model is None:
+            return None
+        draft = DraftModel(self._engine, model, self.model, self.forget_prefixes)
+        if self._engine.vllm_config.speculative_config.method == "draft_model":
+            if vllm_compat.draft_is_built_random(self._engine):
+                draft.expect_sync()
+            elif self.state.weights is Weights.DUMMY:
+                draft.load(None)
+        return draft
 
     @property
     def model(self) -> torch.nn.Module:
@@ -358,26 +366,33 @@ class VLLMEngine(GenerationEngine):
             EngineStateError: the weights are asleep.
             ValueError: the engine has no such model.
         """
-        if self._draft_weights is None:
+        if self.draft is None:
             raise ValueError("load_draft(): speculative_config names no model that drafts")
-        if self.state.weights is Weights.ASLEEP:
-            raise EngineStateError("load_draft(): the engine is ASLEEP; wake_weights() first")
-        vllm_compat.load_draft(self._engine, directory)
-        self._draft_weights.forget()
+        self.draft.load(directory)
+
+    def require_ready(self) -> None:
+        """See GenerationEngine; what drafts has to be READY, too."""
+        super().require_ready()
+        if self.draft is not None:
+            try:
+                self.draft.require_ready()
+            except EngineStateError:
+                self.abort()
+                raise
 
     def _switch_drafting(self, drafts: bool) -> None:
         vllm_compat.set_drafting(self._engine, drafts)
 
     def _sleep(self, level: int) -> None:
-        if level == 2 and self._draft_weights is not None:
-            self._draft_weights.keep()
+        if self.draft is not None:
+            self.draft.sleep(level)
         self._engine.reset_prefix_cache()
         self._engine.sleep(level)
 
     def _wake_weights(self) -> None:
         self._engine.wake_up(["weights"])
-        if self._draft_weights is not None:
-            self._draft_weights.give_back()
+        if self.draft is not None:
+            self.draft.wake()
 
     def _wake_kv_cache(self) -> None:
         self._engine.wake_up(["kv_cache"])

@@ -11,7 +11,7 @@ from chatlearn_vllm.layouts import CheckpointShards, ShardedModel
 from chatlearn_vllm.modules.receives_weights import IncomingWeights
 
 if TYPE_CHECKING:
-    from chatlearn_vllm.engines.generation_engine import GenerationEngine
+    from chatlearn_vllm.engines.live_model import LiveModel
     from chatlearn_vllm.weight_sync.digest import Sample
     from chatlearn_vllm.weight_sync.receiver import WeightReceiver
     from chatlearn_vllm.weight_sync.transport import Export
@@ -21,13 +21,13 @@ LOADER_BYTES = 512 * 2**20
 
 
 class PolicyWeights(IncomingWeights):
-    """The receiving end of the weight sync, for one engine."""
+    """The receiving end of the weight sync, for one engine or the model that drafts for it."""
 
-    def __init__(self, engine: GenerationEngine, path: str) -> None:
+    def __init__(self, engine: LiveModel, path: str) -> None:
         """Choose the path.
 
         Args:
-            engine: this rank's.
+            engine: this rank's, or its draft.
             path: `weight_sync_path` of the yaml.
 
         Raises:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from chatlearn_vllm.weight_sync.transport import Export
 
 
+MODEL = "model"
+"""The part of a module that a sync fills: the model itself."""
+DRAFT = "draft"
+"""The small model of a policy that drafts tokens for it."""
+
+
 class IncomingWeights(ABC):
     """The receiving end of the weight sync, on one rank.
 
@@ -109,23 +115,38 @@ class IncomingWeights(ABC):
 
 
 class ReceivesWeights(ABC):
-    """What `WeightSynchronizer` calls on the ranks of a module that gets weights."""
+    """What `WeightSynchronizer` calls on the ranks of a module that gets weights.
+
+    A module may hold several models that get theirs from different trainers; `part` says which.
+    """
 
     @property
     @abstractmethod
     def _weights(self) -> IncomingWeights:
-        """This rank's receiving end."""
+        """This rank's receiving end for the model itself."""
 
-    def weight_shards(self, num_replicas: int) -> ShardedModel:
+    def _incoming(self, part: str) -> IncomingWeights:
+        """This rank's receiving end for a part of the module."""
+        if part != MODEL:
+            raise ValueError(f"{type(self).__name__} has no {part} that a weight sync could fill")
+        return self._weights
+
+    def weight_shards(self, num_replicas: int, *, part: str = MODEL) -> ShardedModel:
         """What a weight sync fills on the ranks of all replicas."""
-        return self._weights.shards(num_replicas)
+        return self._incoming(part).shards(num_replicas)
 
-    def weight_dtypes(self) -> dict[str, torch.dtype]:
+    def weight_dtypes(self, *, part: str = MODEL) -> dict[str, torch.dtype]:
         """Of what a weight sync fills on this rank, by name."""
-        return self._weights.dtypes()
+        return self._incoming(part).dtypes()
 
     def plan_weight_sync(
-        self, rank: int, sources: ShardedModel, targets: ShardedModel, links: Links
+        self,
+        rank: int,
+        sources: ShardedModel,
+        targets: ShardedModel,
+        links: Links,
+        *,
+        part: str = MODEL,
     ) -> ReaderPlan:
         """Plan this rank's copies, for `import_weights`.
 
@@ -134,15 +155,16 @@ class ReceivesWeights(ABC):
             sources: the training ranks.
             targets: the ranks of all replicas.
             links: where all run.
+            part: `MODEL`, or `DRAFT` of a policy; so in all methods here.
         """
-        return self._weights.plan(rank, sources, targets, links)
+        return self._incoming(part).plan(rank, sources, targets, links)
 
-    def connect_weight_links(self, addresses: list[LinkAddress]) -> None:
+    def connect_weight_links(self, addresses: list[LinkAddress], *, part: str = MODEL) -> None:
         """Take the links from training ranks whose memory this rank cannot read, in order."""
         from chatlearn_vllm.weight_sync.remote import open_links
 
         timeout_s = 60.0 * self.model_args.distributed_timeout_minutes
-        self._weights.connect(
+        self._incoming(part).connect(
             open_links(addresses, is_sender=False, device=self.engine.device, timeout_s=timeout_s)
         )
 
@@ -152,6 +174,7 @@ class ReceivesWeights(ABC):
         keep_open: bool,
         sample: Sample | None,
         *exports: Export,
+        part: str = MODEL,
     ) -> None:
         """Copy new weights, which are STALE until `finish_weight_sync`.
 
@@ -160,13 +183,14 @@ class ReceivesWeights(ABC):
             keep_open: whether that memory stays where it is until the next sync.
             sample: which part of the weights is digested; None for no digests.
             *exports: of these ranks, in that order.
+            part: see `plan_weight_sync`.
         """
-        self._weights.import_from(
+        self._incoming(part).import_from(
             dict(zip(source_ranks, exports, strict=True)), keep_open=keep_open, sample=sample
         )
 
     def finish_weight_sync(
-        self, version: int, source_ranks: tuple[int, ...], *sent: Sent
+        self, version: int, source_ranks: tuple[int, ...], *sent: Sent, part: str = MODEL
     ) -> Arrival:
         """Declare the weights READY, if those that `import_weights` copied are those sent.
 
@@ -174,9 +198,10 @@ class ReceivesWeights(ABC):
             version: what the new weights are called from now on.
             source_ranks: all training ranks that this rank reads, or that send to it.
             *sent: what these say, in that order.
+            part: see `plan_weight_sync`.
         """
-        return self._weights.finish(version, dict(zip(source_ranks, sent, strict=True)))
+        return self._incoming(part).finish(version, dict(zip(source_ranks, sent, strict=True)))
 
-    def revoke_weight_sync(self, version: int) -> None:
+    def revoke_weight_sync(self, version: int, *, part: str = MODEL) -> None:
         """Declare the weights of `version` STALE: another rank did not get them."""
-        self._weights.revoke(version)
+        self._incoming(part).revoke(version)

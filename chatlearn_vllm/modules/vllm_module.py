@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.seeds import sample_seed
 from chatlearn_vllm.modules.base import BaseModule
-from chatlearn_vllm.modules.receives_weights import ReceivesWeights
+from chatlearn_vllm.modules.receives_weights import DRAFT, IncomingWeights, ReceivesWeights
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.utils.vllm_utils import get_model
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from chatlearn_vllm.engines.generation_engine import GenerationEngine
+    from chatlearn_vllm.engines.live_model import LiveModel
     from chatlearn_vllm.engines.speculation import SpeculationStats
     from chatlearn_vllm.engines.vllm_executor import Step
     from chatlearn_vllm.layouts import ModelShape
@@ -350,6 +351,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             self.model_args,
             name=self.name,
             replica=self.replica_id,
+            rank=self.rank,
             seed=self.model_args.seed + self.replica_id,
             log_dir=self.runtime_args.run_dir / "vllm_server",
             model_dir=model_dir,
@@ -431,7 +433,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         except BaseException:
             self.engine.abort()
             raise
-        if self.model_args.log_metrics and self.is_last_rank():
+        if self.model_args.log_metrics and self.rank == 0:
             logger.info("%s: %s", self.name, self.engine.metrics())
         asked = [self._asked.pop(output.request_id) for output in outputs]
         if self.rank != 0 or not outputs:
@@ -568,9 +570,21 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     @cached_property
     def _weights(self) -> PolicyWeights:
+        return self._receiving_end(self.engine, "new weights")
+
+    @cached_property
+    def _draft_weights(self) -> PolicyWeights:
+        if self.engine.draft is None:
+            raise ValueError(f"models.{self.name}: speculative_config names no model that drafts")
+        return self._receiving_end(self.engine.draft, "new weights of the draft")
+
+    def _incoming(self, part: str) -> IncomingWeights:
+        return self._draft_weights if part == DRAFT else super()._incoming(part)
+
+    def _receiving_end(self, model: LiveModel, what: str) -> PolicyWeights:
         from chatlearn_vllm.modules.policy_weights import PolicyWeights
 
-        weights = PolicyWeights(self.engine, self.model_args.weight_sync_path)
+        weights = PolicyWeights(model, self.model_args.weight_sync_path)
         if self.rank == 0 and self.replica_id == 0 and not weights.is_direct:
-            logger.info("%s: new weights go through vLLM's loader: %s", self.name, weights.reason)
+            logger.info("%s: %s go through vLLM's loader: %s", self.name, what, weights.reason)
         return weights

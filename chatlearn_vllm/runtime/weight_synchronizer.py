@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from chatlearn_vllm.modules.receives_weights import MODEL
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.worker_group import PendingCall, WorkerGroup, gather
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
@@ -63,6 +64,7 @@ class WeightSynchronizer:
         *,
         keep_open: bool = True,
         stride: int | None = 1,
+        part: str = MODEL,
     ) -> None:
         """Prepare.
 
@@ -74,8 +76,12 @@ class WeightSynchronizer:
                 rollout ranks let go of them after each.
             stride: digests take one of so many parts of every weight, another one in each sync;
                 the first sync takes everything. None for no digests.
+            part: which of the policy's models; see `ReceivesWeights`.
         """
         self._trainer, self._policy = trainer, policy
+        # Modules of one model need not know that others have several.
+        self._part = {} if part == MODEL else {"part": part}
+        self._what = "" if part == MODEL else f" of the {part}"
         self.keep_open, self.stride = keep_open, stride
         """See the arguments; may be changed between two syncs."""
         self._readable: list[tuple[int, ...]] = []
@@ -115,18 +121,20 @@ class WeightSynchronizer:
         links = Links(places, policy_places, len(self._policy.replicas[0]))
         (sources,) = gather([self._trainer.start_on(0, "weight_shards")])
         num_replicas = len(self._policy.replicas)
-        (targets,) = gather([self._policy.start_on(0, "weight_shards", num_replicas)])
+        (targets,) = gather([self._policy.start_on(0, "weight_shards", num_replicas, **self._part)])
         dtypes: dict[str, Any] = {}
         for own in gather(
             [
-                self._policy.start_on(rank, "weight_dtypes")
+                self._policy.start_on(rank, "weight_dtypes", **self._part)
                 for rank in range(len(self._policy.replicas[0]))
             ]
         ):
             dtypes |= own
         shared = [ray.put(one) for one in (sources, targets, links)]
         readers = self._policy.call_each(
-            "plan_weight_sync", [(rank, *shared) for rank in range(len(self._policy.ranks))]
+            "plan_weight_sync",
+            [(rank, *shared) for rank in range(len(self._policy.ranks))],
+            **self._part,
         )
         senders = self._trainer.call("plan_weight_sync", *shared, ray.put(dtypes))
         check_agreement(
@@ -165,7 +173,12 @@ class WeightSynchronizer:
                 ends.setdefault((group, own), []).append(address)
         gather(
             [
-                group.start_on(rank, "connect_weight_links", addresses)
+                group.start_on(
+                    rank,
+                    "connect_weight_links",
+                    addresses,
+                    **(self._part if group is self._policy else {}),
+                )
                 for (group, rank), addresses in ends.items()
             ]
         )
@@ -174,8 +187,9 @@ class WeightSynchronizer:
     def _log(self, readers: Sequence[ReaderPlan]) -> None:
         millions = [sum(plan.num_elements[kind] for plan in readers) / 1e6 for kind in LinkKind]
         logger.info(
-            "weight sync: %d rollout ranks read from %d of %d training ranks; millions of weights: "
-            "%.1f on the same device, %.1f on the same host, %.1f over the network",
+            "weight sync%s: %d rollout ranks read from %d of %d training ranks; millions of "
+            "weights: %.1f on the same device, %.1f on the same host, %.1f over the network",
+            self._what,
             len(readers),
             len({sender for plan in readers for sender in plan.fingerprints}),
             len(self._trainer.ranks),
@@ -243,13 +257,15 @@ class WeightSynchronizer:
         # References as arguments of their own: Ray then moves the exports from rank to rank.
         references: list[Any] = [exports[source].result for source in sources]
         return self._policy.start_on(
-            rank, "import_weights", sources, keep_open, sample, *references
+            rank, "import_weights", sources, keep_open, sample, *references, **self._part
         )
 
     def _start_finish(self, rank: int, sent: Sequence[PendingCall]) -> PendingCall:
         sources = self._sources[rank]
         references: list[Any] = [sent[source].result for source in sources]
-        return self._policy.start_on(rank, "finish_weight_sync", self.version, sources, *references)
+        return self._policy.start_on(
+            rank, "finish_weight_sync", self.version, sources, *references, **self._part
+        )
 
     def _check(self, arrivals: Sequence[Arrival]) -> None:
         num_wrong = sum(arrival.num_wrong for arrival in arrivals)
@@ -258,13 +274,13 @@ class WeightSynchronizer:
         shown = [text for arrival in arrivals for text in arrival.wrong][:MAX_DESCRIBED]
         more = f"\n  and {num_wrong - len(shown)} more" if num_wrong > len(shown) else ""
         raise WeightMismatchError(
-            f"weight sync to version {self.version}: {num_wrong} copies do not hold what was "
-            "sent; the engines are STALE:\n  " + "\n  ".join(shown) + more
+            f"weight sync{self._what} to version {self.version}: {num_wrong} copies do not hold "
+            "what was sent; the engines are STALE:\n  " + "\n  ".join(shown) + more
         )
 
     def _revoke(self) -> None:
         """Have no rank READY at a version that others did not get; those that died do not count."""
-        calls = self._policy.start("revoke_weight_sync", self.version)
+        calls = self._policy.start("revoke_weight_sync", self.version, **self._part)
         ray.wait([call.result for call in calls], num_returns=len(calls), timeout=REVOKE_WAIT_S)
 
 

@@ -55,9 +55,9 @@ class WorkerGroup:
         args = _stored_once(args)
         return [_start(rank, method, args, kwargs) for rank in self.ranks]
 
-    def start_on(self, index: int, method: str, *args: Any) -> PendingCall:
+    def start_on(self, index: int, method: str, *args: Any, **kwargs: Any) -> PendingCall:
         """Start a method on one rank, by its place in `ranks`."""
-        return _start(self.ranks[index], method, args, {})
+        return _start(self.ranks[index], method, args, kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run a method of the module on all ranks at once; results in rank order.
@@ -67,11 +67,13 @@ class WorkerGroup:
         """
         return gather(self.start(method, *args, **kwargs))
 
-    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Like `call`, with arguments of its own for each rank."""
+    def call_each(
+        self, method: str, args_of_rank: Sequence[tuple[Any, ...]], **kwargs: Any
+    ) -> list[Any]:
+        """Like `call`, with positional arguments of its own for each rank."""
         return gather(
             [
-                _start(rank, method, args, {})
+                _start(rank, method, args, kwargs)
                 for rank, args in zip(self.ranks, args_of_rank, strict=True)
             ]
         )

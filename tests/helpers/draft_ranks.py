@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from chatlearn_vllm.data.carried import Begun
+from chatlearn_vllm.engines.live_model import EngineStateError
 from chatlearn_vllm.engines.speculation import SpeculationStats
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
+from chatlearn_vllm.layouts import ListedShards, ParamLayout
+from chatlearn_vllm.layouts.blocks import replicated
+from chatlearn_vllm.modules.policy_weights import PolicyWeights
+from chatlearn_vllm.modules.receives_weights import DRAFT
+from chatlearn_vllm.weight_sync.digest import EVERYTHING
+from chatlearn_vllm.weight_sync.links import colocated
+from chatlearn_vllm.weight_sync.sender import WeightSender
 from tests.helpers.engines import policy_job, put_weights, start_policy
+from tests.helpers.fault_in_copy import FaultInCopy
 from tests.helpers.tiny_llama import save_tiny_llama
 
 PROMPTS = ["12+34=", "ab" * 20, "x y z", "The sum of 1 and 2 is"]
@@ -92,6 +102,83 @@ def build(root: Path) -> None:
 def sync(name: str, model: str, version: int) -> int:
     """Put a model's weights into a policy; the bytes that were written."""
     return put_weights(_policies[name], _models[model], version)
+
+
+def sync_draft(name: str, directory: Path, version: int, fault: str | None = None) -> int:
+    """Send the weights of a directory to a policy's draft; the bytes that were written.
+
+    Args:
+        name: of the policy.
+        directory: in Hugging Face form.
+        version: of the weights.
+        fault: None; "copy" fails half-way, "digest" changes the weights after they were read.
+    """
+    policy, tensors = _policies[name], load_file(directory / "model.safetensors")
+    layouts = [replicated(own, own, tuple(tensor.shape)) for own, tensor in tensors.items()]
+    sources, targets = ListedShards({0: layouts}), policy.weight_shards(1, part=DRAFT)
+    links = colocated(1, 1, 1)
+    sender = WeightSender(0, lambda: tensors, lambda: version)
+    sender.plan(sources, targets, links, policy.weight_dtypes(part=DRAFT))
+    policy.plan_weight_sync(0, sources, targets, links, part=DRAFT)
+    with FaultInCopy("raise") if fault == "copy" else nullcontext():
+        policy.import_weights((0,), False, EVERYTHING, sender.export(), part=DRAFT)
+    if fault == "digest":
+        next(iter(tensors.values())).add_(1)
+    arrival = policy.finish_weight_sync(version, (0,), sender.sent(), part=DRAFT)
+    assert arrival.is_good == (fault is None)
+    return arrival.num_bytes
+
+
+def failed_sync_of_draft(name: str, directory: Path, version: int, fault: str) -> tuple[str, ...]:
+    """A sync that fails; then the draft's state, the policy's, and why it cannot generate."""
+    policy = _policies[name]
+    try:
+        sync_draft(name, directory, version, fault)
+    except RuntimeError as error:
+        assert str(error) == "a copy failed"
+    policy.revoke_weight_sync(version, part=DRAFT)
+    return str(policy.engine.draft.state), policy.engine_state(), why_not_ready(name)
+
+
+def why_not_ready(name: str) -> str:
+    """Why a policy cannot generate; nothing may be left of the attempt."""
+    policy = _policies[name]
+    try:
+        policy.generate([0], first_sample=0)
+    except EngineStateError as error:
+        assert policy.engine.requests == ()
+        return str(error)
+    return "it can"
+
+
+def send_draft_through_the_loader(name: str) -> None:
+    """Have the next syncs of a policy's draft pass through vLLM's loader."""
+    policy = _policies[name]
+    policy._draft_weights = PolicyWeights(policy.engine.draft, "load_weights")
+
+
+def is_draft(name: str, directory: Path) -> bool:
+    """Whether the draft's weights are a directory's, bit by bit."""
+    draft = _policies[name].engine.draft
+    return _holds(draft.parameters(), draft.shards(1).rank_layouts(0), directory)
+
+
+def is_model(name: str, directory: Path) -> bool:
+    """Whether the weights of the model that verifies are a directory's, bit by bit."""
+    engine = _policies[name].engine
+    return _holds(engine.parameters(), engine.shards(1).rank_layouts(0), directory)
+
+
+def _holds(parameters: dict[str, Any], layouts: list[ParamLayout], directory: Path) -> bool:
+    tensors = load_file(directory / "model.safetensors")
+    return all(
+        torch.equal(
+            parameters[layout.name][tuple(slice(*bounds) for bounds in block.local)],
+            tensors[block.tensor][tuple(slice(*bounds) for bounds in block.logical)],
+        )
+        for layout in layouts
+        for block in layout.blocks
+    )
 
 
 def model_bytes() -> int:

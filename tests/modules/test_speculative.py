@@ -107,6 +107,61 @@ def test_a_draft_is_read_from_its_directory_and_another_can_take_its_place(rank)
     assert rank(draft_ranks.greedy, "draft_model")[0] == before
 
 
+@pytest.fixture
+def frozen_again(rank):
+    """Afterwards the draft is that of its directory, for the other tests."""
+    yield
+    rank(draft_ranks.take_over_draft, "draft_model", rank.root / "draft")
+    assert rank(draft_ranks.is_draft, "draft_model", rank.root / "draft")
+
+
+@pytest.mark.parametrize("path", ["direct", "load_weights"])
+def test_a_sync_fills_the_draft_or_the_model_and_leaves_the_other_alone(
+    rank, frozen_again, path
+) -> None:
+    name, model = "draft_model", rank.root / "model"
+    expected, stats = rank(draft_ranks.greedy, name)
+    assert stats.acceptance_rate < 1
+    if path == "load_weights":
+        rank(draft_ranks.send_draft_through_the_loader, name)
+    assert rank(draft_ranks.sync_draft, name, model, 5) == rank(draft_ranks.model_bytes)
+    assert rank(draft_ranks.is_draft, name, model)
+    assert rank(draft_ranks.is_model, name, model)
+    # It drafts what the model says, with nothing cached from before.
+    responses, stats = rank(draft_ranks.greedy, name)
+    assert (responses, stats.acceptance_rate) == (expected, 1)
+    rank(draft_ranks.sync, name, "trained", 6)
+    assert rank(draft_ranks.is_draft, name, model)
+    assert rank(draft_ranks.is_model, name, rank.root / "trained")
+    rank(draft_ranks.sync, name, "model", 7)
+
+
+@pytest.mark.parametrize("fault", ["copy", "digest"])
+def test_a_draft_whose_sync_failed_is_not_used_until_one_succeeds(
+    rank, frozen_again, fault
+) -> None:
+    name, model = "draft_model", rank.root / "model"
+    before = rank(draft_ranks.greedy, name)[0]
+    rank(draft_ranks.sync_draft, name, rank.root / "draft", 1)
+    states = rank(draft_ranks.failed_sync_of_draft, name, model, 2, fault)
+    assert states[0] == "STALE(1)"
+    assert states[1].startswith("READY(")
+    assert "the draft of the engine is STALE(1), it must be READY" in states[2]
+    rank(draft_ranks.sync_draft, name, model, 3)
+    responses, stats = rank(draft_ranks.greedy, name)
+    assert (responses, stats.acceptance_rate) == (before, 1)
+
+
+def test_a_draft_that_a_trainer_sends_is_sent_again_after_sleep(rank, frozen_again) -> None:
+    name, model = "draft_model", rank.root / "model"
+    rank(draft_ranks.sync_draft, name, model, 1)
+    rank(draft_ranks.sleep_and_lose_the_weights, name)
+    assert rank(draft_ranks.wake, name, "model", 8).startswith("READY(")
+    assert "the draft of the engine is EMPTY" in rank(draft_ranks.why_not_ready, name)
+    rank(draft_ranks.sync_draft, name, model, 2)
+    assert rank(draft_ranks.greedy, name)[1].acceptance_rate == 1
+
+
 @pytest.mark.parametrize("name", DRAFTING)
 def test_after_a_sync_responses_are_those_of_the_new_weights(rank, name) -> None:
     before, _ = rank(draft_ranks.greedy, name)

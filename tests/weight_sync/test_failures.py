@@ -6,37 +6,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlearn_vllm import GRPOEngine
 from chatlearn_vllm.runtime.errors import RankDiedError, RankError, RankId
 from chatlearn_vllm.runtime.rollout import Rollout
 from chatlearn_vllm.runtime.worker_group import gather
 from examples.megatron.models.policy_trainer import PolicyTrainer
+from tests.helpers.fault_in_copy import FaultInCopy
 from tests.helpers.job_modules import CountingPolicy, DigitReward
 from tests.helpers.tiny_llama import save_tiny_llama
 from tests.jobs.test_grpo_job import PROMPTS, write_job
 from tests.runtime.conftest import left_after, rank_processes
 
 LAST_RANK = 1
-COPIES_BEFORE_THE_FAULT = 5
-
-
-class FaultInCopy(TorchDispatchMode):
-    """Lets some copies into tensors happen, then raises or ends the process instead of the next."""
-
-    def __init__(self, fault):
-        super().__init__()
-        self.fault, self.left = fault, COPIES_BEFORE_THE_FAULT
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if "copy_" in operator.name():
-            if self.left == 0 and self.fault == "exit":
-                os._exit(1)
-            if self.left == 0:
-                raise RuntimeError("a copy failed")
-            self.left -= 1
-        return operator(*args, **(kwargs or {}))
 
 
 class FaultyPolicy(CountingPolicy):
