@@ -52,7 +52,7 @@ class BenchOptions:
     seed: int = _option(42, "of prompts, weights and sampling")
     repeat: int = _option(3, "measured passes per case, each over other prompts; median counts")
     rounds: int = _option(1, "times that all cases are gone through, in new processes")
-    warmup: int = _option(1, "passes of a few tokens before them")
+    warmup: int = _option(1, "passes before them that do not count")
     latency_requests: int = _option(4, "requests measured one at a time; 0 = no latencies")
     tensor_parallel_size: int = _option(
         1, "of vLLM cases without tp=", variable="VLLM_TENSOR_PARALLEL_SIZE"

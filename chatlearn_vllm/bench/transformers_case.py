@@ -33,9 +33,6 @@ def measure(task: Task) -> dict[str, Any]:
     generator = _Generator(task, device, attention)
     load_s = time.perf_counter() - start
 
-    task.phase("warmup")
-    for _ in range(task.options.warmup):
-        generator.generate(1, 0, max_tokens=min(8, task.options.max_tokens))
     search = _BatchSizes(task, generator)
     passes = search.run()
     # A pass of one batch, as large as suits the engine, stands for as many as are needed.
@@ -143,9 +140,7 @@ class _Generator:
         return prompts, mask
 
     @torch.inference_mode()
-    def generate(
-        self, batch_size: int, number: int, *, max_tokens: int | None = None, streamer: Any = None
-    ) -> Pass:
+    def generate(self, batch_size: int, number: int, *, streamer: Any = None) -> Pass:
         """Answer one batch."""
         prompts, mask = self._prompts(batch_size, number)
         self._prompt_length, self._num_calls = prompts.shape[1], 0
@@ -154,7 +149,7 @@ class _Generator:
         sequences = self._model.generate(
             prompts.to(self._device),
             attention_mask=mask.to(self._device),
-            max_new_tokens=max_tokens or self._task.options.max_tokens,
+            max_new_tokens=self._task.options.max_tokens,
             streamer=streamer,
             **self._drafting,
         )
@@ -215,7 +210,11 @@ class _Streamer(transformers.generation.streamers.BaseStreamer):
 
 
 class _BatchSizes:
-    """Searches the batch size with the highest throughput; each try is a whole measurement."""
+    """Searches the batch size with the highest throughput; each try is a whole measurement.
+
+    Before it, `warmup` passes of that size are left out: PyTorch's allocator takes memory anew for
+    each length of a KV cache that grows, which makes a first pass several times as slow.
+    """
 
     def __init__(self, task: Task, generator: _Generator) -> None:
         self._task = task
@@ -239,8 +238,8 @@ class _BatchSizes:
             self.best, self.ended = fixed, "the batch size was given"
             if self._task.case.speculative:
                 self.ended = "transformers drafts for one sequence at a time"
-            self._task.phase(f"batch_size={fixed}")
-            return self._repeat(fixed, [], time.perf_counter())
+            start = time.perf_counter()
+            return self._repeat(fixed, [self._warm(fixed)], start)
         return self._search()
 
     def _search(self) -> list[Pass]:
@@ -249,9 +248,9 @@ class _BatchSizes:
         found: dict[int, Pass] = {}
         size = min(_FIRST_BATCH_SIZE[self._generator.arguments["device"]], options.num_completions)
         while True:
-            self._task.phase(f"batch_size={size}")
+            begin = time.perf_counter()
             with contextlib.suppress(torch.OutOfMemoryError):
-                found[size] = self._generator.generate(size, 0)
+                found[size] = self._warm(size)
             if size not in found:
                 self._generator.free()
                 self.tried.append({"batch_size": size, "output_tokens_per_s": None})
@@ -263,7 +262,7 @@ class _BatchSizes:
             speed = found[size].tokens_per_s
             self.tried.append({"batch_size": size, "output_tokens_per_s": speed})
             before = max((one.tokens_per_s for n, one in found.items() if n != size), default=0.0)
-            passed = time.perf_counter() - start
+            now = time.perf_counter()
             if self.ended.startswith("no memory"):
                 break
             if speed < _WORTHWHILE * before:
@@ -272,7 +271,8 @@ class _BatchSizes:
             if size >= options.num_completions:
                 self.ended = "all completions are in one batch"
                 break
-            if passed + 2 * found[size].seconds > options.hf_search_seconds:
+            # Twice as many take no less than these took.
+            if now - start + now - begin > options.hf_search_seconds:
                 self.ended = f"--hf-search-seconds={options.hf_search_seconds:g} were over"
                 break
             size = min(2 * size, options.num_completions)
@@ -283,12 +283,19 @@ class _BatchSizes:
         self._generator.free()
         return self._repeat(self.best, [found[self.best]], start)
 
+    def _warm(self, size: int) -> Pass:
+        """A pass after those that do not count."""
+        self._task.phase(f"batch_size={size}")
+        for _ in range(self._task.options.warmup):
+            self._generator.generate(size, 0)
+        return self._generator.generate(size, 0)
+
     def _repeat(self, size: int, passes: list[Pass], start: float) -> list[Pass]:
         """Measure as often as asked for, as long as the time for the search lasts."""
         options = self._task.options
         while len(passes) < options.repeat:
             passed = time.perf_counter() - start
-            if passes and passed + passes[-1].seconds > options.hf_search_seconds:
+            if passed + passes[-1].seconds > options.hf_search_seconds:
                 break
             passes.append(self._generator.generate(size, len(passes)))
         return passes

@@ -30,8 +30,6 @@ COUNTERS = {
     "draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
-WARMUP_TOKENS = 32
-"""Tokens per completion of a pass that is not measured."""
 
 
 def make_job(task: Task) -> JobConfig:

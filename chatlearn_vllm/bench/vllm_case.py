@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
 from chatlearn_vllm.bench.vllm_arguments import (
-    WARMUP_TOKENS,
     bare_engine_arguments,
     make_job,
     speculation,
@@ -48,10 +47,10 @@ def measure(task: Task) -> dict[str, Any]:
 
     task.phase("warmup")
     for number in range(options.warmup):
-        bare.generate(options.repeat + number, min(options.max_tokens, WARMUP_TOKENS))
+        bare.generate(options.repeat + number)
     task.phase("throughput")
     before = _counters(llm) if task.case.speculative else {}
-    passes = [bare.generate(number, options.max_tokens) for number in range(options.repeat)]
+    passes = [bare.generate(number) for number in range(options.repeat)]
     after = _counters(llm) if task.case.speculative else {}
     result = {
         "load_s": load_s,
@@ -81,18 +80,17 @@ class _BareVLLM:
         self._llm = llm
         self._sampling = sampling
 
-    def generate(self, number: int, max_tokens: int) -> Pass:
+    def generate(self, number: int) -> Pass:
         """Answer the prompts of one pass."""
         from vllm import SamplingParams
 
         prompts = self._task.pass_prompts(number)
-        sampling = self._sampling | {"max_tokens": max_tokens}
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         start = time.perf_counter()
-        params: Any = SamplingParams(**sampling)
+        params: Any = SamplingParams(**self._sampling)
         if self._task.case.seeds:
             params = [
-                SamplingParams(**sampling, seed=self._seed(number, row))
+                SamplingParams(**self._sampling, seed=self._seed(number, row))
                 for row in range(len(prompts))
             ]
         outputs = self._llm.generate(inputs, params, use_tqdm=False)

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task
     from chatlearn_vllm.bench.workload import Prompt
 
-_WARMUP_STEPS = 64
-"""Scheduler steps of a pass that is not measured."""
-
 
 class _Prompts(PromptPipeline):
     """Prompts that are token ids already."""
@@ -79,7 +76,7 @@ def measure(task: Task) -> dict[str, Any]:
     try:
         task.phase("warmup")
         for number in range(options.warmup):
-            measured.warm_up(options.repeat + number)
+            measured.generate(options.repeat + number)
         task.phase("throughput")
         before = policy.engine.metrics()
         passes = [measured.generate(number) for number in range(options.repeat)]
@@ -120,11 +117,6 @@ class _MeasuredPolicy:
         """Rows of the dataset that hold the prompts of a pass."""
         num_prompts = self._task.options.prompts
         return list(range(number * num_prompts, (number + 1) * num_prompts))
-
-    def warm_up(self, number: int) -> None:
-        """Begin to answer the prompts of a pass."""
-        self._policy.generate(self._rows(number), first_sample=0, max_steps=_WARMUP_STEPS)
-        self._policy.cut()
 
     def generate(self, number: int) -> Pass:
         """Answer the prompts of one pass."""
