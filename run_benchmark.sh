@@ -22,8 +22,8 @@ export VLLM_MAX_NUM_BATCHED_TOKENS="${VLLM_MAX_NUM_BATCHED_TOKENS:-}"
 export VLLM_DISABLE_LOG_STATS="${VLLM_DISABLE_LOG_STATS:-true}"
 export VLLM_DTYPE="${VLLM_DTYPE:-half}"
 
-# Speculative decoding inside vLLM; needs INFERENCE_METHOD=speculative, too.
-export VLLM_ENABLE_SPECULATIVE="${VLLM_ENABLE_SPECULATIVE:-true}"
+# Speculative decoding inside vLLM; needs INFERENCE_METHOD=speculative, too. Empty: as that says.
+export VLLM_ENABLE_SPECULATIVE="${VLLM_ENABLE_SPECULATIVE:-}"
 # Tokens proposed per step; empty: GAMMA_VALUE.
 export VLLM_NUM_SPECULATIVE_TOKENS="${VLLM_NUM_SPECULATIVE_TOKENS:-}"
 export GAMMA_VALUE="${GAMMA_VALUE:-5}"

@@ -9,7 +9,7 @@ from typing import Any
 from chatlearn_vllm.bench.cases import TRANSFORMERS, VLLM, OptionError
 from chatlearn_vllm.bench.options import BenchOptions
 
-_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 NUMBERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     one.metadata["variable"]: (one.name, float if one.type == "float" else int)
@@ -55,12 +55,12 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             return None
 
     def flag(variable: str, default: bool) -> bool:
-        text = environ.get(variable)
-        if text is None:
+        text = environ.get(variable, "").strip()
+        if not text:
             return default
-        if text.strip().lower() not in (*_TRUE, *_FALSE):
+        if text.lower() not in (*_TRUE, *_FALSE):
             problems.append(f"{variable}={text!r} must be true or false")
-        return text.strip().lower() in _TRUE
+        return text.lower() in _TRUE
 
     for variable, (name, kind) in NUMBERS.items():
         if (value := number(variable, kind)) is not None:
@@ -76,7 +76,7 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     method = environ.get("INFERENCE_METHOD", "target_ar")
     if method not in ("target_ar", "speculative"):
         problems.append(f"INFERENCE_METHOD={method!r} must be target_ar or speculative")
-    wants_vllm_drafts = flag("VLLM_ENABLE_SPECULATIVE", False)
+    wants_vllm_drafts = flag("VLLM_ENABLE_SPECULATIVE", method == "speculative")
     cases = []
     for engine in environ.get("INFERENCE_ENGINE", "transformers").replace(",", " ").split():
         name = engine.partition(":")[0]
@@ -88,8 +88,9 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         cases.append(f"{engine}:speculative" if is_speculative else engine)
         if name in VLLM and method == "speculative" and not wants_vllm_drafts:
             notices.append(
-                "INFERENCE_METHOD=speculative has no effect on vLLM without "
-                "VLLM_ENABLE_SPECULATIVE=true: measured without speculative decoding"
+                "INFERENCE_METHOD=speculative has no effect on vLLM with "
+                f"VLLM_ENABLE_SPECULATIVE={environ['VLLM_ENABLE_SPECULATIVE']}: measured without "
+                "speculative decoding"
             )
         if name in VLLM and method != "speculative" and wants_vllm_drafts:
             notices.append(

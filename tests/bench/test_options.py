@@ -69,11 +69,13 @@ def test_method_and_switch_decide_together_about_drafts_of_vllm():
     assert of(SPECULATIVE).cases == ("vllm:speculative",)
     off = of(SPECULATIVE | {"VLLM_ENABLE_SPECULATIVE": "false"})
     assert off.cases == ("vllm",)
-    assert "has no effect on vLLM without VLLM_ENABLE_SPECULATIVE=true" in off.notices[0]
+    assert "has no effect on vLLM with VLLM_ENABLE_SPECULATIVE=false" in off.notices[0]
     unused = of(SPECULATIVE | {"INFERENCE_METHOD": "target_ar"})
     assert unused.cases == ("vllm",)
     assert "has no effect without INFERENCE_METHOD=speculative" in unused.notices[0]
     assert of({"INFERENCE_METHOD": "speculative"}).cases == ("transformers:speculative",)
+    left_open = of(SPECULATIVE | {"VLLM_ENABLE_SPECULATIVE": ""})
+    assert (left_open.cases, left_open.notices) == (("vllm:speculative",), ())
 
 
 def test_several_engines_and_batching():
@@ -159,6 +161,30 @@ def test_a_directory_of_results_that_cannot_be_made_is_named(capsys, tmp_path):
     assert main(["bench", "--out", str(tmp_path / "file/results")]) == 2
     message = f"--out={tmp_path}/file/results: cannot be made (Not a directory); name another"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environ", "notices"),
+    [
+        ({}, []),
+        ({"INFERENCE_ENGINE": "vllm"}, []),
+        (
+            {"INFERENCE_ENGINE": "vllm", "VLLM_ENABLE_SPECULATIVE": "true"},
+            ["VLLM_ENABLE_SPECULATIVE=true has no effect without INFERENCE_METHOD=speculative"],
+        ),
+    ],
+)
+def test_the_script_has_no_effectless_values_of_its_own(tmp_path, environ, notices):
+    python = tmp_path / "python"  # notes what the script runs it with
+    python.write_text('#!/bin/sh\nenv > "$0.environ"\n')
+    python.chmod(0o755)
+    subprocess.run(
+        ["bash", ROOT / "run_benchmark.sh"], check=True,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)} | environ,
+    )  # fmt: skip
+    lines = (tmp_path / "python.environ").read_text().splitlines()
+    set_by_script = dict(line.split("=", 1) for line in lines)
+    assert list(options_from_environment(set_by_script)["notices"]) == notices
 
 
 def test_the_script_passes_variables_and_arguments_on():
