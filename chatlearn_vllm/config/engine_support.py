@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.server_checks import START
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
@@ -40,6 +41,13 @@ class Feature:
     server: str
     cpu: str = YES
     """The same for vLLM on a machine without GPUs."""
+    started: str | None = None
+    """The same for a server that the job starts; None = as for `server`."""
+
+    @property
+    def started_server(self) -> str:
+        """What a server can do that the job starts."""
+        return self.server if self.started is None else self.started
 
 
 _ONE_RANK = "works with one rank per replica; set {key}: 1, or inference_engine: vllm"
@@ -60,12 +68,12 @@ FEATURES: Mapping[str, Feature] = {
     "tensor parallel": Feature(
         "tensor parallel rollout", "tensor_model_parallel_size",
         lambda args, model, runtime: model.tensor_model_parallel_size > 1,
-        YES, _ONE_RANK, _OF_SERVER,
+        YES, _ONE_RANK, _OF_SERVER, started=YES,
     ),
     "pipeline parallel": Feature(
         "pipeline parallel rollout", "pipeline_model_parallel_size",
         lambda args, model, runtime: model.pipeline_model_parallel_size > 1,
-        YES, _ONE_RANK, _OF_SERVER,
+        YES, _ONE_RANK, _OF_SERVER, started=YES,
     ),
     "expert parallel": Feature(
         "experts whole on a rank", "enable_expert_parallel",
@@ -117,7 +125,7 @@ FEATURES: Mapping[str, Feature] = {
     "sleep level 2": Feature(
         "weights dropped while others work", "sleep_level", _is_always_fine,
         "yes; a draft's weights wait in host memory", YES, _OF_SERVER,
-        cpu="yes, and gives no memory back",
+        cpu="yes, and gives no memory back", started=YES,
     ),
     "LoRA": Feature(
         "a trainer with adapters", "lora_r", _is_always_fine,
@@ -189,10 +197,12 @@ def conflicts(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[tupl
         Keys and what is wrong with their values.
     """
     names = asked_for(model, runtime)
-    engine = model.model_args.inference_engine
+    args = model.model_args
+    engine = args.inference_engine
+    column = "started_server" if args.vllm_server == (START,) else engine
     for name in names:
         feature = FEATURES[name]
-        verdict = getattr(feature, engine)
+        verdict = getattr(feature, column)
         if not verdict.startswith(YES):
             yield _key(feature, model), verdict.format(key=feature.key)
     if engine != "vllm":

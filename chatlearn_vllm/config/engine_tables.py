@@ -17,12 +17,15 @@ END = "<!-- tables: end -->"
 def tables() -> str:
     """All of it in Markdown."""
     lines = [
-        "| asked for | key | `vllm` | `vllm` on CPU | `transformers` | `server` |",
-        "|---|---|---|---|---|---|",
+        "| asked for | key | `vllm` | `vllm` on CPU | `transformers` | `server` "
+        "| `server` that the job starts |",
+        "|---|---|---|---|---|---|---|",
     ]
     for feature in FEATURES.values():
         key = feature.key.lstrip(":")
-        cells = (feature.vllm, feature.cpu, feature.transformers, feature.server)
+        cells = (
+            feature.vllm, feature.cpu, feature.transformers, feature.server, feature.started_server
+        )  # fmt: skip
         shown = " | ".join(_cell(text, key) for text in cells)
         lines.append(f"| {feature.title} | `{key}` | {shown} |")
     lines += [

@@ -363,7 +363,7 @@ class ServerArgs(Section):
 
     vllm_server: Annotated[Strings | None, BeforeValidator(_servers)] = None
     """URL of the server, `http://HOST:PORT`; a list of them for as many replicas; `start`: the job
-    starts one for each replica, on its device."""
+    starts one for each replica, on its devices."""
     vllm_server_api_key: Annotated[
         SecretStr | None,
         # Whatever it is: an error would show it.

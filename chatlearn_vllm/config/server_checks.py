@@ -66,8 +66,10 @@ def server_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
 
 
 def _address_problems(model: ModelConfig, addresses: tuple[str, ...]) -> Iterator[tuple[Key, str]]:
-    key = ("models", model.name, "model_args", "vllm_server")
+    at = ("models", model.name, "model_args")
+    key = (*at, "vllm_server")
     if addresses == (START,):
+        yield from _started_problems(model, at)
         return
     for address in addresses:
         if problem := _url_problem(address):
@@ -82,6 +84,18 @@ def _address_problems(model: ModelConfig, addresses: tuple[str, ...]) -> Iterato
         yield key, rule
     elif len(set(addresses)) < num_servers:
         yield key, "names a server twice; each replica has a server of its own"
+
+
+def _started_problems(model: ModelConfig, at: Key) -> Iterator[tuple[Key, str]]:
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if model.num_gpu == 0 and tensor * pipeline > 1:
+        size = "tensor" if tensor > 1 else "pipeline"
+        rule = (
+            f"a server that the job starts takes a device for each of its {tensor * pipeline} "
+            f"ranks; set num_gpu: {tensor * pipeline * model.num_replica} in place of num_cpu (on "
+            "a machine without GPUs they are CPU cores)"
+        )
+        yield (*at, f"{size}_model_parallel_size"), rule
 
 
 def _url_problem(address: str) -> str | None:

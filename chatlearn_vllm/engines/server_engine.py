@@ -1,4 +1,4 @@
-"""How does a rank generate with a vLLM server in place of an engine of its own?
+"""How does a replica generate with a vLLM server in place of an engine of its own?
 
 Requests go over the server's OpenAI API as token ids, and come back as token ids with the
 log-probability of each. New weights go through a stream to the server's workers
@@ -20,25 +20,18 @@ from chatlearn_vllm.config.server_checks import SAMPLING_KEYS
 from chatlearn_vllm.engines.generation_engine import (
     EngineState,
     EngineStateError,
-    GenerationEngine,
     Weights,
 )
 from chatlearn_vllm.engines.request_output import CompletionOutput, Logprob, RequestOutput
 from chatlearn_vllm.engines.scheduled_batch import NewRequest, ScheduledBatch
 from chatlearn_vllm.engines.server_client import ServerClient, ServerError
 from chatlearn_vllm.engines.server_process import ServerProcess
+from chatlearn_vllm.engines.server_rank import ServerRank
 from chatlearn_vllm.engines.server_start import ServerFacts
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner
-from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.engines.weight_stream import StreamError, StreamSender
 from chatlearn_vllm.engines.whole_tensors import checked_tensors
-from chatlearn_vllm.layouts import (
-    ModelShape,
-    ParamLayout,
-    RolloutParallel,
-    ShardedModel,
-    VLLMShards,
-)
+from chatlearn_vllm.layouts import ModelShape, ShardedModel
 
 CACHE_RESET_ATTEMPTS = 10
 
@@ -54,8 +47,8 @@ class _Request:
     """None until it is sent."""
 
 
-class ServerEngine(GenerationEngine):
-    """One replica of a policy that a vLLM server answers for.
+class ServerEngine(ServerRank):
+    """The first rank of a replica of a policy that a vLLM server answers for.
 
     There is no scheduler step here: the owner's `on_step` is called once for all requests that are
     sent together.
@@ -71,6 +64,7 @@ class ServerEngine(GenerationEngine):
         dtype: torch.dtype,
         timeout_s: float,
         process: ServerProcess | None = None,
+        ranks_per_replica: int = 1,
         has_weights: bool = True,
         seed_per_response: bool = True,
     ) -> None:
@@ -84,16 +78,17 @@ class ServerEngine(GenerationEngine):
             dtype: in which weights are sent.
             timeout_s: longest wait while weights are sent.
             process: the server, if it was started for this engine; ended by `close`.
+            ranks_per_replica: see ServerRank.
             has_weights: whether the server has weights of its own, not random ones.
             seed_per_response: whether requests are sent with their seeds. Else the server's own
                 random state draws, and what it drew before matters.
         """
-        super().__init__(has_weights=has_weights)
+        super().__init__(
+            shape, dtype=dtype, ranks_per_replica=ranks_per_replica, has_weights=has_weights
+        )
         self._client = client
         self._facts = facts
-        self._shape = shape
         self._owner = owner
-        self._dtype = dtype
         self._timeout_s = timeout_s
         self._process = process
         self._seed_per_response = seed_per_response
@@ -139,17 +134,6 @@ class ServerEngine(GenerationEngine):
             "return_tokens_as_token_ids": True,  # else the server makes text of each
         }
         self._requests[request_id] = _Request(prompt, list(token_ids), body)
-
-    def add_partial_request(self, request: PartialRequest) -> None:
-        """Not possible: a server does not say how far a response has come.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"request {request.request_id}: a vLLM server cannot go on with begun responses; set "
-            "runtime.max_rollout_round: 1, or inference_engine: vllm"
-        )
 
     @property
     def requests(self) -> tuple[str, ...]:
@@ -223,11 +207,6 @@ class ServerEngine(GenerationEngine):
             for name, request in self._requests.items()
             if request.answer.done()
         }
-
-    def cut(self) -> list[PartialRequest]:
-        """Drop all queued and running requests; there are no partial ones."""
-        self.abort()
-        return []
 
     def abort(self) -> None:
         """Drop all queued and running requests; the server ends those that it works on."""
@@ -366,43 +345,14 @@ class ServerEngine(GenerationEngine):
                 "one with vllm_server: start"
             )
 
-    def direct_copy_problem(self) -> str | None:
-        """Why new weights cannot be written into live parameters: they are in another process."""
-        return "the parameters are in the server's processes"
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """None: they are in the server's processes."""
-        return {}
-
     def shards(self, num_replicas: int) -> ShardedModel:
-        """The whole model for each replica; the server cuts it.
+        """See ServerRank.
 
         Raises:
             ValueError: the server does not take weights.
         """
         self.require_weight_updates()
-        parallel = RolloutParallel(tensor=1, pipeline=1, expert=False, replicas=num_replicas)
-        return VLLMShards(self._shape, parallel)
-
-    def check_layouts(self, layouts: list[ParamLayout]) -> None:
-        """Nothing to compare here: vLLM's loader compares in the server."""
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """An empty module: the model is in the server's processes."""
-        return torch.nn.Module()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which weights are sent: that of the server's model."""
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where weights are gathered before they are sent: this rank's GPU, if it has one."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        return super().shards(num_replicas)
 
     # ---- the rest ---------------------------------------------------------------------------
 

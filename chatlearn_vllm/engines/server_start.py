@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from packaging.version import InvalidVersion, Version
 
 from chatlearn_vllm.config import ModelArgs
@@ -17,11 +18,11 @@ from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.server_client import NotFoundError, ServerClient, ServerError
 from chatlearn_vllm.engines.server_process import ServerProcess, start_server
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, resolve_dtype
-from chatlearn_vllm.layouts import ModelShape
+from chatlearn_vllm.layouts import ModelShape, RolloutParallel, VLLMShards
 from chatlearn_vllm.observability.logging import get_logger
 
 if TYPE_CHECKING:
-    from chatlearn_vllm.engines.server_engine import ServerEngine
+    from chatlearn_vllm.engines.server_rank import ServerRank
     from chatlearn_vllm.engines.vllm_executor import StepOwner
 
 logger = get_logger(__name__)
@@ -31,8 +32,11 @@ _PROBE_TEMPERATURE = 2.0
 """The highest that the API takes."""
 _PROBE_LOGPROBS = 5
 _LEAST_SPREAD = 1e-6
-_NOT_OF_A_SERVER = ("model", "distributed_executor_backend", "disable_log_stats")
-"""Engine arguments that a server gets in another place, or has a better default for."""
+_NOT_OF_A_SERVER = frozenset({"model", "distributed_executor_backend"})
+"""Engine arguments that a server gets in another place."""
+_BETTER_IN_A_SERVER = frozenset({"disable_log_stats", "disable_custom_all_reduce"})
+"""Those whose default is better where vLLM starts all processes of a replica."""
+_CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,24 @@ def make_server_engine(
     *,
     name: str,
     replica: int,
+    rank: int,
     seed: int,
     log_dir: Path,
     model_dir: Path,
     shape: ModelShape,
     tokenize: Callable[[str], list[int]],
     owner: StepOwner,
-) -> ServerEngine:
-    """The engine of one replica: on the server that its yaml names, or on one that starts now.
+) -> ServerRank:
+    """The engine of one rank: on the server that its yaml names, or on one that starts now.
+
+    Collective over the replica; all its ranks are on one host. A server that starts gets the
+    devices of all ranks, and the first rank starts it.
 
     Args:
         args: the role's model arguments.
         name: of the role, for messages.
         replica: which one; the n-th takes the n-th server of `vllm_server`.
+        rank: within the replica.
         seed: of a server that is started.
         log_dir: where that writes its log.
         model_dir: Hugging Face directory.
@@ -84,14 +93,29 @@ def make_server_engine(
     Raises:
         ServerError: the server is not there, or not fit for the job; says the remedy.
         ServerStartError: a server did not come up.
+        ValueError: a server could not cut the model for its ranks.
     """
     from chatlearn_vllm.engines.server_engine import ServerEngine
+    from chatlearn_vllm.engines.server_rank import ServerPeer
 
     key = args.vllm_server_api_key.get_secret_value() if args.vllm_server_api_key else None
-    process, has_weights = None, True
+    on_gpu = torch.cuda.is_available()
+    process, has_weights, num_ranks = None, True, 1
     if args.vllm_server == (START,):
-        process = _start(args, name, replica, seed, log_dir, model_dir, shape)
-        url, key, has_weights = process.url, process.api_key, args.load_format != "dummy"
+        has_weights = args.load_format != "dummy"
+        parallel = RolloutParallel(
+            args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        )
+        VLLMShards(shape, parallel)  # raises what vLLM would say in its log
+        num_ranks = parallel.ranks_per_replica
+        environment = server_environment(_devices_of_replica() if on_gpu else (), num_ranks)
+        if rank:
+            return ServerPeer(
+                shape, dtype=resolve_dtype(args, on_gpu=on_gpu), ranks_per_replica=num_ranks,
+                has_weights=has_weights,
+            )  # fmt: skip
+        process = _start(args, name, replica, seed, log_dir, model_dir, shape, environment)
+        url, key = process.url, process.api_key
     else:
         url = args.vllm_server[replica]
     client = ServerClient(
@@ -103,6 +127,8 @@ def make_server_engine(
     )
     try:
         facts = inspect_server(client, shape, args.seq_length, tokenize)
+        if process is not None:
+            client.post("/collective_rpc", {"method": "chatlearn_complete_start"})
     except BaseException:
         client.close()
         if process is not None:
@@ -113,35 +139,65 @@ def make_server_engine(
         name, replica, facts.version, url, facts.model,
         "takes weights" if facts.boot_ids else "takes no weights",
     )  # fmt: skip
-    on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, facts.dtype) if facts.dtype else resolve_dtype(args, on_gpu=on_gpu)
     seeds = not facts.on_gpu if args.seed_per_response is None else args.seed_per_response
     return ServerEngine(
         client, facts, shape, owner, dtype=dtype, timeout_s=args.vllm_server_timeout,
-        process=process, has_weights=has_weights and not facts.is_paused, seed_per_response=seeds,
+        process=process, ranks_per_replica=num_ranks,
+        has_weights=has_weights and not facts.is_paused, seed_per_response=seeds,
     )  # fmt: skip
 
 
 def _start(
     args: ModelArgs, name: str, replica: int, seed: int, log_dir: Path, model_dir: Path,
-    shape: ModelShape,
+    shape: ModelShape, environment: Mapping[str, str],
 ) -> ServerProcess:  # fmt: skip
     on_gpu = torch.cuda.is_available()
     arguments, notices = engine_arguments(args, model_dir, shape, seed=seed, on_gpu=on_gpu)
     for notice in notices if replica == 0 else ():
         logger.info("%s: %s", name, notice)
-    environment = {}
-    if on_gpu:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        own = torch.cuda.current_device()
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[own] if visible else str(own)
     return start_server(
         str(model_dir),
-        {key: value for key, value in arguments.items() if key not in _NOT_OF_A_SERVER},
+        server_arguments(arguments, args.engine_args)
+        | vllm_compat.engine_overrides(pipeline_parallel_size=args.pipeline_model_parallel_size),
         log_dir / f"{name}-{replica}.log",
         timeout_s=args.vllm_server_timeout,
         environment=environment,
     )
+
+
+def server_arguments(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of an engine in the process those that its server gets.
+
+    Args:
+        arguments: what `engine_arguments` made.
+        given: those among them that the user has set by vLLM's own name.
+    """
+    dropped = {*_NOT_OF_A_SERVER, *(_BETTER_IN_A_SERVER - given.keys())}
+    return {name: value for name, value in arguments.items() if name not in dropped}
+
+
+def server_environment(devices: Sequence[str], num_ranks: int) -> dict[str, str]:
+    """Variables that put a server on the devices of its replica.
+
+    Args:
+        devices: names of the GPUs as CUDA_VISIBLE_DEVICES has them, in rank order; none on CPUs.
+        num_ranks: processes that share the model.
+    """
+    if devices:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    if num_ranks > 1 and _CPU_BINDING not in os.environ:
+        return {_CPU_BINDING: "nobind"}  # else vLLM wants a NUMA node for each process
+    return {}
+
+
+def _devices_of_replica() -> list[str]:
+    """The GPUs of this replica's ranks. Collective."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = torch.cuda.current_device()
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, visible.split(",")[own] if visible else str(own))
+    return names
 
 
 def inspect_server(

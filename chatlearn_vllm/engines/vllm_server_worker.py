@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ class WeightUpdates:
             "num_workers": parallel.world_size,
             "data_parallel_size": parallel.data_parallel_size,
         }
+
+    def chatlearn_complete_start(self) -> dict[str, Any]:
+        """Do what vLLM leaves out on CPUs; once, when all workers are up."""
+        stages = self.vllm_config.parallel_config.pipeline_parallel_size
+        if vllm_compat.needs_dummy_batch(pipeline_parallel_size=stages):
+            self.execute_dummy_batch()
+        # Nobody looks up the names of their shared memory any more, and nobody else removes them.
+        for path in _mapped_files():
+            if path.startswith("/dev/shm/") and "cpushm" in path:
+                Path(path).unlink(missing_ok=True)
+        return {}
 
     def chatlearn_load(self, address: list[Any], token: str, timeout_s: float) -> dict[str, Any]:
         """Take a whole checkpoint from a rank of the job, through vLLM's own loader.
@@ -84,6 +96,12 @@ class WeightUpdates:
             return {"error": "the server was started anew and has no weights of the job"}
         self._chatlearn_version = version
         return {"boot_id": _BOOT_ID}
+
+
+def _mapped_files() -> set[str]:
+    """Files in this process's memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {f"/{path}" for _, slash, path in (line.partition("/") for line in lines) if slash}
 
 
 def _read_to_the_end(stream: Iterator[Any]) -> None:

@@ -183,18 +183,21 @@ class VLLMShards(CutShards):
 
 
 class CheckpointShards(LayeredShards):
-    """Every rank takes every tensor of the checkpoint whole, as vLLM's own loader wants them."""
+    """Ranks take every tensor of the checkpoint whole, as vLLM's own loader wants them."""
 
-    def __init__(self, model: ModelShape, num_ranks: int, batch_elements: int) -> None:
+    def __init__(
+        self, model: ModelShape, num_loaders: int, batch_elements: int, *, ranks_per_loader: int = 1
+    ) -> None:
         """Describe the ranks.
 
         Args:
             model: sizes of the model.
-            num_ranks: of all replicas.
+            num_loaders: ranks that take the tensors, of all replicas.
             batch_elements: a batch of tensors is closed before it exceeds this.
+            ranks_per_loader: with more than 1, the others that follow each of these take nothing.
         """
         super().__init__(model)
-        self._num_ranks = num_ranks
+        self._num_loaders, self._ranks_per_loader = num_loaders, ranks_per_loader
         self._batch_of: dict[str, int] = {}
         batch = filled = 0
         for name in model.tensor_names():
@@ -207,10 +210,12 @@ class CheckpointShards(LayeredShards):
     @property
     def num_ranks(self) -> int:
         """See ShardedModel."""
-        return self._num_ranks
+        return self._num_loaders * self._ranks_per_loader
 
     def rank_layouts(self, rank: int) -> list[ParamLayout]:
         """See ShardedModel; in the order of the layers."""
+        if rank % self._ranks_per_loader:
+            return []
         return [
             replicated(name, name, self.model.tensor_shape(name))
             for name in self.model.tensor_names()
@@ -239,7 +244,7 @@ class CheckpointShards(LayeredShards):
         return self._all(*(layer_tensor(layer, name.format(expert=expert)) for name in own))
 
     def _all(self, *tensors: str) -> dict[str, list[Holder]]:
-        ranks = tuple(range(self._num_ranks))
+        ranks = tuple(range(0, self.num_ranks, self._ranks_per_loader))
         return group_holders(
             (ranks, replicated(name, name, self.model.tensor_shape(name))) for name in tensors
         )

@@ -50,7 +50,10 @@ class PolicyWeights(IncomingWeights):
         if self.is_direct:
             return live
         batch_elements = LOADER_BYTES // self._engine.dtype.itemsize
-        return CheckpointShards(live.model, live.num_ranks, batch_elements)
+        return CheckpointShards(
+            live.model, live.num_ranks, batch_elements,
+            ranks_per_loader=self._engine.ranks_per_loader,
+        )  # fmt: skip
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of what a sync fills on this rank, by name."""

@@ -31,6 +31,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from chatlearn_vllm.config import JobConfig
+from chatlearn_vllm.config.server_checks import START
 from chatlearn_vllm.job.placement import RankPlacement, place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -110,6 +111,7 @@ class Cluster:
         for placement in self._plan.ranks:
             self._ranks.append(self._start_rank(placement, bundle_order, has_gpu))
         self._locate_ranks()
+        check_servers_on_one_host(self._job, self._ranks)
         self._build_modules()
         return {
             name: WorkerGroup(name, [rank for rank in self._ranks if rank.id.module == name])
@@ -318,6 +320,30 @@ class Cluster:
                 # Its children are in its group; Ray ends them unless it was killed itself.
                 with suppress(ProcessLookupError):
                     os.killpg(rank.location.pid, signal.SIGKILL)
+
+
+def check_servers_on_one_host(job: JobConfig, ranks: Sequence[RankHandle]) -> None:
+    """Check that each vLLM server that the job starts gets devices of one host only.
+
+    Raises:
+        RuntimeError: a replica lies on several.
+    """
+    hosts_of: dict[tuple[str, int], dict[str, None]] = {}
+    for rank in ranks:
+        if job.models[rank.id.module].model_args.vllm_server == (START,):
+            hosts = hosts_of.setdefault((rank.id.module, rank.id.replica), {})
+            hosts[rank.location.host] = None
+    for (name, replica), hosts in hosts_of.items():
+        if len(hosts) > 1:
+            model = job.models[name]
+            raise RuntimeError(
+                f"models.{name}: the {model.ranks_per_replica} devices of replica {replica} are on "
+                f"{len(hosts)} hosts ({', '.join(hosts)}), a vLLM server that the job starts takes "
+                f"those of one; lower tensor_model_parallel_size="
+                f"{model.tensor_model_parallel_size} x pipeline_model_parallel_size="
+                f"{model.pipeline_model_parallel_size} to what a host has free, or start the "
+                "server yourself and give its URL as vllm_server"
+            )
 
 
 def existing_cluster() -> bool:

@@ -95,8 +95,11 @@ class WeightReceiver:
         Raises:
             IncompletePlanError: an element has no source; lists each.
         """
-        batches: list[list[ParamLayout]] = [[] for _ in range(targets.num_batches)]
-        for layout in targets.rank_layouts(self._rank):
+        own_layouts = targets.rank_layouts(self._rank)
+        # A rank that takes nothing has no batch to wait for.
+        num_batches = targets.num_batches if own_layouts else 0
+        batches: list[list[ParamLayout]] = [[] for _ in range(num_batches)]
+        for layout in own_layouts:
             batches[targets.batch_of(layout.name)].append(layout)
         self._batches = [
             _Batch(plan_reader(self._rank, layouts, sources, links), sources) for layouts in batches

@@ -8,9 +8,10 @@ from chatlearn_vllm.config import ConfigError, load_config
 URL = "http://localhost:8000"
 
 
-def load(tmp_path, *, num_cpu=1, sample_per_episode=16, **model_args):
+def load(tmp_path, *, num_cpu=0, num_gpu=0, sample_per_episode=16, **model_args):
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump(model_args))
-    policy = {"num_cpu": num_cpu, "model_config_file": "policy.yaml"}
+    devices = {"num_gpu": num_gpu} if num_gpu else {"num_cpu": num_cpu or 1}
+    policy = devices | {"model_config_file": "policy.yaml"}
     job = {"models": {"policy": policy}, "runtime": {"sample_per_episode": sample_per_episode}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     return load_config(tmp_path / "job.yaml").models["policy"].model_args
@@ -46,6 +47,12 @@ def test_a_key_is_never_shown(tmp_path) -> None:
         assert str(key) not in f"{args!r} {args} {args.model_dump_json()}"
 
 
+def test_a_server_that_the_job_starts_may_have_several_devices(tmp_path) -> None:
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    args = load(tmp_path, vllm_server="start", num_gpu=4, **sizes)
+    assert (args.tensor_model_parallel_size, args.inference_engine) == (2, "server")
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -63,6 +70,27 @@ def test_a_key_is_never_shown(tmp_path) -> None:
         ({"vllm_server": [URL, URL], "num_cpu": 2}, "names a server twice"),
         ({"vllm_server": URL, "flat_logprobs": True}, "sampling keys of vLLM's completions API"),
         ({"vllm_server": URL, "kv_cache_memory_bytes": 9}, "start it with --kv-cache-memory-bytes"),
+        (
+            {"vllm_server": URL, "num_gpu": 2, "tensor_model_parallel_size": 2},
+            "tensor_model_parallel_size=2: is up to the server; leave it out here",
+        ),
+        (
+            {"vllm_server": "start", "num_cpu": 2, "tensor_model_parallel_size": 2},
+            "takes a device for each of its 2 ranks; set num_gpu: 4 in place of num_cpu",
+        ),
+        (
+            {"vllm_server": "start", "num_gpu": 3, "tensor_model_parallel_size": 2},
+            "num_gpu=3: must be a multiple of tensor_model_parallel_size",
+        ),
+        (
+            {
+                "vllm_server": "start",
+                "num_gpu": 4,
+                "tensor_model_parallel_size": 4,
+                "num_attention_heads": 6,
+            },
+            "6 heads must be a multiple of tensor_model_parallel_size=4",
+        ),
         ({"vllm_server": URL, "num_generations": 3}, "must be a multiple of 3"),
         ({"vllm_server": URL, "num_generations": 2, "num_inference_per_prompt": 2}, "older name"),
     ],

@@ -43,25 +43,35 @@ def start_policy(cls: type[VLLMModule], job: JobConfig) -> VLLMModule:
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VLLM_LOGGING_LEVEL": "ERROR",
     }  # fmt: skip
+    return build_policy(cls, job)
+
+
+def build_policy(cls: type[VLLMModule], job: JobConfig) -> VLLMModule:
+    """Build the module's engine in this process, as the rank that the environment names."""
     module = cls("policy", job)
     module.init()
     module.model_setup()
     return module
 
 
-def put_weights(module: VLLMModule, model: torch.nn.Module, version: int) -> int:
+def put_weights(
+    module: VLLMModule, model: torch.nn.Module, version: int, *, num_ranks: int = 1
+) -> int:
     """Sync a Hugging Face model's weights into the engine; returns the bytes written.
 
     The tensors are shown through main memory: CUDA opens no handle in the process that made it.
+    Of several ranks of a replica each calls this, with the same weights.
     """
     tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
     layouts = [replicated(name, name, tuple(tensor.shape)) for name, tensor in tensors.items()]
     sources, targets = ListedShards({0: layouts}), module.weight_shards(1)
-    links = colocated(1, 1, 1)
+    links = colocated(1, num_ranks, num_ranks)
     sender = WeightSender(0, lambda: tensors, lambda: version)
     sender.plan(sources, targets, links)
-    module.plan_weight_sync(0, sources, targets, links)
-    module.import_weights((0,), False, EVERYTHING, sender.export())
-    arrival = module.finish_weight_sync(version, (0,), sender.sent())
+    plan = module.plan_weight_sync(module.rank, sources, targets, links)
+    senders = tuple(plan.fingerprints)
+    module.import_weights(senders, False, EVERYTHING, *[sender.export() for _ in senders])
+    sent = sender.sent()
+    arrival = module.finish_weight_sync(version, senders, *[sent for _ in senders])
     assert arrival.is_good
     return arrival.num_bytes

@@ -24,18 +24,19 @@ pytestmark = pytest.mark.slow
 PROMPTS = [{"prompt": f"{i}+{i}=", "note": f"n{i}"} for i in range(10, 26)]
 
 
-def write_job(directory: Path) -> Path:
+def write_job(directory: Path, tp: int) -> Path:
     (directory / "model").mkdir()
     save_tiny_llama(directory / "model")
     common = {"load": str(directory / "model"), "seq_length": 32, "max_new_tokens": 12, "seed": 3}
     policy = {
         "vllm_server": "start", "use_vllm": True, "num_generations": 4, "temperature": 0.8,
-        "max_num_seqs": 16,
+        "max_num_seqs": 16, "tensor_model_parallel_size": tp,
     }  # fmt: skip
+    devices = {"num_cpu": 1} if tp == 1 else {"num_gpu": tp}
     trainer = {"lr": 1e-3, "temperature": 0.8, "bf16": True}
     job = {
         "models": {
-            "policy": {"num_cpu": 1, "model_args": common | policy},
+            "policy": devices | {"model_args": common | policy},
             "reward": {"num_cpu": 1},
             "policy_trainer": {"num_gpu": 1, "trainable": True, "model_args": common | trainer},
         },
@@ -70,15 +71,17 @@ def servers(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def start(directory: Path) -> subprocess.Popen:
-    command = f"from tests.jobs.test_server_job import learn; learn({str(write_job(directory))!r})"
+def start(directory: Path, tp: int = 1) -> subprocess.Popen:
+    path = str(write_job(directory, tp))
+    command = f"from tests.jobs.test_server_job import learn; learn({path!r})"
     return subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def test_a_job_trains_on_what_its_server_generates(tmp_path) -> None:
-    driver = start(tmp_path)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_job_trains_on_what_its_server_generates(tmp_path, tp) -> None:
+    driver = start(tmp_path, tp)
     output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 0
     history = json.loads(output.splitlines()[-1])

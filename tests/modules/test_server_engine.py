@@ -1,22 +1,27 @@
 """Does a policy generate with a vLLM server as with an engine of its own, new weights included?
 
-One real `vllm serve`, started by the module as in a job, serves all tests of this file.
+One real `vllm serve`, started by the module as in a job, serves most tests of this file.
 """
 
 import dataclasses
 import http.client
 import json
+import os
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import torch
+import transformers
 
 from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.server_client import ServerClient, ServerError
 from chatlearn_vllm.engines.server_start import _probe_logprobs, inspect_server
-from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
+from tests.helpers.engines import SEQ_LENGTH, build_policy, policy_job, put_weights, start_policy
+from tests.helpers.ranks import Ranks
 from tests.helpers.tiny_llama import save_tiny_llama
 
 PROMPTS = ["12+34=", "a", "The sum of 1 and 2 is", "0" * 40, "x y z"]
@@ -58,20 +63,28 @@ def models(tmp_path_factory):
         save_tiny_llama(directory, tied=True, seed=seed)
         for seed, directory in enumerate(directories)
     ]
-    made[0].directory = directories[0]
+    for model, directory in zip(made, directories, strict=True):
+        model.directory = directory
     return made
 
 
-def start(models, directory, **model_args):
+def job_of(model_dir, directory, **model_args):
     job = policy_job(
-        directory, models[0].directory, n=3, temperature=0.7, eval_temperature=0.0, top_p=0.9,
+        directory, model_dir, n=3, temperature=0.7, eval_temperature=0.0, top_p=0.9,
         stop_token_list="~;@", **model_args,
     )  # fmt: skip
     runtime = job.runtime.model_copy(update={"output_dir": str(directory)})
-    module = start_policy(Policy, job.model_copy(update={"runtime": runtime}))
+    return job.model_copy(update={"runtime": runtime})
+
+
+def with_prompts(module):
     module.build_prompts(PROMPTS)
     module.build_prompts(PROMPTS, is_eval=True)
     return module
+
+
+def start(models, directory, **model_args):
+    return with_prompts(start_policy(Policy, job_of(models[0].directory, directory, **model_args)))
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +323,81 @@ def test_a_server_is_checked_before_it_is_used(ready, engine, client) -> None:
     _probe_logprobs(client, facts.model, shape.vocab_size)
     with pytest.raises(ServerError, match="token 100, the last of the vocabulary of `load`"):
         _probe_logprobs(client, facts.model, 101)
+
+
+_shared: Policy | None = None
+"""On a rank of a replica with several: its module."""
+
+
+def start_shared(model_dir, directory, **parallel):
+    """On a rank: start a server on the devices of both; the pid of its watch on the first one."""
+    global _shared
+    directory = directory / os.environ["RANK"]
+    directory.mkdir()
+    job = job_of(model_dir, directory, num_gpu=2, vllm_server="start", **parallel)
+    _shared = with_prompts(build_policy(Policy, job))
+    assert _shared.engine_state() == "DUMMY"
+    return _shared.engine._process.pid if _shared.rank == 0 else None
+
+
+def update_shared(model_dir, version):
+    """On a rank: sync weights as a trainer would; the bytes that came to this rank."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    num_bytes = put_weights(_shared, model, version, num_ranks=2)
+    assert _shared.engine_state() == f"READY({version})"
+    return num_bytes
+
+
+def sleep_shared():
+    """On a rank: sleep and wake, after which weights must come."""
+    _shared.sleep()
+    _shared.wake_weights()
+    _shared.wake_kv_cache()
+    return _shared.engine_state()
+
+
+def generate_shared(is_eval):
+    """On a rank: answer all prompts."""
+    return _shared.generate(list(range(len(PROMPTS))), first_sample=9, is_eval=is_eval)
+
+
+def end_shared():
+    """On a rank: end the server as a job does."""
+    _shared.shutdown()
+
+
+@pytest.mark.parametrize("size", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_two_ranks_share_a_server_on_the_devices_of_both(
+    in_process, models, tmp_path, size
+) -> None:
+    ranks = Ranks(2)
+    try:
+        parallel = {f"{size}_model_parallel_size": 2}
+        pid, _ = ranks.run(start_shared, models[0].directory, tmp_path, **parallel)
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        maps = [memory.path for process in processes for memory in process.memory_maps()]
+        shared = {path for path in maps if "cpushm" in path}
+        for version, model in enumerate(models, start=1):
+            put_weights(in_process, model, version)
+            first, others = ranks.run(update_shared, model.directory, version)
+            assert first > 0 == others
+            for is_eval in (False, True):
+                ours, nothing = ranks.run(generate_shared, is_eval)
+                indices = list(range(len(PROMPTS)))
+                theirs = in_process.generate(indices, first_sample=9, is_eval=is_eval)
+                assert nothing is None
+                assert torch.equal(ours["all_tokens"], theirs["all_tokens"])
+                assert ours["weight_version"].tolist() == [version] * (5 if is_eval else 15)
+                torch.testing.assert_close(
+                    ours["logprobs"], theirs["logprobs"], atol=1e-5, rtol=1e-5
+                )
+            assert set(ranks.run(sleep_shared)) == {"EMPTY"}
+        ranks.run(end_shared)
+    finally:
+        ranks.close()
+    assert not [process for process in processes if process.is_running()]
+    assert shared
+    assert not [path for path in shared if Path(path).exists()]
 
 
 def test_an_address_without_server_is_told_with_what_to_do() -> None:

@@ -1,8 +1,12 @@
-"""Which Ray does a job run on?"""
+"""Which Ray does a job run on, and are its ranks where they must be?"""
 
 import pytest
 
-from chatlearn_vllm.runtime.cluster import existing_cluster
+from chatlearn_vllm.config import load_config
+from chatlearn_vllm.runtime.cluster import check_servers_on_one_host, existing_cluster
+from chatlearn_vllm.runtime.errors import RankId
+from chatlearn_vllm.runtime.worker import RankLocation
+from chatlearn_vllm.runtime.worker_group import RankHandle
 
 
 @pytest.fixture
@@ -36,3 +40,29 @@ def test_the_user_can_ask_for_a_cluster_or_for_none(noted_cluster, monkeypatch):
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert not existing_cluster()
+
+
+def test_a_server_that_the_job_starts_has_its_devices_on_one_host(tmp_path):
+    policy = "{num_gpu: 4, model_args: {vllm_server: start, tensor_model_parallel_size: 2}}"
+    (tmp_path / "job.yaml").write_text(f"models: {{policy: {policy}, other: {{num_gpu: 2}}}}")
+    job = load_config(tmp_path / "job.yaml")
+
+    def check(*hosts, model="policy"):
+        check_servers_on_one_host(
+            job,
+            [
+                RankHandle(
+                    RankId(model, number // 2, number % 2, 2), None, RankLocation(host, host, 1, 0)
+                )
+                for number, host in enumerate(hosts)
+            ],
+        )
+
+    check("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2")
+    check("10.0.0.1", "10.0.0.2", model="other")
+    with pytest.raises(
+        RuntimeError,
+        match=r"models.policy: the 2 devices of replica 1 are on 2 hosts \(10.0.0.1, 10.0.0.2\).*"
+        r"lower tensor_model_parallel_size=2 x .* or start the server yourself",
+    ):
+        check("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from chatlearn_vllm.layouts import (
+    CheckpointShards,
     ListedShards,
     MegatronShards,
     ParamLayout,
@@ -221,6 +222,18 @@ def test_a_rank_reads_what_its_own_gpu_holds_from_there() -> None:
         plan = plan_reader(rank, readers.rank_layouts(rank), senders, links)
         sliced = [copy for copy in plan.copies if "linear" in copy.source_param]
         assert {copy.source_rank for copy in sliced} == {rank}
+
+
+def test_whole_tensors_go_to_the_first_rank_of_each_replica_that_loads_for_the_others() -> None:
+    model = tiny_shape()
+    senders = MegatronShards(model, TrainParallel(2, tensor=2))
+    readers = CheckpointShards(model, num_loaders=2, batch_elements=10**6, ranks_per_loader=2)
+    links = colocated(2, readers.num_ranks, ranks_per_replica=2)
+    plans = [plan_reader(r, readers.rank_layouts(r), senders, links) for r in range(4)]
+    everything = sum(math.prod(model.tensor_shape(name)) for name in model.tensor_names())
+    assert [plan.num_elements for plan in plans] == [everything, 0, everything, 0]
+    for sender in range(2):
+        assert plan_sender(sender, senders, readers, links).keys() == {0, 2}
 
 
 def test_without_peer_access_a_gpu_of_the_same_host_is_behind_the_network() -> None:
