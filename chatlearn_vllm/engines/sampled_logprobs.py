@@ -75,15 +75,8 @@ class SampledLogprobs:
         """
         from vllm.logprobs import FlatLogprobs
 
-        del self._num_responses[output.request_id]
         for completion in output.outputs:
-            found = self._responses.pop((output.request_id, completion.index), _Response())
-            kept = _matching(found, list(completion.token_ids))
-            if kept is None:
-                raise RuntimeError(
-                    f"request {output.request_id}: vLLM answers with {len(completion.token_ids)} "
-                    f"tokens, of which the executor has handed over {len(found.token_ids)}"
-                )
+            kept = self._take(output.request_id, completion.index, list(completion.token_ids))
             count = len(kept.token_ids)
             completion.cumulative_logprob = sum(kept.logprobs)
             completion.logprobs = FlatLogprobs(
@@ -94,6 +87,24 @@ class SampledLogprobs:
                 ranks=kept.ranks,
                 decoded_tokens=[None] * count,
             )
+
+    def take(self, request_id: str, token_ids: list[int]) -> list[float]:
+        """The log-probabilities of the tokens of a request with one response, which is over.
+
+        Raises:
+            RuntimeError: a token's never came.
+        """
+        return self._take(request_id, 0, token_ids).logprobs
+
+    def _take(self, request_id: str, index: int, token_ids: list[int]) -> _Response:
+        found = self._responses.pop((request_id, index), _Response())
+        kept = _matching(found, token_ids)
+        if kept is None:
+            raise RuntimeError(
+                f"request {request_id}: vLLM answers with {len(token_ids)} tokens, of which the "
+                f"executor has handed over {len(found.token_ids)}"
+            )
+        return kept
 
     def _first_seen(self, vllm_id: str) -> _Response | None:
         if vllm_id in self._of_vllm:

@@ -159,8 +159,8 @@ class VLLMEngine(GenerationEngine):
         if self._engine.has_unfinished_requests():
             if self._sampled is not None and not in_bulk:
                 raise ValueError(
-                    "requests that can be cut off, beam searches and those with logprobs > 0 "
-                    "cannot join others; let these finish first"
+                    "beam searches and requests with logprobs > 0 cannot join others; let these "
+                    "finish first"
                 )
         else:
             self._sampled = SampledLogprobs() if in_bulk else None
@@ -215,10 +215,12 @@ class VLLMEngine(GenerationEngine):
         Raises:
             ValueError: vLLM refuses it.
         """
-        self._take_logprobs(in_bulk=False)
+        self._take_logprobs(request.takes_sampled_logprobs and self.speculation is None)
         self._order.append(request.request_id)
         self._partial[request.request_id] = request
         for request_id, token_ids, sampling in request.requests():
+            if self._sampled is not None:
+                self._sampled.expect(request_id, 1)
             self._add(request_id, None, token_ids, without_text(sampling)[0], "DELTA")
 
     def _add(
@@ -321,11 +323,17 @@ class VLLMEngine(GenerationEngine):
     ) -> dict[str, Any]:
         """Those of some partial requests that are finished, by their ids; each once."""
         finished = [name for name in names if self._partial[name].is_finished]
-        return {name: self._partial.pop(name).output(decode) for name in finished}
+        return {name: self._closed(self._partial.pop(name)).output(decode) for name in finished}
+
+    def _closed(self, request: PartialRequest) -> PartialRequest:
+        """A partial request that gets no more tokens, with all log-probabilities."""
+        if self._sampled is not None:
+            request.fill_logprobs(self._sampled)
+        return request
 
     def cut(self) -> list[PartialRequest]:
         """Drop all queued and running requests; the partial ones as far as they have come."""
-        cut = list(self._partial.values())
+        cut = [self._closed(request) for request in self._partial.values()]
         self.abort()
         # What was in flight comes out, and the workers hear of the end.
         for _ in range(self._engine.vllm_config.parallel_config.pipeline_parallel_size + 2):

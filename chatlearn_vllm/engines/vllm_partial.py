@@ -2,15 +2,18 @@
 
 Each response is a request of its own, whose prompt is the prompt and what there is of the response;
 vLLM computes that part anew with the weights that it has now. The tokens that come are noted, so
-that a response can be cut off at any step.
+that a response can be cut off at any step; their log-probabilities when it is over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.data.carried import Begun
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """Odd, so that no two lengths below 2**63 give a response the same seed."""
@@ -41,6 +44,11 @@ class PartialRequest:
         self._prompt = prompt
         self._prompt_token_ids = list(prompt_token_ids)
         self._sampling = sampling
+
+    @property
+    def takes_sampled_logprobs(self) -> bool:
+        """Whether log-probabilities of no other tokens are asked for."""
+        return self._sampling.get("logprobs") == 0
 
     @property
     def is_finished(self) -> bool:
@@ -83,11 +91,23 @@ class PartialRequest:
         begun = self.begun[int(output.request_id.rpartition("#")[2])]
         (new,) = output.outputs
         begun.token_ids += new.token_ids
-        begun.logprobs += [
-            entry[token].logprob for entry, token in zip(new.logprobs, new.token_ids, strict=True)
-        ]
+        if new.logprobs:
+            begun.logprobs += [
+                entry[token].logprob
+                for entry, token in zip(new.logprobs, new.token_ids, strict=True)
+            ]
         begun.versions += [version] * len(new.token_ids)
         begun.finish_reason, begun.stop_reason = new.finish_reason, new.stop_reason
+
+    def fill_logprobs(self, sampled: SampledLogprobs) -> None:
+        """Look up what did not come with the tokens, once no response goes on.
+
+        Raises:
+            RuntimeError: a token's never came.
+        """
+        for index, begun in enumerate(self.begun):
+            if new := begun.token_ids[len(begun.logprobs) :]:
+                begun.logprobs += sampled.take(self._id_of(index), new)
 
     def output(self, decode: Callable[[list[int]], str]) -> Any:
         """The finished responses as one `vllm.RequestOutput`.

@@ -91,3 +91,15 @@ def test_outputs_without_logprobs_are_passed_on() -> None:
 )
 def test_ids_of_vllm_lead_back_to_those_of_requests(vllm_id, expected) -> None:
     assert split_request_id(vllm_id, {"12": 1, "40": 4, "my_own-id": 1}) == expected
+
+
+def test_a_request_that_was_cut_off_gets_the_logprobs_of_the_tokens_that_it_has() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("3#1", 1)
+    sampled.expect("3#0", 1)
+    sampled.take_from(step({"3#1-0123abcd": [5], "3#0-89efabcd": [6]}, [-0.5, -1.5]))
+    sampled.take_from(step({"3#0-89efabcd": [7], "3#1-0123abcd": [8]}, [-2.5, -0.25]))
+    assert sampled.take("3#1", [5]) == [-0.5]  # its second token was in flight
+    assert sampled.take("3#0", [6, 7]) == [-1.5, -2.5]
+    with pytest.raises(RuntimeError, match="request 3#0: .* 1 tokens, of which .* over 0"):
+        sampled.take("3#0", [6])
