@@ -94,8 +94,8 @@ class ServerRank(GenerationEngine):
 class ServerPeer(ServerRank):
     """A rank whose device is the server's, beside the first one: it keeps step, and does nothing.
 
-    Requests are dropped when the first rank sends its own, so the hooks of a module see the same
-    queue on all ranks.
+    It notes requests until `run`, so that a module finds as many as its hook has added, and keeps
+    the state of the first rank's engine.
     """
 
     def __init__(
