@@ -23,7 +23,7 @@ class FilledEngine(MegatronEngine):
     @torch.no_grad()
     def fill(self, seed: int) -> None:
         """Give every weight a new value."""
-        for layout, data in self.laid_out_parameters():
+        for layout, data in self.parameters.laid_out():
             data.zero_()
             for block in layout.blocks:
                 key = zlib.crc32(f"{seed} {block.tensor}".encode())

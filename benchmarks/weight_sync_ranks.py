@@ -173,7 +173,7 @@ class BenchmarkTrainer(MeasuredRank, PolicyReference):
 
         self._gathered: GatheredCheckpoint | None = None  # frees the last one's buffer first
         self._gathered = GatheredCheckpoint(
-            self.engine.shards(), self.local_parameters(), bucket_bytes
+            self.engine.parameters.shards(), self.local_parameters(), bucket_bytes
         )
         return len(self._gathered)
 

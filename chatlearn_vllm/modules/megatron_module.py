@@ -271,7 +271,7 @@ class MegatronModule(BaseModule, ABC):
 
     def local_parameters(self) -> dict[str, torch.Tensor]:
         """This rank's live parameters by megatron-core's names, layers over the whole model."""
-        return {name: parameter.data for name, parameter in self.engine.named_parameters()}
+        return {name: parameter.data for name, parameter in self.engine.parameters.named()}
 
     def weight_gpu(self) -> tuple[str | None, frozenset[str]]:
         """UUID of the GPU that holds this rank's weights, and of those that it can read."""
@@ -279,7 +279,7 @@ class MegatronModule(BaseModule, ABC):
 
     def weight_shards(self) -> ShardedModel:
         """Where the whole model lies on the training ranks."""
-        return self.engine.shards()
+        return self.engine.parameters.shards()
 
     def plan_weight_sync(
         self,
@@ -293,9 +293,9 @@ class MegatronModule(BaseModule, ABC):
         Raises:
             ValueError: this rank's parameters are not those that `sources` says.
         """
-        self.engine.check_layouts(sources.rank_layouts(self.rank))
+        self.engine.parameters.check_layouts(sources.rank_layouts(self.rank))
         # Walking the modules takes longer than a small copy; `.data` is looked up in every sync.
-        self._synced_parameters = dict(self.engine.named_parameters())
+        self._synced_parameters = dict(self.engine.parameters.named())
         self._sender = WeightSender(self.rank, self._synced_tensors, self.engine.weights_generation)
         return self._sender.plan(sources, targets, links, target_dtypes)
 
@@ -331,7 +331,7 @@ class MegatronModule(BaseModule, ABC):
     def _synced_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: param.data for name, param in self._synced_parameters.items()}
         if self.model_args.lora_r:
-            for name, matrices in self.engine.adapters().items():
+            for name, matrices in self.engine.parameters.adapters().items():
                 tensors |= zip(adapter_names(name), matrices, strict=True)
         return tensors
 

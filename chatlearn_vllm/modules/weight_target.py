@@ -35,17 +35,17 @@ class MegatronWeights(IncomingWeights):
 
     def shards(self, num_replicas: int) -> ShardedModel:
         """See IncomingWeights."""
-        return ReplicatedShards(self._engine.shards(), num_replicas)
+        return ReplicatedShards(self._engine.parameters.shards(), num_replicas)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """See IncomingWeights."""
-        return {name: parameter.dtype for name, parameter in self._engine.named_parameters()}
+        return {name: parameter.dtype for name, parameter in self._engine.parameters.named()}
 
     def check_targets(self, rank: int, targets: ShardedModel) -> None:
         """See IncomingWeights."""
-        self._engine.check_layouts(targets.rank_layouts(rank))
+        self._engine.parameters.check_layouts(targets.rank_layouts(rank))
         # Walking the modules takes longer than a small copy; `.data` is looked up in every sync.
-        self._parameters = dict(self._engine.named_parameters())
+        self._parameters = dict(self._engine.parameters.named())
 
     def take(
         self, receiver: WeightReceiver, exports: Mapping[int, Export], sample: Sample | None

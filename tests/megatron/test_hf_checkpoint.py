@@ -87,7 +87,7 @@ def resave(source, target, steps=0, max_file_bytes=hf_checkpoint.MAX_FILE_BYTES,
     with tiny_models.engine(source, **settings) as engine:
         tiny_models.train(engine, steps)
         engine.save_hf(target, max_file_bytes=max_file_bytes)
-        return {name: p.detach().clone() for name, p in engine.named_parameters()}
+        return {name: p.detach().clone() for name, p in engine.parameters.named()}
 
 
 def error_of_building(source):

@@ -250,14 +250,14 @@ def resume(path, directory, iteration=None, **settings):
 def initial_adapters(path):
     """name -> (A, B, [(Hugging Face tensor, its rows, the weight's rows)]) of a fresh engine."""
     with tiny_models.engine(path, **LORA) as engine:
-        layouts = {layout.name: layout for layout, _ in engine.laid_out_parameters()}
+        layouts = {layout.name: layout for layout, _ in engine.parameters.laid_out()}
         return {
             name: (
                 A.clone(),
                 B.clone(),
                 [(b.tensor, b.logical[0], b.local[0]) for b in layouts[name].blocks],
             )
-            for name, (A, B) in engine.adapters().items()
+            for name, (A, B) in engine.parameters.adapters().items()
         }
 
 
@@ -298,7 +298,7 @@ def train_in_plain_torch(path, adapters):
 
 def parameter_shapes(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
-        return {name: tuple(p.shape) for name, p in engine.named_parameters()}
+        return {name: tuple(p.shape) for name, p in engine.parameters.named()}
 
 
 def scores_with_and_without(path, directory, **settings):
@@ -333,8 +333,10 @@ def state_sizes(path):
         nothing = {"weights": False, "optimizer": False, "grads": False}
         sizes = {name: engine.offload(**{**nothing, name: True}) for name in nothing}
         engine.onload()
-        sizes["base"] = sum(p.numel() for _, p in engine.named_parameters())
-        sizes["adapters"] = sum(A.numel() + B.numel() for A, B in engine.adapters().values())
+        sizes["base"] = sum(p.numel() for _, p in engine.parameters.named())
+        sizes["adapters"] = sum(
+            A.numel() + B.numel() for A, B in engine.parameters.adapters().values()
+        )
         return sizes
 
 

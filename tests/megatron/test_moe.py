@@ -283,7 +283,7 @@ def curve(path, steps, **settings):
 def trained_experts(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
         tiny_models.train(engine, 2)
-        return {n: p.detach().clone() for n, p in engine.named_parameters() if ".experts." in n}
+        return {n: p.detach().clone() for n, p in engine.parameters.named() if ".experts." in n}
 
 
 def resave(source, target, steps=0, **settings):
@@ -320,7 +320,7 @@ def freed_bytes(path, **settings):
         nothing = {"weights": False, "optimizer": False, "grads": False}
         freed = {part: engine.offload(**{**nothing, part: True}) for part in nothing}
         engine.onload()
-        sizes = {name: p.numel() for name, p in engine.named_parameters()}
+        sizes = {name: p.numel() for name, p in engine.parameters.named()}
         num_expert = sum(size for name, size in sizes.items() if ".experts." in name)
         return {
             **freed,

@@ -110,7 +110,7 @@ def freed_bytes(path, **settings):
         nothing = {"weights": False, "optimizer": False, "grads": False}
         freed = {part: engine.offload(**{**nothing, part: True}) for part in nothing}
         engine.onload()
-        return {**freed, "num_parameters": sum(p.numel() for _, p in engine.named_parameters())}
+        return {**freed, "num_parameters": sum(p.numel() for _, p in engine.parameters.named())}
 
 
 def scores_around_offloading(path):

@@ -182,7 +182,7 @@ def step(path, **settings):
     """Metrics, gradients and layouts of one step in two micro-batches."""
     with built(path, clip_grad=0.0, train_micro_batch_size=4, **settings) as module:
         (metrics,) = module.train(pairs_of_rows(GLOBAL_BATCH_SIZE), iteration=1)
-        gradients = {name: p.main_grad.clone() for name, p in module.engine.named_parameters()}
+        gradients = {name: p.main_grad.clone() for name, p in module.engine.parameters.named()}
         return metrics, gradients, module.weight_shards().rank_layouts(0)
 
 

@@ -306,12 +306,12 @@ def train_and_save_hf(path, directory, **settings):
 def head_of_causal_model(path, **settings):
     """What is logged, the head that the last stage starts with, and a curve."""
     handler = BufferingHandler(capacity=100)
-    engine_logger = logging.getLogger("chatlearn_vllm.engines.megatron.engine")
+    engine_logger = logging.getLogger("chatlearn_vllm.engines.megatron.init_weights")
     engine_logger.addHandler(handler)
     try:
         with tiny_models.engine(path, head="scalar", **settings) as engine:
             assert engine.is_head_new
-            weights = dict(engine.named_parameters())
+            weights = dict(engine.parameters.named())
             before = weights.get("output_layer.weight", torch.zeros(1)).detach().clone()
             curve = tiny_models.train(engine, steps=2)
     finally:

@@ -135,19 +135,19 @@ def loss_curve(path, steps=4, micro_batch_size=2, **settings):
 def decay_factors(path):
     """By which factor each parameter shrinks in a step whose gradient is zero."""
     with tiny_models.engine(path, weight_decay=0.5, clip_grad=0.0) as engine:
-        before = {name: p.detach().clone() for name, p in engine.named_parameters()}
+        before = {name: p.detach().clone() for name, p in engine.parameters.named()}
         micro_batches = tiny_models.micro_batches(tiny_models.batch())
         engine.train_step(micro_batches, lambda b, logprobs, e: (logprobs.sum() * 0.0, {}))
         return {
             name: float(p.detach().norm() / before[name].norm())
-            for name, p in engine.named_parameters()
+            for name, p in engine.parameters.named()
         }
 
 
 def weights_after_a_step(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
         tiny_models.train(engine, 1)
-        return {name: p.detach().clone() for name, p in engine.named_parameters()}
+        return {name: p.detach().clone() for name, p in engine.parameters.named()}
 
 
 def learning_rates(path, **settings):

@@ -58,11 +58,13 @@ def train_and_export(model_dir: Path, save_dir: Path, settings: dict[str, Any]):
     with tiny_models.engine(model_dir, **settings) as engine:
         tiny_models.train(engine, steps=2)
         engine.save_hf(save_dir)
-        tensors = {name: p.data for name, p in engine.named_parameters()}
-        for name, matrices in engine.adapters().items():
+        tensors = {name: p.data for name, p in engine.parameters.named()}
+        for name, matrices in engine.parameters.adapters().items():
             tensors |= zip(adapter_names(name), matrices, strict=True)
-        engine.check_layouts(engine.shards().rank_layouts(torch.distributed.get_rank()))
-        return engine.shards(), export_tensors(tensors)
+        engine.parameters.check_layouts(
+            engine.parameters.shards().rank_layouts(torch.distributed.get_rank())
+        )
+        return engine.parameters.shards(), export_tensors(tensors)
 
 
 def train(root: Path, name: str, settings: dict[str, Any]) -> Trained:

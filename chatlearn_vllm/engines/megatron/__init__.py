@@ -9,7 +9,8 @@ The only package that imports megatron.core. In reading order:
     model.py            GPTModel chunks of this rank
     norm.py, attention.py   the two modules put in place of megatron-core's own
     scalar_head.py      what a value or reward model has in place of the vocabulary projection
-    init_weights.py     reproducible weights for a policy made from nothing
+    parameters.py       names and layouts of what this rank holds
+    init_weights.py     the weights a model begins with
     hf_checkpoint.py    Hugging Face safetensors in and out
     batching.py, micro_batches.py   rows -> micro-batches that the ranks agree on
     logprobs.py         log-probabilities and entropy from vocabulary-parallel logits

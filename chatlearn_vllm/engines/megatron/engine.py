@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,8 +31,7 @@ from chatlearn_vllm.engines.megatron.attention import check_takes_packed, packed
 from chatlearn_vllm.engines.megatron.batching import Batching
 from chatlearn_vllm.engines.megatron.cpu import cuda_means_cpu
 from chatlearn_vllm.engines.megatron.files import read_json
-from chatlearn_vllm.engines.megatron.hf_checkpoint import HFWeights, LaidOut
-from chatlearn_vllm.engines.megatron.init_weights import RandomWeights
+from chatlearn_vllm.engines.megatron.init_weights import fill_weights
 from chatlearn_vllm.engines.megatron.logprobs import vocab_parallel_logprobs
 from chatlearn_vllm.engines.megatron.micro_batches import (
     ModelInput,
@@ -44,9 +42,8 @@ from chatlearn_vllm.engines.megatron.model import (
     build_chunks,
     build_gpt_model,
     in_training_dtype,
-    is_expert,
-    named_parameters,
 )
+from chatlearn_vllm.engines.megatron.parameters import LocalParameters
 from chatlearn_vllm.engines.megatron.peft_checkpoint import save_peft
 from chatlearn_vllm.engines.megatron.scalar_head import (
     hf_config_with_scalar_head,
@@ -54,17 +51,7 @@ from chatlearn_vllm.engines.megatron.scalar_head import (
 )
 from chatlearn_vllm.engines.megatron.settings import check_settings, transformer_settings
 from chatlearn_vllm.engines.process_group import join_process_group
-from chatlearn_vllm.layouts import (
-    SCORE,
-    Head,
-    LowRank,
-    MegatronShards,
-    ModelShape,
-    ParamLayout,
-    TrainParallel,
-    check_live_parameters,
-)
-from chatlearn_vllm.weight_sync.lora import merged
+from chatlearn_vllm.layouts import Head, ModelShape
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config import ModelArgs
@@ -77,17 +64,15 @@ With a scalar head: (micro-batch, values [b, S']), entry t computed from the tok
 ScoreFn = Callable[..., torch.Tensor]
 """The same arguments -> [b, ...]."""
 
-_SCORE_BIAS = "score.bias"
-"""What a head with a bias has besides `SCORE`."""
-
-logger = logging.getLogger(__name__)
-
 
 class MegatronEngine:
     """One rank's part of a model, its optimizer if it is trained, and the schedules that run them.
 
     Every public method is collective over the ranks of the replica unless it says otherwise.
     """
+
+    parameters: LocalParameters
+    """What this rank holds, by name and by layout; there from `build` on."""
 
     def __init__(
         self,
@@ -157,6 +142,7 @@ class MegatronEngine:
         modules = [in_training_dtype(self.config, chunk) for chunk in self.chunks]
         for parameter in (p for chunk in self.chunks for p in chunk.parameters()):
             parameter.requires_grad_(self.trainable)
+        self.parameters = LocalParameters(self.chunks, self.config, self.shape, self.args)
         self._fill_weights()
         if self.trainable and self.args.lora_r:
             lora.add_adapters(self.chunks, self.args)
@@ -166,6 +152,11 @@ class MegatronEngine:
             self.scheduler = optimizer.build_scheduler(self.optimizer, self.args)
         self._modules = modules
         self._build_offloaders()
+
+    def _fill_weights(self) -> None:
+        self.is_head_new = fill_weights(
+            self.parameters.laid_out(), self.hf_directory, self.hf_config, self.shape, self.args
+        )
 
     @cuda_means_cpu()
     def default_model_provider(
@@ -251,6 +242,17 @@ class MegatronEngine:
             module.eval()
         results = self._run_schedule(micro_batches, score_fn, forward_only=True)
         return parallel.broadcast_from_last_stage([result.cpu() for result in results])
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Within the block the model is the one that training started from. Not collective.
+
+        Example:
+            with engine.adapters_disabled():
+                reference = engine.forward_only(micro_batches, score_fn)
+        """
+        with lora.adapters_disabled(self.chunks):
+            yield
 
     def _forward_backward(self, micro_batches: list[Batch], loss_fn: LossFn) -> dict[str, float]:
         """Accumulate gradients; return the sums of the statistics over all ranks."""
@@ -361,147 +363,6 @@ class MegatronEngine:
         dist.all_reduce(tensor, op=op, group=parallel_state.get_data_parallel_group())
         return tensor.tolist()
 
-    # ---------------------------------------------------------------- parameters
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's parameters, layers numbered over the whole model. Not collective.
-
-        Adapters are not among them: see `adapters`.
-        """
-        return (item for item in named_parameters(self.chunks) if not lora.is_adapter(item[0]))
-
-    def adapters(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's adapters by the name of the weight they are added to. Not collective.
-
-        Returns:
-            (A [r, in], B [out, r]), live; the weight that counts is that of `named_parameters`
-            plus `lora_scale` * B @ A. Empty without adapters.
-        """
-        return {
-            f"{name}.weight": layer.low_rank() for name, layer in lora.adapted_layers(self.chunks)
-        }
-
-    @property
-    def lora_scale(self) -> float:
-        """Factor on B @ A of every adapter; 0 without lora_r."""
-        return self.args.lora_alpha / self.args.lora_r if self.args.lora_r else 0.0
-
-    @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Within the block the model is the one that training started from. Not collective.
-
-        Example:
-            with engine.adapters_disabled():
-                reference = engine.forward_only(micro_batches, score_fn)
-        """
-        with lora.adapters_disabled(self.chunks):
-            yield
-
-    def shards(self) -> MegatronShards:
-        """Where the whole model lies on the replica's ranks. Not collective.
-
-        Raises:
-            ValueError: megatron-core has given this rank another place than the layouts assume.
-        """
-        config = self.config
-        sizes = TrainParallel(
-            world_size=dist.get_world_size(),
-            tensor=config.tensor_model_parallel_size,
-            pipeline=config.pipeline_model_parallel_size,
-            virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
-            expert=config.expert_model_parallel_size,
-            expert_tensor=config.expert_tensor_parallel_size,
-            first_stage_layers=config.num_layers_in_first_pipeline_stage,
-            last_stage_layers=config.num_layers_in_last_pipeline_stage,
-        )
-        here, assumed = parallel.coordinates(), sizes.coordinates(dist.get_rank())
-        if here != assumed:
-            raise ValueError(f"rank {dist.get_rank()} is {here}, the layouts assume {assumed}")
-        of_vocabulary = {"embedding.word_embeddings.weight"}
-        if self.head == "lm":
-            of_vocabulary.add("output_layer.weight")
-        rows = [
-            len(parameter) * sizes.tensor
-            for name, parameter in self.named_parameters()
-            if name in of_vocabulary
-        ]
-        low_rank = None
-        if self.adapters():
-            modules = frozenset(self.args.target_modules)
-            low_rank = LowRank(self.args.lora_r, self.lora_scale, modules)
-        return MegatronShards(self.shape, sizes, rows[0] if rows else None, low_rank)
-
-    def laid_out_parameters(self) -> list[LaidOut]:
-        """This rank's parameters with their layouts. Not collective.
-
-        Raises:
-            ValueError: the model is not the one that config.json describes; lists what differs.
-        """
-        layouts = self.shards().rank_layouts(dist.get_rank())
-        self.check_layouts(layouts)
-        live = dict(self.named_parameters())
-        return [LaidOut(layout, live[layout.name].data) for layout in layouts]
-
-    def check_layouts(self, layouts: list[ParamLayout]) -> None:
-        """Compare what this rank should hold with its parameters. Not collective.
-
-        Raises:
-            ValueError: the model is not the one that config.json describes; lists what differs.
-        """
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        check_live_parameters(layouts, shapes, "megatron-core")
-
-    def weights_generation(self) -> int:
-        """A number that rises whenever the weights' memory has moved. Not collective."""
-        return self._weights.num_moves
-
-    def _fill_weights(self) -> None:
-        parameters = self.laid_out_parameters()
-        unreadable = [*self.hf_directory.glob("*.bin"), *self.hf_directory.glob("*.pt")]
-        if self.args.load and HFWeights.exist_in(self.hf_directory):
-            source = HFWeights(self.hf_directory)
-            parameters = self._without_new_head(parameters, source)
-            hf_checkpoint.check_complete(parameters, source, self.shape)
-            hf_checkpoint.fill_parameters(parameters, source)
-            return
-        if unreadable:
-            raise ValueError(
-                f"{self.hf_directory}: {unreadable[0].name} is not read; save the weights as "
-                "safetensors"
-            )
-        if dist.get_rank() == 0:
-            logger.warning(
-                "%s has config.json and no weights: starting from random ones, seed %d",
-                self.hf_directory,
-                self.args.seed,
-            )
-        parameters = self._without_new_head(parameters, None)
-        hf_checkpoint.fill_parameters(parameters, RandomWeights(self.hf_config, self.args.seed))
-
-    def _without_new_head(
-        self, parameters: list[LaidOut], source: HFWeights | None
-    ) -> list[LaidOut]:
-        """The parameters to be filled: a scalar head without weights keeps those it was made with.
-
-        Raises:
-            ValueError: the head has a bias, which would be lost.
-        """
-        if self.head == "lm":
-            return parameters
-        if source is not None and _SCORE_BIAS in source:
-            raise ValueError(
-                f"{self.hf_directory}: {_SCORE_BIAS} is not supported, a scalar head has no bias "
-                "(*ForTokenClassification models have); load a *ForSequenceClassification model"
-            )
-        self.is_head_new = source is None or SCORE not in source
-        if not self.is_head_new:
-            return parameters
-        if dist.get_rank() == 0:
-            logger.warning(
-                "%s has no %s: the scalar head starts from zeros", self.hf_directory, SCORE
-            )
-        return [one for one in parameters if one.layout.name != "output_layer.weight"]
-
     # ---------------------------------------------------------------- checkpoints
 
     def save_hf(
@@ -516,10 +377,7 @@ class MegatronEngine:
         """
         self.require_weights()
         hf_config, sources = self._hf_files()
-        parameters = [
-            one for one in self.laid_out_parameters() if self._is_first_copy(one.layout.name)
-        ]
-        adapters = self.adapters()
+        parameters = self.parameters.laid_out_once()
         hf_checkpoint.save_hf(
             Path(directory),
             parameters,
@@ -527,9 +385,10 @@ class MegatronEngine:
             hf_config,
             side_files_from=sources,
             max_file_bytes=max_file_bytes,
-            value_of=partial(_merged, adapters, self.lora_scale),
+            value_of=self.parameters.with_adapters(),
         )
         if self.trainable and self.args.lora_r:
+            adapters = self.parameters.adapters()
             save_peft(Path(directory, "adapter"), parameters, adapters, self.shape, self.args)
 
     def _hf_files(self) -> checkpoint.HFFiles:
@@ -541,12 +400,6 @@ class MegatronEngine:
         if self.head == "scalar":
             hf_config = hf_config_with_scalar_head(hf_config, sources)
         return checkpoint.HFFiles(hf_config, sources)
-
-    def _is_first_copy(self, name: str) -> bool:
-        """Whether this rank belongs to the data parallel copy that writes a parameter."""
-        if is_expert(name):
-            return parallel_state.get_expert_data_parallel_rank() == 0
-        return parallel_state.get_data_parallel_rank() == 0
 
     @cuda_means_cpu()
     def save_checkpoint(
@@ -650,6 +503,10 @@ class MegatronEngine:
         )
         return sum(offloader.onload() for is_chosen, offloader in chosen if is_chosen)
 
+    def weights_generation(self) -> int:
+        """A number that rises whenever the weights' memory has moved. Not collective."""
+        return self._weights.num_moves
+
     def require_weights(self) -> None:
         """Check that the weights are in device memory. Not collective.
 
@@ -676,16 +533,9 @@ class MegatronEngine:
                 module.token_dispatcher = None  # it keeps the last step's graph: another one
         self.chunks, self._modules = [], []
         self.optimizer = self.scheduler = None
-        self._weights = self._grads = self._optimizer_states = None
+        self.parameters = self._weights = self._grads = self._optimizer_states = None
         self.config.no_sync_func = self.config.grad_scale_func = None
         offload.clear_rotary_cache()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         gc.collect()
-
-
-def _merged(
-    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]], scale: float, parameter: LaidOut
-) -> torch.Tensor:
-    adapter = adapters.get(parameter.layout.name)
-    return parameter.data if adapter is None else merged(parameter.data, *adapter, scale)

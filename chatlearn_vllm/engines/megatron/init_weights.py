@@ -1,13 +1,94 @@
-"""What are the weights of a policy that is made from nothing?"""
+"""With which weights does a model begin: those of its directory, or random ones?"""
+
+from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from chatlearn_vllm.layouts import ModelShape
+from chatlearn_vllm.engines.megatron.hf_checkpoint import (
+    HFWeights,
+    LaidOut,
+    check_complete,
+    fill_parameters,
+)
+from chatlearn_vllm.layouts import SCORE, ModelShape
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config import ModelArgs
+
+_SCORE_BIAS = "score.bias"
+"""What a head with a bias has besides `SCORE`."""
+
+logger = logging.getLogger(__name__)
+
+
+def fill_weights(
+    parameters: list[LaidOut],
+    directory: Path,
+    hf_config: Mapping[str, Any],
+    shape: ModelShape,
+    args: ModelArgs,
+) -> bool:
+    """Read the safetensors beside config.json, or draw random weights where there are none.
+
+    Args:
+        parameters: those of this rank; filled.
+        directory: with config.json; its weights count only where `args.load` is set.
+        hf_config: what config.json says.
+        shape: sizes of the model, and what it ends with.
+        args: seed of random weights.
+
+    Returns:
+        Whether a scalar head was found no weights for; it keeps those it was made with.
+
+    Raises:
+        ValueError: the weights do not fit, have another format, or a bias for a scalar head.
+    """
+    source: HFWeights | None = None
+    if args.load and HFWeights.exist_in(directory):
+        source = HFWeights(directory)
+    elif unreadable := [*directory.glob("*.bin"), *directory.glob("*.pt")]:
+        raise ValueError(
+            f"{directory}: {unreadable[0].name} is not read; save the weights as safetensors"
+        )
+    elif dist.get_rank() == 0:
+        logger.warning(
+            "%s has config.json and no weights: starting from random ones, seed %d",
+            directory,
+            args.seed,
+        )
+    is_head_new = shape.head == "scalar" and _is_head_missing(source, directory)
+    if is_head_new:
+        parameters = [one for one in parameters if one.layout.name != "output_layer.weight"]
+    if source is not None:
+        check_complete(parameters, source, shape)
+    fill_parameters(parameters, source or RandomWeights(hf_config, args.seed))
+    return is_head_new
+
+
+def _is_head_missing(source: HFWeights | None, directory: Path) -> bool:
+    """Whether there are no weights of a scalar head; said once.
+
+    Raises:
+        ValueError: the head has a bias, which would be lost.
+    """
+    if source is not None and _SCORE_BIAS in source:
+        raise ValueError(
+            f"{directory}: {_SCORE_BIAS} is not supported, a scalar head has no bias "
+            "(*ForTokenClassification models have); load a *ForSequenceClassification model"
+        )
+    if source is not None and SCORE in source:
+        return False
+    if dist.get_rank() == 0:
+        logger.warning("%s has no %s: the scalar head starts from zeros", directory, SCORE)
+    return True
 
 
 class RandomWeights:
