@@ -16,6 +16,7 @@ _EXPORTS = {
     "VLLMModule": "chatlearn_vllm.modules.vllm_module",
     "MegatronModule": "chatlearn_vllm.modules.megatron_module",
     "PreferenceModule": "chatlearn_vllm.modules.preference_module",
+    "DraftModule": "chatlearn_vllm.modules.draft_module",
     "ValueModule": "chatlearn_vllm.modules.value_module",
     "RewardModule": "chatlearn_vllm.modules.reward_module",
     "HFRewardModule": "chatlearn_vllm.modules.hf_reward_module",

@@ -124,7 +124,7 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "sleep level 2": Feature(
         "weights dropped while others work", "sleep_level", _is_always_fine,
-        "yes; a draft's weights wait in host memory", YES, _OF_SERVER,
+        "yes; a frozen draft's weights wait in host memory", YES, _OF_SERVER,
         cpu="yes, and gives no memory back", started=YES,
     ),
     "LoRA": Feature(

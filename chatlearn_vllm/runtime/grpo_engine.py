@@ -43,6 +43,8 @@ class GRPOEngine(RolloutEngine):
         reference: BaseModule | None,
         reward: BaseModule | Sequence[BaseModule],
         policy_trainer: BaseModule,
+        *,
+        draft_trainer: BaseModule | None = None,
     ) -> None:
         """Say which module plays which role.
 
@@ -52,6 +54,8 @@ class GRPOEngine(RolloutEngine):
             reward: returns `rewards`, and `accuracy` if it can tell right from wrong; of several
                 the rewards are added, each times its `reward_weight`.
             policy_trainer: a `MegatronModule`.
+            draft_trainer: a `DraftModule` that trains the model which drafts for the policy; None
+                if nothing drafts, or a draft is frozen.
 
         Raises:
             ValueError: the reference is missing, or keys of the yaml do not fit together.
@@ -59,7 +63,9 @@ class GRPOEngine(RolloutEngine):
         reference = needed_reference(self, policy_trainer, reference)
         self.reference = reference
         scorers = [reference] if reference is not None else []
-        super().__init__(policy, reward, policy_trainer, scorers=scorers)
+        super().__init__(
+            policy, reward, policy_trainer, scorers=scorers, draft_trainer=draft_trainer
+        )
         if self.args.dynamic_sampling:
             self._check_dynamic_sampling()
 

@@ -6,6 +6,7 @@ pairs of the policy's own responses; here the reward ranks them. docs/algorithms
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,8 @@ class OnlineDPOEngine(RolloutEngine):
         reference: BaseModule,
         reward: BaseModule | Sequence[BaseModule],
         policy_trainer: BaseModule,
+        *,
+        draft_trainer: BaseModule | None = None,
     ) -> None:
         """Say which module plays which role.
 
@@ -45,6 +48,8 @@ class OnlineDPOEngine(RolloutEngine):
             reference: returns `ref_logprobs`.
             reward: returns `rewards`; of several they are added, each times its `reward_weight`.
             policy_trainer: a `PreferenceModule`.
+            draft_trainer: a `DraftModule` that trains the model which drafts for the policy, on
+                the responses of the pairs; None if nothing drafts, or a draft is frozen.
 
         Raises:
             ValueError: a prompt gets one response, or keys of the yaml do not fit together.
@@ -57,13 +62,18 @@ class OnlineDPOEngine(RolloutEngine):
             )
         check_room_for_pairs(policy_trainer)
         self.reference = reference
-        super().__init__(policy, reward, policy_trainer, scorers=[reference])
+        super().__init__(
+            policy, reward, policy_trainer, scorers=[reference], draft_trainer=draft_trainer
+        )
         self._unit = 2 * policy_trainer.module_args.data_parallel_size
+        what = f"2 x data parallel size of models.{policy_trainer.name}"
+        if draft_trainer is not None:
+            self._unit = math.lcm(self._unit, draft_trainer.module_args.data_parallel_size)
+            what += f", or a multiple for that of models.{draft_trainer.name}"
         if self.args.train_global_batch_size % self._unit:
             raise ValueError(
                 f"runtime.train_global_batch_size={self.args.train_global_batch_size} must be a "
-                f"multiple of {self._unit} = 2 x data parallel size of "
-                f"models.{policy_trainer.name}: rows are trained in pairs"
+                f"multiple of {self._unit} = {what}: rows are trained in pairs"
             )
 
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:

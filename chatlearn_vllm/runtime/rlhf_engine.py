@@ -37,6 +37,8 @@ class RLHFEngine(RolloutEngine):
         value: BaseModule | None,
         ppo_policy: BaseModule,
         ppo_value: BaseModule,
+        *,
+        draft_trainer: BaseModule | None = None,
     ) -> None:
         """Say which module plays which role.
 
@@ -48,6 +50,8 @@ class RLHFEngine(RolloutEngine):
                 one model less in memory.
             ppo_policy: a `MegatronModule`, trained on `advantages`.
             ppo_value: a `ValueModule`, trained on `returns`.
+            draft_trainer: a `DraftModule` that trains the model which drafts for the policy; None
+                if nothing drafts, or a draft is frozen.
 
         Raises:
             ValueError: the reference is missing, or keys of the yaml do not fit together.
@@ -55,7 +59,14 @@ class RLHFEngine(RolloutEngine):
         self.reference = needed_reference(self, ppo_policy, reference)
         self.value, self.ppo_value = value, ppo_value
         scorers = [one for one in (self.reference, value) if one is not None]
-        super().__init__(policy, reward, ppo_policy, scorers=scorers, trained={ppo_value: value})
+        super().__init__(
+            policy,
+            reward,
+            ppo_policy,
+            scorers=scorers,
+            trained={ppo_value: value},
+            draft_trainer=draft_trainer,
+        )
         args = ppo_policy.model_args
         frequency = 1 if value is None else value.module_args.sync_frequency
         if frequency != 1:

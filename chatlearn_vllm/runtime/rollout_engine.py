@@ -22,8 +22,10 @@ from chatlearn_vllm.data.carried import Carried, carried_metrics
 from chatlearn_vllm.data.relay_buffer import RelayBuffer, RelaySampleFn, all_samples
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.modules.receives_weights import DRAFT, MODEL
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
+from chatlearn_vllm.runtime.draft_training import check_draft_trainer, check_draft_without_trainer
 from chatlearn_vllm.runtime.episode_metrics import (
     reward_metrics,
     rollout_metrics,
@@ -62,6 +64,7 @@ class RolloutEngine(BaseEngine):
         *,
         scorers: Sequence[BaseModule] = (),
         trained: Mapping[BaseModule, BaseModule | None] | None = None,
+        draft_trainer: BaseModule | None = None,
     ) -> None:
         """Say which module plays which role.
 
@@ -74,6 +77,9 @@ class RolloutEngine(BaseEngine):
             scorers: frozen models besides the rewards.
             trained: further `MegatronModule`s that are trained, in order, before the policy; each
                 with the scorer that gets its weights, if there is one.
+            draft_trainer: a `DraftModule`, trained before all others on the same samples; its
+                weights go to the model that drafts for the policy whenever the policy gets new
+                ones. None if nothing drafts, or a draft is frozen.
 
         Raises:
             ValueError: keys of the yaml do not fit together.
@@ -85,9 +91,12 @@ class RolloutEngine(BaseEngine):
             if not self.rewards:
                 raise ValueError("an engine needs at least one reward module")
         self.policy, self.policy_trainer = policy, policy_trainer
-        self._targets = {**(trained or {}), policy_trainer: policy}
+        self.draft_trainer = draft_trainer
+        drafts = {} if draft_trainer is None else {draft_trainer: policy}
+        others = {**drafts, **(trained or {})}
+        self._targets = {**others, policy_trainer: policy}
         # The policy comes last: vLLM sizes its KV cache by what the others left free.
-        super().__init__(policy_trainer, *(trained or ()), *scorers, *self.rewards, policy)
+        super().__init__(policy_trainer, *others, *scorers, *self.rewards, policy)
         self.samples_per_prompt = policy.model_args.responses_per_prompt
         # Fails here, before anything starts, if the batch sizes do not fit together.
         for trainer in self._targets:
@@ -101,6 +110,10 @@ class RolloutEngine(BaseEngine):
         self._check_beam_search()
         self._check_sleep_level()
         self._check_quantization()
+        if draft_trainer is None:
+            check_draft_without_trainer(policy)
+        else:
+            check_draft_trainer(policy, draft_trainer)
         self.check_policy_and_trainer()
 
     def set_relay_sample_fn(self, function: RelaySampleFn) -> None:
@@ -143,10 +156,17 @@ class RolloutEngine(BaseEngine):
         return {
             **rollout_metrics(batch, self.timers.seconds("rollout")),
             "rollout/weight_version": self.weight_version,
+            **self._draft_version(),
             **(self._speculation.after_rollout(self.weight_version) if self._speculation else {}),
             **(carried_metrics(batch, self._carried) if "token_versions" in batch else {}),
             **(reward_metrics(batch, "rollout") if "rewards" in batch else {}),
         }
+
+    def _draft_version(self) -> dict[str, float]:
+        """Which weights drafted, where they change."""
+        if self.draft_trainer is None:
+            return {}
+        return {"rollout/draft_version": self._syncs[self.draft_trainer].version}
 
     # ---- set-up -----------------------------------------------------------------------------
 
@@ -188,6 +208,7 @@ class RolloutEngine(BaseEngine):
             version,
             keep_open=not self._memory[trainer.name].moves_weights,
             stride=self.args.validate_param_sync_stride if self.args.validate_param_sync else None,
+            part=DRAFT if trainer is self.draft_trainer else MODEL,
         )
         sync.setup()
         return sync
@@ -324,8 +345,9 @@ class RolloutEngine(BaseEngine):
         """First weight syncs, then the first evaluation if the yaml asks for it."""
         metrics = {}
         for trainer in self._syncs:
-            self._memory[trainer.name].onload("weights")
-            metrics |= self._leave(trainer, sync=True)
+            if trainer is not self.draft_trainer:  # whose weights go with those of the policy
+                self._memory[trainer.name].onload("weights")
+                metrics |= self._leave(trainer, sync=True)
         if self.args.enable_eval_before_training:
             metrics |= self._evaluate(episode=0)
         return metrics
@@ -449,16 +471,17 @@ class RolloutEngine(BaseEngine):
     def _leave(self, trainer: BaseModule, sync: bool) -> dict[str, float]:
         """A trainer leaves device memory; the model that uses its weights gets them if `sync`.
 
-        Of the policy, which works next, weights and KV cache come back to the device.
+        Of the policy, which works next, weights and KV cache come back to the device. A draft gets
+        its weights with the policy's, because then its memory is there.
         """
         target = self._targets[trainer]
         memory = self._memory[trainer.name]
         with self.timers.phase("offload"):
             memory.offload("grads", "optimizer")
         metrics = {}
-        if target is self.policy:
+        if trainer is self.policy_trainer:
             metrics = self._wake_policy(trainer, sync)
-        elif sync and target is not None:
+        elif sync and target is not None and trainer is not self.draft_trainer:
             with self.timers.phase("onload"):
                 self._memory[target.name].onload()
             with self.timers.phase("sync"):
@@ -467,9 +490,22 @@ class RolloutEngine(BaseEngine):
                 self._memory[target.name].offload()
         with self.timers.phase("offload"):
             memory.offload("weights")
-            if target is self.policy:
-                self._memory[target.name].wake_kv_cache()
+        if trainer is self.policy_trainer:
+            if sync and self.draft_trainer is not None:
+                metrics |= self._sync_draft(self.draft_trainer)
+            with self.timers.phase("offload"):
+                self._memory[self.policy.name].wake_kv_cache()
         return metrics
+
+    def _sync_draft(self, trainer: BaseModule) -> dict[str, float]:
+        memory = self._memory[trainer.name]
+        with self.timers.phase("onload"):
+            memory.onload("weights")
+        with self.timers.phase("sync"):
+            report = self._syncs[trainer].sync()
+        with self.timers.phase("offload"):
+            memory.offload("weights")
+        return {"sync/draft_seconds": report.seconds, "sync/draft_bytes": report.num_bytes}
 
     def _wake_policy(self, trainer: BaseModule, sync: bool) -> dict[str, float]:
         with self.timers.phase("offload"):

@@ -23,8 +23,9 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 def write_job(
-    directory: Path, model_dir: Path, *, policy, trainer, reference=None, num_gpu=2, **runtime
-):
+    directory: Path, model_dir: Path, *, policy, trainer, reference=None, draft=None, num_gpu=2,
+    **runtime,
+):  # fmt: skip
     common = {"load": str(model_dir), "seq_length": 32, "max_new_tokens": 12, "seed": 3}
     common["bf16"] = True  # on CPU both sides take float32 instead
     sampling = {"n": 4, "temperature": 0.8, "max_num_seqs": 16, "eval_temperature": 0.0}
@@ -41,6 +42,10 @@ def write_job(
     }  # fmt: skip
     if reference is not None:
         models["reference"] = {"num_gpu": num_gpu, "model_args": common | {"temperature": 0.8}}
+    if draft is not None:
+        models["draft_trainer"] = models["policy_trainer"] | {
+            "model_args": common | learning | draft
+        }
     job = {
         "models": models,
         "runtime": {

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for `examples`
 
 import chatlearn_vllm
-from chatlearn_vllm import Evaluator, GRPOEngine, load_prompts
+from chatlearn_vllm import DraftModule, Evaluator, GRPOEngine, load_prompts
 from examples.megatron.models.arithmetic_reward import ArithmeticReward
 from examples.megatron.models.policy_reference import PolicyReference
 from examples.megatron.models.policy_trainer import PolicyTrainer
@@ -24,8 +24,9 @@ def main() -> None:
     # ChatLearn's own files call it ppo_policy.
     name = "policy_trainer" if "policy_trainer" in job.models else "ppo_policy"
     policy_trainer = PolicyTrainer(name)
+    draft_trainer = DraftModule("draft_trainer") if "draft_trainer" in job.models else None
 
-    engine = GRPOEngine(policy, reference, reward, policy_trainer)
+    engine = GRPOEngine(policy, reference, reward, policy_trainer, draft_trainer=draft_trainer)
     args = job.runtime
     engine.set_dataset(load_prompts(args.data_path, args.training_data_num_limit))
     if args.eval_data_path:
