@@ -290,6 +290,35 @@ def drafting_can_stop(engine: Any) -> bool:
     return installed_version() >= Version("0.32") and not of_its_own
 
 
+def reload_weights(
+    engine: Any, model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    """Load a whole checkpoint into a running engine, through vLLM's own loader.
+
+    Args:
+        engine: whose weights are replaced.
+        model: this rank's part of its model.
+        tensors: whole, by their Hugging Face names.
+    """
+    with unpacked_cpu_weights(), _buffers_keep_their_kind(model):
+        engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
+
+@contextlib.contextmanager
+def _buffers_keep_their_kind(model: torch.nn.Module) -> Iterator[None]:
+    """Have a reload leave buffers that are no part of a checkpoint what they are.
+
+    0.25 makes them all part of one. Models of a process share their rotary embedding, so the next
+    model that is built with random weights would fill that of all others with them.
+    """
+    kinds = {module: module._non_persistent_buffers_set.copy() for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, not_persistent in kinds.items():
+            module._non_persistent_buffers_set = not_persistent
+
+
 def draft_model(engine: Any) -> torch.nn.Module | None:
     """The model that makes drafts on this rank; None if drafts come from elsewhere."""
     return engine.collective_rpc(_draft_of)[0]
@@ -324,7 +353,7 @@ def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]] | 
         config.model = source or config.model
         loader = get_model_loader(speculative.draft_load_config or LoadConfig())
         source = loader.get_all_weights(config, draft)
-    with set_current_vllm_config(worker.vllm_config):
+    with set_current_vllm_config(worker.vllm_config), _buffers_keep_their_kind(draft):
         initialize_layerwise_reload(draft)
         draft.load_weights(source)
         finalize_layerwise_reload(draft, config)

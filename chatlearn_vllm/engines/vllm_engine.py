@@ -8,7 +8,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 import gc
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -419,15 +419,12 @@ class VLLMEngine(GenerationEngine):
         follow one another: vLLM holds begun layers twice.
         """
         self.begin_weight_update()
+        reload = partial(vllm_compat.reload_weights, self._engine, self.model)
         try:
-            self._reload(checked_tensors(tensors, self._shape))
+            reload(checked_tensors(tensors, self._shape))
         except BaseException:
-            self._reload(iter(()))  # has vLLM forget the layers of which only a part came
+            reload(iter(()))  # has vLLM forget the layers of which only a part came
             raise
-
-    def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        with vllm_compat.unpacked_cpu_weights():
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
 
     def direct_copy_problem(self) -> str | None:
         """Why new weights cannot be written into the live parameters; None if they can.
