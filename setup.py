@@ -11,7 +11,7 @@ VERSION = re.search(
 )[1]
 
 REQUIRES = [
-    "megatron-core>=0.16.1,<0.20",  # oldest tried; 0.20 replaces GPTModel, which 0.19 deprecates
+    "megatron-core>=0.16.1,<0.20",  # 0.16.1 for Python 3.11; 0.20 replaces GPTModel
     "ray[default]>=2.48,<3",  # placement groups and fractional GPUs as used here; tried with 2.60
     "transformers>=5.5,<6",  # v5 configs (rope_parameters); what vLLM 0.25 to 0.32 accept
     "safetensors>=0.5",  # get_slice, with which a rank reads its shard only
@@ -45,7 +45,7 @@ setup(
     description="RLHF with megatron-core training and vLLM generation, from one yaml, under Ray",
     license="Apache-2.0",
     packages=find_packages(include=["chatlearn_vllm", "chatlearn_vllm.*"]),
-    python_requires=">=3.11,<3.13",  # megatron-core and vLLM wheels exist for both
+    python_requires=">=3.11,<3.13",  # megatron-core (3.12: from 0.17 on) and vLLM exist for both
     install_requires=REQUIRES,
     extras_require={"cpu": CPU, "gpu": GPU, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["chatlearn-vllm=chatlearn_vllm.cli.main:main"]},

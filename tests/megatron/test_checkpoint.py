@@ -132,7 +132,7 @@ def flip_a_bit(path):
     ("name", "damage", "message"),
     [
         ("__1_0.distcp", truncate, "__1_0.distcp has .* bytes, .* were written"),
-        ("common.pt", flip_a_bit, "common.pt has other content than was written"),
+        ("rng_00000.pt", flip_a_bit, "rng_00000.pt has other content than was written"),
         ("rng_00001.pt", os.remove, "rng_00001.pt is missing"),
         ("chatlearn.json", truncate, "chatlearn.json: is not JSON"),
     ],

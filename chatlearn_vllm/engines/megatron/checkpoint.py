@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import logging
 import queue
@@ -130,7 +131,10 @@ class UnfinishedSave:
         self._writer: BackgroundWriter | None = None
         with _write_results_stay_in_this_process():
             request = dist_checkpointing.save(
-                sharded, str(self._temporary), async_sharded_save=in_background
+                sharded,
+                str(self._temporary),
+                async_sharded_save=in_background,
+                **_planned_by_megatron_core(),
             )
         if request is not None:
             self._writer = BackgroundWriter(request)
@@ -325,6 +329,15 @@ def _restore_empty_lists(parts: dict[int, dict[str, Any]]) -> None:
     experts = parts[max(parts)]
     if "optimizer" in experts and _MAIN_PARAMETERS not in experts:
         experts[_MAIN_PARAMETERS] = [[] for _ in experts["optimizer"]["param_groups"]]
+
+
+def _planned_by_megatron_core() -> dict[str, str]:
+    """Arguments of `dist_checkpointing.save` with which it needs no further package.
+
+    From 0.17 on it would leave saves in the background to nvidia-resiliency-ext.
+    """
+    is_choice = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if is_choice else {}
 
 
 @contextmanager
