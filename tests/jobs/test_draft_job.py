@@ -27,6 +27,8 @@ class NotingPolicy(CountingPolicy):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Note and answer."""
         draft, tensors = self.engine.draft, {}
+        if self.world_size > 1:  # each rank has a part
+            return super().generate(*args, **kwargs)
         parameters = draft.parameters()
         for layout in draft.shards(1).rank_layouts(0):
             for block in layout.blocks:
@@ -67,26 +69,29 @@ def models(tmp_path_factory) -> Path:
 
 
 def draft_job(
-    directory: Path, models: Path, drafting: dict[str, Any] | None = None, **runtime: Any
-):
+    directory: Path, models: Path, drafting: dict[str, Any] | None = None, *, tp: int = 1,
+    **runtime: Any,
+):  # fmt: skip
     directory.mkdir(exist_ok=True)
     drafting = {"method": "draft_model", "model": str(models / "other"), **(drafting or {})}
     return write_job(
-        directory, models / "policy", num_gpu=1,
+        directory, models / "policy", num_gpu=tp,
         policy={
+            "tensor_model_parallel_size": tp,
             "speculative_config": drafting | {"num_speculative_tokens": 3}, "temperature": 0.1,
             "ignore_eos": True, "n": 8,
         },
         trainer={"lr": 1e-6, "temperature": 0.1},
         draft={"load": str(models / "start"), "lr": 5e-3, "temperature": 0.1},
         colocation=["policy,policy_trainer,draft_trainer"],
-        num_training_epoch=6, train_global_batch_size=8, **runtime,
+        num_training_epoch=6, train_micro_batch_size=4, train_global_batch_size=8, **runtime,
     )  # fmt: skip
 
 
-def run(job, trainers=(NotingTrainer, NotingDraft)) -> list[dict[str, float]]:
+def run(job) -> list[dict[str, float]]:
     policy, reward = NotingPolicy("policy", job), DigitReward("reward", job)
-    trainer, draft_trainer = trainers[0]("policy_trainer", job), trainers[1]("draft_trainer", job)
+    draft_trainer = NotingDraft("draft_trainer", job)
+    trainer = NotingTrainer("policy_trainer", job)
     engine = GRPOEngine(policy, None, reward, trainer, draft_trainer=draft_trainer)
     engine.set_dataset(PROMPTS[:4])
     engine.set_evaluator(Evaluator(policy, reward, PROMPTS[:4]))
@@ -135,14 +140,17 @@ def greedy(directory: Path, tokenizer_dir: Path, prompts: list[str]) -> list[str
 
 @pytest.mark.slow
 def test_a_resumed_job_goes_on_with_the_trained_draft(models, tmp_path) -> None:
+    """On two ranks: trainers that are data parallel, an engine that is tensor parallel."""
     waits = {"draft_load_config": {"load_format": "dummy"}}  # for the first sync
-    first = run(draft_job(tmp_path, models, waits, num_episode=3, save_episode_interval=1))
+    first = run(draft_job(tmp_path, models, waits, tp=2, num_episode=3, save_episode_interval=1))
+    assert first[3]["rollout/spec_acceptance_rate"] > first[1]["rollout/spec_acceptance_rate"] + 0.1
+    assert first[1]["sync/draft_bytes"] >= DRAFT_BYTES
     checkpoints = tmp_path / "run/checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {
         "driver", "policy_trainer", "draft_trainer",
     }  # fmt: skip
     job = draft_job(
-        tmp_path, models, waits, num_episode=3, save_episode_interval=1,
+        tmp_path, models, waits, tp=2, num_episode=3, save_episode_interval=1,
         enable_resume_training=True, load_data_checkpoint_iteration=2,
     )  # fmt: skip
     shutil.rmtree(tmp_path / "run/draft_2")

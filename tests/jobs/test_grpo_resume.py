@@ -156,5 +156,5 @@ def without_times(metrics: dict[str, float]) -> dict[str, float]:
     return {
         key: value
         for key, value in metrics.items()
-        if not key.startswith(("time/", "sync/seconds")) and "_per_s" not in key
+        if not key.startswith("time/") and not key.endswith("seconds") and "_per_s" not in key
     }
