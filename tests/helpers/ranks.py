@@ -9,6 +9,7 @@ import socket
 import traceback
 import uuid
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,30 @@ class Ranks:
         # What vLLM's communicator on CPU leaves behind in a process that is ended.
         for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
             leftover.unlink(missing_ok=True)
+
+
+class RanksBySize:
+    """`ranks[n].run(...)` on n of `maximum` processes, which start anew after a failure."""
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+        self._processes: Ranks | None = None
+
+    def __getitem__(self, world_size: int) -> "FirstRanks":
+        if self._processes is None or not self._processes.is_alive:
+            self._processes = Ranks(self._maximum)
+        return FirstRanks(partial(self._processes.run_on, world_size))
+
+    def close(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+
+class FirstRanks:
+    """Some of the processes, with the `run` of `Ranks`."""
+
+    def __init__(self, run: Callable[..., list[Any]]) -> None:
+        self.run = run
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from chatlearn_vllm.engines import vllm_compat
 from tests.helpers import rollout_ranks
-from tests.helpers.ranks import Ranks
+from tests.helpers.ranks import RanksBySize
 from tests.helpers.tiny_llama import save_tiny_llama
 
 CASES = {
@@ -23,18 +23,12 @@ CASES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ranks():
-    """A maker of processes, for one engine: with vLLM 0.25 a second one in a process goes wrong."""
-    made: list[Ranks] = []
-
-    def make(number: int) -> Ranks:
-        made.append(Ranks(number))
-        return made[-1]
-
-    yield make
-    for group in made:
-        group.close()
+    """`ranks[n].run(function, ...)` runs a module-level function on n ranks."""
+    by_size = RanksBySize(2)
+    yield by_size
+    by_size.close()
 
 
 def save_two(root: Path, *, tied: bool = False) -> tuple[Path, Path]:
@@ -55,7 +49,7 @@ def save_two(root: Path, *, tied: bool = False) -> tuple[Path, Path]:
 def test_the_engine_answers_from_the_checkpoint_loaded_last(ranks, tmp_path, case) -> None:
     tp, pp, tied = CASES[case]
     first, second = save_two(tmp_path, tied=tied)
-    group = ranks(tp * pp)
+    group = ranks[tp * pp]
     group.run(rollout_ranks.build, tmp_path / "job", first, tp, pp)
     for version, checkpoint in enumerate((first, second, first), start=1):
         states = group.run(rollout_ranks.load_checkpoint, checkpoint, version)
@@ -100,7 +94,7 @@ def load_in_pieces(checkpoint: Path, fault: str) -> tuple[str, str]:
 def test_a_load_that_fails_leaves_a_stale_engine_that_can_be_loaded_again(ranks, tmp_path) -> None:
     first, second = save_two(tmp_path)
     expected = {path: rollout_ranks.hugging_face_answers(path) for path in (first, second)}
-    group = ranks(1)
+    group = ranks[1]
     group.run(rollout_ranks.build, tmp_path / "job", first, 1, 1)
     group.run(rollout_ranks.load_checkpoint, first, 1)
     faults = {
@@ -167,7 +161,7 @@ def stamped_versions() -> list[str]:
 
 def test_the_path_is_direct_where_parameters_are_as_described(ranks, tmp_path) -> None:
     first, _ = save_two(tmp_path)
-    group = ranks(1)
+    group = ranks[1]
     group.run(rollout_ranks.build, tmp_path / "job", first, 1, 1)
     [paths] = group.run(sync_paths)
     asked = "loader: weight_sync_path: load_weights"
