@@ -53,6 +53,13 @@ class PlacementPlan:
         """The ranks that share one device."""
         return tuple(rank for rank in self.ranks if rank.bundle == bundle)
 
+    def neighbours(self, rank: RankPlacement) -> tuple[str, ...]:
+        """The other models on a rank's device."""
+        if rank.bundle is None:
+            return ()
+        models = dict.fromkeys(other.model for other in self.on_bundle(rank.bundle))
+        return tuple(model for model in models if model != rank.model)
+
     def shares_devices(self, model: str) -> bool:
         """Whether another model has a rank on a device of this one."""
         bundles = {rank.bundle for rank in self.of_model(model)} - {None}

@@ -137,6 +137,13 @@ class BaseModule(ABC):
     def offload(self) -> None:
         """Give device memory to a colocated role. All ranks."""
 
+    def memory_keys(self) -> list[str]:
+        """Changes of this role's yaml that make it need less device memory, most useful first.
+
+        Each is a key and its new value, relative to `models.NAME`; shown when memory runs out.
+        """
+        return []
+
     def save_checkpoint(self, iteration: int) -> None:
         """Save what resuming after episode `iteration` needs. All ranks."""
 

@@ -86,6 +86,11 @@ class HFRewardModule(BaseModule):
             self.model.to("cpu")
             torch.cuda.empty_cache()
 
+    def memory_keys(self) -> list[str]:
+        """See BaseModule."""
+        rows = self._rows_per_forward()
+        return [f"generation_batch_size: {rows} -> {rows // 2}"] if rows > 1 else []
+
     def _rows_per_forward(self) -> int:
         own = self.module_args.generation_batch_size
         return own if own is not None and own > 0 else self.runtime_args.generation_batch_size

@@ -431,6 +431,31 @@ class MegatronModule(BaseModule, ABC):
             return runtime.train_global_batch_size
         return runtime.train_micro_batch_size * self.module_args.data_parallel_size
 
+    def memory_keys(self) -> list[str]:
+        """See BaseModule."""
+        args, is_trained = self.model_args, self.module_args.trainable
+        tokens = args.max_tokens_per_micro_batch
+        least = 2 * args.seq_length  # of pairs; a row of its own needs half of it
+        rows = self.runtime_args.train_micro_batch_size if is_trained else self._rows_per_forward()
+        keys = []
+        if tokens is not None and tokens > least:
+            new = max(tokens // 2, least)
+            keys.append(f"model_args.max_tokens_per_micro_batch: {tokens} -> {new}")
+        elif tokens is None and rows > 1:
+            keys.append(
+                f"model_args.max_tokens_per_micro_batch: {least}  (in place of {rows} rows at once)"
+            )
+        if is_trained and args.recompute_granularity != "full":
+            keys.append(
+                "model_args.recompute_granularity: full, with recompute_method: uniform and "
+                "recompute_num_layers: 1  (less activations, about a third more time)"
+            )
+        keys.append(
+            f"tensor_model_parallel_size: {self.module_args.tensor_model_parallel_size} -> "
+            f"{2 * self.module_args.tensor_model_parallel_size}, over more devices"
+        )
+        return keys
+
     def _rows_per_forward(self) -> int:
         own = self.module_args.generation_batch_size
         return own if own is not None and own > 0 else self.runtime_args.generation_batch_size

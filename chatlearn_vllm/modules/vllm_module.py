@@ -541,6 +541,20 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         """Draft from the next rollout on, or not; on all ranks of a replica."""
         self.engine.speculation.set_on(is_on)
 
+    def memory_keys(self) -> list[str]:
+        """See BaseModule."""
+        args = self.model_args
+        if args.inference_engine == "transformers":
+            return [f"model_args.max_num_seqs: {args.max_num_seqs} -> {args.max_num_seqs // 2}"]
+        keys = [
+            f"model_args.gpu_memory_utilization: {args.gpu_memory_utilization:g} -> lower, if "
+            "others need the device; higher, if there is no room for the KV cache",
+            f"model_args.max_num_seqs: {args.max_num_seqs} -> {max(1, args.max_num_seqs // 2)}",
+        ]
+        if not args.enforce_eager:
+            keys.append("model_args.enforce_eager: True  (no memory for CUDA graphs, slower)")
+        return keys
+
     def engine_state(self) -> str:
         """The engine's state as text, for example `READY(3)`."""
         return str(self.engine.state)

@@ -254,10 +254,11 @@ class Cluster:
             (rank.id.module, rank.id.replica): rank for rank in self._ranks if rank.id.rank == 0
         }
         pending = []
-        for rank in self._ranks:
+        for rank, placement in zip(self._ranks, self._plan.ranks, strict=True):
             master = first_rank[rank.id.module, rank.id.replica].location
             rendezvous = Rendezvous(master.host, self._local_rank(rank))
-            build = rank.actor.build.remote(rendezvous, pickled[rank.id.module])
+            neighbours = self._plan.neighbours(placement)
+            build = rank.actor.build.remote(rendezvous, pickled[rank.id.module], neighbours)
             pending.append(PendingCall(rank, "build", build))
         gather(pending)
         self._choose_ports(first_rank)

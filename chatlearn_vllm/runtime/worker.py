@@ -52,6 +52,7 @@ class Worker:
     def __init__(self, rank: RankId, working_dir: str) -> None:
         self._rank = rank
         self._module: Any = None
+        self._neighbours: tuple[str, ...] = ()
         if os.path.isdir(working_dir):
             os.chdir(working_dir)  # relative paths in the yaml are the driver's
         configure_rank_logging(rank.module, rank.replica, rank.rank)
@@ -74,13 +75,20 @@ class Worker:
         """Take the port of this replica's rendezvous; the module's `init` comes next."""
         os.environ["MASTER_PORT"] = str(master_port)
 
-    def build(self, rendezvous: Rendezvous, pickled_class_and_job: bytes) -> None:
+    def build(
+        self,
+        rendezvous: Rendezvous,
+        pickled_class_and_job: bytes,
+        neighbours: tuple[str, ...],
+    ) -> None:
         """Complete the environment, then import and make the module.
 
         Args:
             rendezvous: of this rank's replica.
             pickled_class_and_job: cloudpickle of (subclass of BaseModule, JobConfig).
+            neighbours: names of the other models on this rank's device.
         """
+        self._neighbours = neighbours
         os.environ.update(
             RANK=str(self._rank.rank),
             WORLD_SIZE=str(self._rank.world_size),
@@ -90,8 +98,8 @@ class Worker:
         try:
             module_class, job = cloudpickle.loads(pickled_class_and_job)
             self._module = module_class(self._rank.module, job=job, replica_id=self._rank.replica)
-        except Exception:  # of the user's class: passed on with this rank's name
-            raise self._error("building the module raised") from None
+        except Exception as error:  # of the user's class: passed on with this rank's name
+            raise self._error("building the module raised", error) from None
 
     def data_parallel_position(self) -> tuple[int, int]:
         """Data parallel rank and size of this rank inside its replica."""
@@ -107,11 +115,17 @@ class Worker:
             result = getattr(self._module, method)(*args, **kwargs)
             _wait_for_device()
             return result
-        except Exception:  # of the user's method: passed on with this rank's name
-            raise self._error(f"{method}() raised") from None
+        except Exception as error:  # of the user's method: passed on with this rank's name
+            raise self._error(f"{method}() raised", error) from None
 
-    def _error(self, failure: str) -> RankError:
-        return RankError(self._rank, failure, traceback.format_exc())
+    def _error(self, failure: str, error: Exception) -> RankError:
+        details = traceback.format_exc()
+        if self._module is not None and "torch" in sys.modules:
+            from chatlearn_vllm.runtime.out_of_memory import is_out_of_memory, remedies
+
+            if is_out_of_memory(error):
+                details = f"{details.rstrip()}\n{remedies(self._module, self._neighbours)}"
+        return RankError(self._rank, failure, details)
 
 
 def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[str, str]:

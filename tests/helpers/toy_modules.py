@@ -390,6 +390,16 @@ class RaisingTrainer(ToyTrainer):
         return super().train(data, iteration)
 
 
+class TooLargeTrainer(ToyTrainer):
+    """Finds no room on its device."""
+
+    def train(self, data, iteration=0):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1022.00 MiB.")
+
+    def memory_keys(self):
+        return ["model_args.seq_length: 8 -> 4"]
+
+
 class DyingTrainer(ToyTrainer):
     """Rank 1 is killed in the second episode, as the kernel does when memory runs out."""
 

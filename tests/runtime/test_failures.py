@@ -13,6 +13,7 @@ from tests.helpers.toy_modules import (
     BrokenReward,
     DyingTrainer,
     RaisingTrainer,
+    TooLargeTrainer,
     write_job,
 )
 from tests.runtime.conftest import left_after, processes_with, rank_processes
@@ -47,6 +48,24 @@ def test_an_exception_on_one_rank_ends_the_job_while_its_peer_waits(existing_clu
     assert 'raise ValueError("a bad batch")' in message
     assert "toy_modules.py" in message
     assert left_after(30, rank_processes, existing_cluster) == {}
+
+
+def test_a_rank_without_memory_says_which_keys_help(existing_cluster, tmp_path):
+    engine = make_engine(
+        write_job(tmp_path), "models.policy.free_memory=False", trainer=TooLargeTrainer
+    )
+
+    with pytest.raises(RankError) as caught:
+        engine.learn()
+
+    message = str(caught.value)
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 1022.00 MiB." in message
+    _, _, advice = message.partition("out of device memory. What helps, most first:\n")
+    assert advice.splitlines() == [
+        "  models.policy_trainer.model_args.seq_length: 8 -> 4",
+        "  models.policy.free_memory: True  (it is on the same device, and stays there while "
+        "others work)",
+    ]
 
 
 def test_the_death_of_a_process_is_reported_and_not_its_peers_broken_connection(
