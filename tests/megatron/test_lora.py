@@ -347,12 +347,7 @@ def curve_of(path, **settings):
 
 def offloading_curve(path, **settings):
     with tiny_models.engine(path, **LORA, **settings) as engine:
-        losses = []
-        for part in ({}, {"weights": False}, {"optimizer": False, "grads": False}):
-            engine.offload(**part)
-            engine.onload(**part)
-            losses += tiny_models.train(engine, 1)
-        return losses
+        return tiny_models.offloading_curve(engine)
 
 
 class ForeignLinear(torch.nn.Linear):

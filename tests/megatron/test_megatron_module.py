@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-from contextlib import contextmanager
 from logging.handlers import BufferingHandler
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 import transformers
 
 from chatlearn_vllm.algorithms.policy import policy_loss
-from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
 from chatlearn_vllm.config.schema import MismatchStopConfig
 from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.modules.mismatch_guard import MismatchError
@@ -19,6 +16,7 @@ from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.weight_sync.links import colocated
 from chatlearn_vllm.weight_sync.transport import OpenedExport
 from tests.megatron import tiny_models
+from tests.megatron.tiny_modules import assert_same_metrics, built
 
 
 class Scorer(MegatronModule):
@@ -68,11 +66,7 @@ def test_metrics_depend_neither_on_micro_batches_nor_on_ranks(
 ):
     # rows have different numbers of tokens: a mean of means would show
     for metrics in ranks[world_size].run(train, llama, **settings):
-        assert len(metrics) == len(one_rank_metrics) == 2
-        for found, expected in zip(metrics, one_rank_metrics, strict=True):
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+        assert_same_metrics(metrics, one_rank_metrics)
 
 
 def test_sequence_mean_depends_neither_on_micro_batches_nor_on_ranks(ranks, llama):
@@ -221,46 +215,6 @@ def test_exported_weights_are_the_live_ones(ranks, llama):
     assert ranks[2].run(exported_equal_live, llama, tp=2) == [(True, "RuntimeError")] * 2
 
 
-def job(path, world_size, trainable=True, **settings) -> JobConfig:
-    runtime = {
-        key: settings.pop(key)
-        for key in ("train_micro_batch_size", "num_training_epoch", "mismatch_stop")
-        if key in settings
-    }
-    memory = {
-        key: settings.pop(key) for key in ("offload_weights", "free_memory") if key in settings
-    }
-    sizes = {
-        "tensor_model_parallel_size": settings.pop("tp", 1),
-        "pipeline_model_parallel_size": settings.pop("pp", 1),
-    }
-    model = ModelConfig(
-        name="trainer",
-        num_gpu=world_size,
-        trainable=trainable,
-        generation_batch_size=3,
-        model_args=ModelArgs(
-            load=str(path), dtype="float32", **{"lr": 1e-3, "weight_decay": 0.1, **settings}
-        ),
-        **sizes,
-        **memory,
-    )
-    runtime = RuntimeConfig(sample_per_episode=8, train_global_batch_size=4, **runtime)
-    return JobConfig(path="test.yaml", models={"trainer": model}, runtime=runtime)
-
-
-@contextmanager
-def built(path, kind=Trainer, **settings):
-    """A module on the calling ranks; its parallel groups end with the block."""
-    module = kind("trainer", job(path, int(os.environ["WORLD_SIZE"]), **settings))
-    module.init()
-    try:
-        module.model_setup()
-        yield module
-    finally:
-        module.shutdown()
-
-
 def rollout(module, rows=8, rollout_error=0.0, weight_version=None, token_versions=None):
     """This rank's rows: of every group of 4 rows, which one step takes, each rank's share."""
     batch = tiny_models.batch(rows)
@@ -279,7 +233,7 @@ def rollout(module, rows=8, rollout_error=0.0, weight_version=None, token_versio
 
 
 def train(path, rows=8, rollout_error=0.0, weight_version=None, token_versions=None, **settings):
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         batch = rollout(module, rows, rollout_error, weight_version, token_versions)
         return module.train(batch, iteration=0)
 
@@ -290,7 +244,7 @@ def warnings_of_two_episodes(path):
     handler.setLevel(logging.WARNING)
     module_logger = get_logger("chatlearn_vllm.modules.megatron_module")
     module_logger.addHandler(handler)
-    with built(path) as module:
+    with built(Trainer, path) as module:
         for episode in (1, 2):
             assert module.train(rollout(module, rollout_error=0.25), episode)
     module_logger.removeHandler(handler)
@@ -299,7 +253,7 @@ def warnings_of_two_episodes(path):
 
 def refused_training(path, rollout_error=0.0, **settings):
     """What `train` raised in episode 3, and whether the weights are as before."""
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         before = {name: tensor.clone() for name, tensor in module.local_parameters().items()}
         batch = rollout(module, rollout_error=rollout_error)
         batch["weight_version"] = torch.full((len(batch["all_tokens"]),), 3)
@@ -312,25 +266,25 @@ def refused_training(path, rollout_error=0.0, **settings):
 
 def train_twice(path, **settings):
     """Metrics of a second call, before which a checkpoint was saved."""
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         module.train(rollout(module))
         module.save_checkpoint(1)
         return module.train(rollout(module))
 
 
 def train_after_resume(path, **settings):
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         assert module.load_checkpoint() == 1
         return module.train(rollout(module))
 
 
 def score(path, **settings):
-    with built(path, Scorer, trainable=False, **settings) as module:
+    with built(Scorer, path, trainable=False, **settings) as module:
         return module.forward_step(tiny_models.batch(rows=5))["ref_logprobs"]
 
 
 def error_of_unequal_shards(path):
-    with built(path) as module:
+    with built(Trainer, path) as module:
         rows = 4 + 2 * module.data_parallel_rank
         try:
             module.train(tiny_models.batch(rows))
@@ -339,14 +293,14 @@ def error_of_unequal_shards(path):
 
 
 def parameters_and_layouts(path, **settings):
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         shapes = {name: tuple(p.shape) for name, p in module.local_parameters().items()}
         layouts = module.weight_shards().rank_layouts(module.rank)
         return shapes, {layout.name: layout.shape for layout in layouts}
 
 
 def exported_equal_live(path, **settings):
-    with built(path, offload_weights=True, **settings) as module:
+    with built(Trainer, path, offload_weights=True, **settings) as module:
         module.train(rollout(module))
         sources = module.weight_shards()
         links = colocated(sources.num_ranks, sources.num_ranks, sources.num_ranks)
@@ -364,7 +318,7 @@ def exported_equal_live(path, **settings):
 
 
 def bytes_left_after_offload(path, **settings):
-    with built(path, **settings) as module:
+    with built(Trainer, path, **settings) as module:
         module.offload()
         left = sum(p.untyped_storage().nbytes() for p in module.local_parameters().values())
         module.onload()

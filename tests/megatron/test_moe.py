@@ -306,12 +306,7 @@ def resume(path, directory, **settings):
 
 def offloading_curve(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
-        losses = []
-        for part in ({}, {"weights": False}, {"optimizer": False, "grads": False}):
-            engine.offload(**part)
-            engine.onload(**part)
-            losses += tiny_models.train(engine, 1)
-        return losses
+        return tiny_models.offloading_curve(engine)
 
 
 def freed_bytes(path, **settings):

@@ -1,23 +1,23 @@
 """Is a policy on megatron-core trained on pairs of responses as plain torch would train it?"""
 
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
-from chatlearn_vllm.config import JobConfig, ModelArgs, ModelConfig, RuntimeConfig
 from chatlearn_vllm.data.batch import select
 from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.runtime.scatter import train_rows
 from tests.helpers.random_shards import assemble
 from tests.megatron import tiny_models
+from tests.megatron.tiny_modules import assert_same_metrics, built, job
 
 BETA = 0.3
 GLOBAL_BATCH_SIZE = 8
 """Rows of an optimizer step: four pairs."""
+STEP = {
+    "sample_per_episode": 16, "train_global_batch_size": GLOBAL_BATCH_SIZE, "dpo_weight": BETA
+}  # fmt: skip
 PACKED = {"max_tokens_per_micro_batch": 96, "seq_length": 24, "sequence_packing": True}
 LOSSES = {
     "dpo": {},
@@ -77,11 +77,7 @@ def test_metrics_depend_neither_on_micro_batches_nor_on_ranks(
 ):
     assert [step["pairs"] for step in one_rank_metrics] == [4, 2]
     for metrics in ranks[world_size].run(train, llama, **settings):
-        assert len(metrics) == 2
-        for found, expected in zip(metrics, one_rank_metrics, strict=True):
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        assert_same_metrics(metrics, one_rank_metrics, rel=1e-5)
 
 
 def test_two_epochs_are_two_passes_over_the_same_pairs(ranks, llama):
@@ -118,45 +114,10 @@ def test_fillers_of_the_interleaved_schedule_do_not_count(ranks, llama, one_rank
     ],
 )
 def test_what_would_part_the_rows_of_a_pair_is_refused_at_once(llama, settings, message):
-    module = Trainer("trainer", job(llama, 8, **settings))
+    module = Trainer("trainer", job(llama, 8, **STEP, **settings))
 
     with pytest.raises(ValueError, match=message):
         module.init()
-
-
-def job(path, world_size, **settings) -> JobConfig:
-    runtime = {
-        key: settings.pop(key)
-        for key in ("train_micro_batch_size", "num_training_epoch")
-        if key in settings
-    }
-    model = ModelConfig(
-        name="trainer",
-        num_gpu=world_size,
-        trainable=True,
-        tensor_model_parallel_size=settings.pop("tp", 1),
-        pipeline_model_parallel_size=settings.pop("pp", 1),
-        model_args=ModelArgs(
-            load=str(path),
-            **{"dtype": "float32", "lr": 1e-3, "weight_decay": 0.1, "dpo_weight": BETA, **settings},
-        ),
-    )
-    runtime = RuntimeConfig(
-        sample_per_episode=16, train_global_batch_size=GLOBAL_BATCH_SIZE, **runtime
-    )
-    return JobConfig(path="test.yaml", models={"trainer": model}, runtime=runtime)
-
-
-@contextmanager
-def built(path, **settings):
-    """A module on the calling ranks; its parallel groups end with the block."""
-    module = Trainer("trainer", job(path, int(os.environ["WORLD_SIZE"]), **settings))
-    module.init()
-    try:
-        module.model_setup()
-        yield module
-    finally:
-        module.shutdown()
 
 
 def pairs_of_rows(rows):
@@ -170,7 +131,7 @@ def pairs_of_rows(rows):
 
 def train(path, rows=12, num_calls=1, **settings):
     """Metrics of all steps on this rank's share of the rows."""
-    with built(path, **settings) as module:
+    with built(Trainer, path, **STEP, **settings) as module:
         mine = train_rows(
             rows, GLOBAL_BATCH_SIZE, module.data_parallel_rank, module.data_parallel_size
         )
@@ -180,7 +141,9 @@ def train(path, rows=12, num_calls=1, **settings):
 
 def step(path, **settings):
     """Metrics, gradients and layouts of one step in two micro-batches."""
-    with built(path, clip_grad=0.0, train_micro_batch_size=4, **settings) as module:
+    with built(
+        Trainer, path, **STEP, clip_grad=0.0, train_micro_batch_size=4, **settings
+    ) as module:
         (metrics,) = module.train(pairs_of_rows(GLOBAL_BATCH_SIZE), iteration=1)
         gradients = {name: p.main_grad.clone() for name, p in module.engine.parameters.named()}
         return metrics, gradients, module.weight_shards().rank_layouts(0)

@@ -1,8 +1,5 @@
 """What a reward model does in a job: scores responses at their last token, learns from pairs."""
 
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +8,7 @@ import transformers
 from chatlearn_vllm.modules.pairs import interleave_pairs
 from chatlearn_vllm.modules.reward_module import RewardModule, at_last_token
 from tests.megatron import tiny_models
-from tests.megatron.test_megatron_module import job
+from tests.megatron.tiny_modules import assert_same_metrics, built, job
 
 BY_TOKENS = {"max_tokens_per_micro_batch": 44, "seq_length": 22}
 PACKED = {**BY_TOKENS, "sequence_packing": True}
@@ -68,11 +65,7 @@ def test_learning_does_not_depend_on_the_layout(
     ranks, llama, one_rank_metrics, world_size, settings
 ):
     for metrics in ranks[world_size].run(train, llama, **settings):
-        assert len(metrics) == len(one_rank_metrics) == 2
-        for found, expected in zip(metrics, one_rank_metrics, strict=True):
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+        assert_same_metrics(metrics, one_rank_metrics)
 
 
 def test_a_filler_of_a_last_step_does_not_count(ranks, llama):
@@ -160,18 +153,6 @@ def test_the_last_marked_value_is_found_and_has_the_gradient():
 KEYS = ("all_tokens", "loss_mask")
 
 
-@contextmanager
-def built(path, kind=RewardModule, **settings):
-    """A module on the calling ranks; its parallel groups end with the block."""
-    module = kind("trainer", job(path, int(os.environ["WORLD_SIZE"]), **settings))
-    module.init()
-    try:
-        module.model_setup()
-        yield module
-    finally:
-        module.shutdown()
-
-
 def pairs():
     """Eight pairs whose rows have different lengths."""
     rows = {
@@ -184,13 +165,13 @@ def pairs():
 
 
 def score(path, **settings):
-    with built(path, trainable=False, **settings) as module:
+    with built(RewardModule, path, trainable=False, **settings) as module:
         return module.forward_step(tiny_models.batch())
 
 
 def train(path, kind=RewardModule, num_pairs=8, **settings):
     """Of every group of 4 pairs, which one step takes, each rank has its share."""
-    with built(path, kind, **settings) as module:
+    with built(kind, path, **settings) as module:
         per_step = 4 // module.data_parallel_size
         mine = [row for row in range(num_pairs) if row % 4 // per_step == module.data_parallel_rank]
         return module.train({key: value[mine] for key, value in pairs().items()})
@@ -198,7 +179,7 @@ def train(path, kind=RewardModule, num_pairs=8, **settings):
 
 def error_of_building(path):
     try:
-        with built(path, trainable=False):
+        with built(RewardModule, path, trainable=False):
             return ""
     except ValueError as error:
         return str(error)
@@ -213,7 +194,7 @@ def errors(path):
     incomplete = pairs()
     del incomplete["chosen_loss_mask"]
     found = []
-    with built(path, max_tokens_per_micro_batch=24, seq_length=12) as module:
+    with built(RewardModule, path, max_tokens_per_micro_batch=24, seq_length=12) as module:
         for call, data in (
             (module.forward_step, empty),
             (module.train, empty_pair),

@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from chatlearn_vllm.weight_sync.remote import LinkAddress
 from chatlearn_vllm.weight_sync.sender import WeightSender
 from chatlearn_vllm.weight_sync.transport import OpenedExport
 from tests.megatron import tiny_models
-from tests.megatron.test_megatron_module import Scorer, job
+from tests.megatron.test_megatron_module import Scorer
 from tests.megatron.test_scalar_head import hugging_face
+from tests.megatron.tiny_modules import assert_same_metrics, built
 
 TWO_HOSTS = Links([Place("one")], [Place("other")], ranks_per_replica=1)
 PACKED = {"max_tokens_per_micro_batch": 44, "sequence_packing": True}
@@ -66,11 +66,7 @@ def test_metrics_depend_neither_on_micro_batches_nor_on_ranks(
     ranks, llama, one_rank_metrics, world_size, settings
 ):
     for metrics in ranks[world_size].run(train, llama, **settings):
-        assert len(metrics) == len(one_rank_metrics) == 2
-        for found, expected in zip(metrics, one_rank_metrics, strict=True):
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+        assert_same_metrics(metrics, one_rank_metrics)
 
 
 def test_the_first_step_measures_the_loss_of_the_predictions(llama, one_rank_metrics):
@@ -174,18 +170,6 @@ def test_a_policy_is_no_source_of_a_value_model(ranks, llama, trained, tmp_path)
 # ---- on the ranks -------------------------------------------------------------------------------
 
 
-@contextmanager
-def built(path, kind=Critic, **settings):
-    """A module on the calling ranks; its parallel groups end with the block."""
-    module = kind("trainer", job(path, int(os.environ["WORLD_SIZE"]), **settings))
-    module.init()
-    try:
-        module.model_setup()
-        yield module
-    finally:
-        module.shutdown()
-
-
 def rows_of_rank(module):
     """Of every group of 4 rows, which one step takes, this rank's share; with `values`."""
     per_step = 4 // module.data_parallel_size
@@ -195,17 +179,17 @@ def rows_of_rank(module):
 
 
 def score(path, **settings):
-    with built(path, trainable=False, **settings) as module:
+    with built(Critic, path, trainable=False, **settings) as module:
         return module.forward_step(tiny_models.batch())
 
 
 def train(path, **settings):
-    with built(path, **settings) as module:
+    with built(Critic, path, **settings) as module:
         return module.train(rows_of_rank(module))
 
 
 def error_of_training(path, kind, with_returns=False):
-    with built(path, kind) as module:
+    with built(kind, path) as module:
         try:
             module.train(rows_of_rank(module) if with_returns else tiny_models.batch())
         except (ValueError, NotImplementedError) as error:
@@ -213,7 +197,7 @@ def error_of_training(path, kind, with_returns=False):
 
 
 def train_and_export(path, **settings):
-    with built(path, **settings) as module:
+    with built(Critic, path, **settings) as module:
         module.train(rows_of_rank(module))
         shards = module.weight_shards()
         module.plan_weight_sync(shards, shards, colocated(2, 2, 2), {})  # a sync needs some plan
@@ -239,18 +223,18 @@ def send(trained, targets, ranks_per_replica):
 
 
 def describe(path, num_replicas, **settings):
-    with built(path, trainable=False, **settings) as module:
+    with built(Critic, path, trainable=False, **settings) as module:
         return module.weight_shards(num_replicas)
 
 
 def describe_policy(path):
-    with built(path, Scorer) as module:
+    with built(Scorer, path) as module:
         return module.weight_shards()
 
 
 def receive(path, targets, trained, sent, first_rank, **settings):
     """On a rank of a frozen replica: plan, copy, declare complete, use, revoke."""
-    with built(path, trainable=False, **settings) as module:
+    with built(Critic, path, trainable=False, **settings) as module:
         sources, rank = trained[0]["shards"], first_rank + module.rank
         links = colocated(sources.num_ranks, targets.num_ranks, module.world_size)
         plan = module.plan_weight_sync(rank, sources, targets, links)
@@ -281,7 +265,7 @@ def sync_over_a_link(path, directory):
     is_trainer = os.environ.pop("RANK") == "0"
     os.environ["WORLD_SIZE"] = "1"
     try:
-        with built(path, trainable=is_trainer) as module:
+        with built(Critic, path, trainable=is_trainer) as module:
             if is_trainer:
                 module.train(rows_of_rank(module))
             (send_over_a_link if is_trainer else receive_over_a_link)(module, directory)
@@ -332,7 +316,7 @@ def error_of_scoring(module):
 
 
 def error_of_planning(path, sources):
-    with built(path, trainable=False) as module:
+    with built(Critic, path, trainable=False) as module:
         targets = module.weight_shards(1)
         try:
             module.plan_weight_sync(0, sources, targets, colocated(1, 1, 1))
@@ -341,7 +325,7 @@ def error_of_planning(path, sources):
 
 
 def error_of_filling_offloaded(path, targets, trained):
-    with built(path, trainable=False, offload_weights=True) as module:
+    with built(Critic, path, trainable=False, offload_weights=True) as module:
         sources = trained[0]["shards"]
         module.plan_weight_sync(0, sources, targets, colocated(2, 1, 1))
         module.offload()

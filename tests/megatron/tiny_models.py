@@ -164,3 +164,13 @@ def train(
         metrics, _ = engine.train_step(micro_batches, loss_fn)
         curve.append([metrics["loss"], metrics["grad_norm"]])
     return curve
+
+
+def offloading_curve(engine: MegatronEngine) -> list[list[float]]:
+    """[loss, grad_norm] of three steps; before each, some of the state is away and comes back."""
+    curve = []
+    for part in ({}, {"weights": False}, {"optimizer": False, "grads": False}):
+        engine.offload(**part)
+        engine.onload(**part)
+        curve += train(engine, 1)
+    return curve
