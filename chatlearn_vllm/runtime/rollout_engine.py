@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
-from chatlearn_vllm.config.sampling import (
-    incomparable_logprobs,
-    sampling_keys_of_whole_responses,
-)
-from chatlearn_vllm.config.schema import MismatchWarnConfig
 from chatlearn_vllm.data.balance import balanced, row_lengths
 from chatlearn_vllm.data.batch import Batch, select
 from chatlearn_vllm.data.carried import Carried, carried_metrics
 from chatlearn_vllm.data.relay_buffer import RelayBuffer, RelaySampleFn, all_samples
 from chatlearn_vllm.modules.base import BaseModule
-from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.modules.receives_weights import DRAFT, MODEL
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
@@ -39,6 +32,13 @@ from chatlearn_vllm.runtime.memory import (
     gives_memory_back,
 )
 from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
+from chatlearn_vllm.runtime.rollout_checks import (
+    check_beam_search,
+    check_partial_rollouts,
+    check_quantization,
+    check_sleep_level,
+    with_levels_that_mean_something,
+)
 from chatlearn_vllm.runtime.scatter import train_rows
 from chatlearn_vllm.runtime.speculation import SpeculationSwitch
 from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
@@ -107,9 +107,12 @@ class RolloutEngine(BaseEngine):
                 data_parallel_size=trainer.module_args.data_parallel_size,
             )
         self._relay_sample_fn: RelaySampleFn = all_samples
-        self._check_beam_search()
-        self._check_sleep_level()
-        self._check_quantization()
+        check_beam_search(policy, policy_trainer)
+        sleeps = gives_memory_back(policy.module_args, self.shares_devices(policy))
+        check_sleep_level(policy, sleeps=sleeps)
+        for target in self._targets.values():
+            if target is not None:
+                check_quantization(target)
         if draft_trainer is None:
             check_draft_without_trainer(policy)
         else:
@@ -232,81 +235,9 @@ class RolloutEngine(BaseEngine):
         Raises:
             ValueError: they do not fit together.
         """
-        self._check_partial_rollouts()
-        self._drop_levels_that_mean_nothing()
-
-    def _check_beam_search(self) -> None:
-        width = self.policy.model_args.beam_width(is_eval=False)
-        if width > 1 and not isinstance(self.policy_trainer, PreferenceModule):
-            raise ValueError(
-                f"models.{self.policy.name}: num_beams={width} searches responses, and "
-                f"{type(self.policy_trainer).__name__} trains on the probability with which they "
-                "were sampled; set num_beams: 1 and use_beam_search: False, for greedy responses "
-                "temperature: 0, for beams in evaluation eval_num_beams"
-            )
-
-    def _check_sleep_level(self) -> None:
-        sleep_level = self.policy.model_args.sleep_level
-        sync_frequency = self.policy.module_args.sync_frequency
-        sleeps = gives_memory_back(self.policy.module_args, self.shares_devices(self.policy))
-        if sleeps and sync_frequency != 1 and sleep_level != 1:
-            raise ValueError(
-                f"models.{self.policy.name}: sync_frequency={sync_frequency} leaves "
-                f"episodes without a weight sync, and sleep_level={sleep_level} drops the weights "
-                "in between; set sleep_level: 1"
-            )
-
-    def _check_quantization(self) -> None:
-        for target in self._targets.values():
-            how = quantization_of_checkpoint(target.model_args) if target is not None else None
-            if how is not None:
-                raise ValueError(
-                    f"models.{target.name}: the checkpoint in `load` is quantised ({how}), and the "
-                    "weights that a trainer sends are not; load the model that is trained, with "
-                    "quantization: fp8 where its responses should come from quantised weights"
-                )
-
-    def _check_partial_rollouts(self) -> None:
-        if self.args.max_rollout_round == 1:
-            return
-        key = f"runtime.max_rollout_round={self.args.max_rollout_round}"
-        policy = self.policy.model_args
-        if self.args.dynamic_sampling:
-            raise ValueError(
-                f"{key} and runtime.dynamic_sampling: True both decide when an episode has enough "
-                "samples; leave one of them out"
-            )
-        sampling = sampling_keys_of_whole_responses(policy)
-        if sampling:
-            raise ValueError(
-                f"models.{self.policy.name}: {sampling} would count anew where a response goes on "
-                f"({key}); leave it out, or set runtime.max_rollout_round: 1"
-            )
-        if self.policy_trainer.model_args.tis_imp_ratio_cap is None:
-            logger.warning(
-                "%s trains on tokens of up to %d weight versions ago as if they were new; "
-                "models.%s: tis_imp_ratio_cap corrects for that",
-                key, self.args.max_rollout_round - 1, self.policy_trainer.name,
-            )  # fmt: skip
-
-    def _drop_levels_that_mean_nothing(self) -> None:
-        """Tell once, not in every episode, that the two sides' log-probabilities must differ."""
-        policy, runtime = self.policy, self.args
-        reasons = incomparable_logprobs(policy.model_args, self.policy_trainer.model_args)
-        if not reasons:
-            return
-        why = (
-            f"the log-probabilities of models.{policy.name} are not those of "
-            f"models.{self.policy_trainer.name} even with equal weights ({'; '.join(reasons)})"
-        )
-        if stop := runtime.mismatch_stop.set_levels():
-            raise ValueError(
-                f"runtime.mismatch_stop={stop} means nothing here: {why}; sample from the whole "
-                "softmax at the trainer's temperature, or leave mismatch_stop out"
-            )
-        logger.warning("no mismatch_warn in this job: %s", why)
-        none = MismatchWarnConfig(**dict.fromkeys(MismatchWarnConfig.model_fields))
-        self.args = runtime.model_copy(update={"mismatch_warn": none})
+        both = self.policy, self.policy_trainer
+        check_partial_rollouts(*both, self.args)
+        self.args = with_levels_that_mean_something(*both, self.args)
         self.job = self.job.model_copy(update={"runtime": self.args})
 
     def count_prompts(self, records: Sequence[Any]) -> int:

@@ -1,0 +1,124 @@
+"""Do the keys of a policy fit those of the models that are trained on its responses?
+
+What one model's keys say by themselves is checked when the yaml is read; here is what depends on
+which module plays which role.
+"""
+
+from __future__ import annotations
+
+from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
+from chatlearn_vllm.config.sampling import (
+    incomparable_logprobs,
+    sampling_keys_of_whole_responses,
+)
+from chatlearn_vllm.config.schema import MismatchWarnConfig, RuntimeConfig
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.observability.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def check_beam_search(policy: BaseModule, trainer: BaseModule) -> None:
+    """Check that searched responses are trained on by what does not need their probabilities.
+
+    Raises:
+        ValueError: they are not.
+    """
+    width = policy.model_args.beam_width(is_eval=False)
+    if width > 1 and not isinstance(trainer, PreferenceModule):
+        raise ValueError(
+            f"models.{policy.name}: num_beams={width} searches responses, and "
+            f"{type(trainer).__name__} trains on the probability with which they were sampled; "
+            "set num_beams: 1 and use_beam_search: False, for greedy responses temperature: 0, "
+            "for beams in evaluation eval_num_beams"
+        )
+
+
+def check_sleep_level(policy: BaseModule, *, sleeps: bool) -> None:
+    """Check that a policy whose weights are dropped gets them again before it generates.
+
+    Args:
+        policy: the module.
+        sleeps: whether it gives its memory back.
+
+    Raises:
+        ValueError: it does not.
+    """
+    sleep_level, sync_frequency = policy.model_args.sleep_level, policy.module_args.sync_frequency
+    if sleeps and sync_frequency != 1 and sleep_level != 1:
+        raise ValueError(
+            f"models.{policy.name}: sync_frequency={sync_frequency} leaves episodes without a "
+            f"weight sync, and sleep_level={sleep_level} drops the weights in between; set "
+            "sleep_level: 1"
+        )
+
+
+def check_quantization(target: BaseModule) -> None:
+    """Check that the checkpoint of a model which gets a trainer's weights holds such weights.
+
+    Raises:
+        ValueError: it is quantised.
+    """
+    how = quantization_of_checkpoint(target.model_args)
+    if how is not None:
+        raise ValueError(
+            f"models.{target.name}: the checkpoint in `load` is quantised ({how}), and the "
+            "weights that a trainer sends are not; load the model that is trained, with "
+            "quantization: fp8 where its responses should come from quantised weights"
+        )
+
+
+def check_partial_rollouts(policy: BaseModule, trainer: BaseModule, runtime: RuntimeConfig) -> None:
+    """Check that responses can go on in a later episode, if they are to.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if runtime.max_rollout_round == 1:
+        return
+    key = f"runtime.max_rollout_round={runtime.max_rollout_round}"
+    if runtime.dynamic_sampling:
+        raise ValueError(
+            f"{key} and runtime.dynamic_sampling: True both decide when an episode has enough "
+            "samples; leave one of them out"
+        )
+    sampling = sampling_keys_of_whole_responses(policy.model_args)
+    if sampling:
+        raise ValueError(
+            f"models.{policy.name}: {sampling} would count anew where a response goes on "
+            f"({key}); leave it out, or set runtime.max_rollout_round: 1"
+        )
+    if trainer.model_args.tis_imp_ratio_cap is None:
+        logger.warning(
+            "%s trains on tokens of up to %d weight versions ago as if they were new; "
+            "models.%s: tis_imp_ratio_cap corrects for that",
+            key, runtime.max_rollout_round - 1, trainer.name,
+        )  # fmt: skip
+
+
+def with_levels_that_mean_something(
+    policy: BaseModule, trainer: BaseModule, runtime: RuntimeConfig
+) -> RuntimeConfig:
+    """`runtime`, without mismatch_warn where the two sides' log-probabilities must differ.
+
+    Told once, not in every episode.
+
+    Raises:
+        ValueError: mismatch_stop is set in such a job.
+    """
+    reasons = incomparable_logprobs(policy.model_args, trainer.model_args)
+    if not reasons:
+        return runtime
+    why = (
+        f"the log-probabilities of models.{policy.name} are not those of models.{trainer.name} "
+        f"even with equal weights ({'; '.join(reasons)})"
+    )
+    if stop := runtime.mismatch_stop.set_levels():
+        raise ValueError(
+            f"runtime.mismatch_stop={stop} means nothing here: {why}; sample from the whole "
+            "softmax at the trainer's temperature, or leave mismatch_stop out"
+        )
+    logger.warning("no mismatch_warn in this job: %s", why)
+    none = MismatchWarnConfig(**dict.fromkeys(MismatchWarnConfig.model_fields))
+    return runtime.model_copy(update={"mismatch_warn": none})
