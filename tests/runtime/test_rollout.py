@@ -174,7 +174,7 @@ def test_a_scorer_that_leaves_samples_out_is_named(groups):
 
 
 def test_long_responses_go_on_in_later_episodes_until_their_last_round(groups):
-    prompts = [5, 5000, 9, 5, 200, 9, 5, 9]
+    prompts = [5, 5000, 9, 5, 1500, 9, 5, 9]
     work = [Carried(index, 2 * place, 0, []) for place, index in enumerate(prompts)]
     rollout = Rollout(groups["policy_trainer"], max_open=4)
 
@@ -183,7 +183,7 @@ def test_long_responses_go_on_in_later_episodes_until_their_last_round(groups):
     # The first of those that are answered, however many more are.
     assert batch["sample_index"].tolist() == [0, 1, 4, 5, 6, 7, 10, 11, 12, 13]
     assert "begun" not in batch
-    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 1), (200, 1), (9, 1)]
+    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 1), (1500, 1), (9, 1)]
 
     new = [Carried(3, 16 + 2 * place, 0, []) for place in range(4)]
     batch, carried = Rollout(groups["policy_trainer"], max_open=4).generate_until(
@@ -191,7 +191,7 @@ def test_long_responses_go_on_in_later_episodes_until_their_last_round(groups):
     )
 
     assert batch["sample_index"].tolist()[:2] == [14, 15]
-    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 2), (200, 2)]
+    assert [(one.prompt_index, one.num_rounds) for one in carried] == [(5000, 2), (1500, 2)]
     versions = carried[0].responses[0].versions
     assert versions == sorted(versions) and set(versions) == {1, 2}
 
@@ -201,7 +201,9 @@ def test_long_responses_go_on_in_later_episodes_until_their_last_round(groups):
 
     # Both are answered in their last round, though one would have been enough.
     assert batch["prompt_index"].tolist() == [5000, 5000]
-    assert [(one.prompt_index, len(one.responses[0].token_ids)) for one in carried] == [(200, 200)]
+    assert [(one.prompt_index, len(one.responses[0].token_ids)) for one in carried] == [
+        (1500, 1500)
+    ]
 
 
 def test_prompts_that_nobody_had_room_for_stay_as_they_are(groups):
