@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,6 +55,7 @@ RELEASE_TIMEOUT_S = 10.0
 PLACEMENT_TIMEOUT_S = 60.0
 PROCESS_EXIT_TIMEOUT_S = 10.0
 SIGNAL_WAIT_S = 1.0
+_QUEUE = re.compile(r"/dev/shm/psm_\w+")
 
 
 class Cluster:
@@ -126,6 +128,7 @@ class Cluster:
                 a Ray that this job started.
         """
         with _uninterrupted():
+            queues = self._queues()
             if ray.is_initialized() and not self._started_ray:
                 self._remove_ranks()
             if self._connected_here:
@@ -137,7 +140,7 @@ class Cluster:
                 _remove_sessions(keep_logs_in)
                 self._started_ray = False
             # What a killed rank could not remove itself; such names contain the job's id.
-            for leftover in Path("/dev/shm").glob(f"*{self._job_id}*"):
+            for leftover in (*Path("/dev/shm").glob(f"*{self._job_id}*"), *queues):
                 leftover.unlink(missing_ok=True)
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
@@ -306,12 +309,29 @@ class Cluster:
         if self._placement_group is not None:
             remove_placement_group(self._placement_group)
 
+    def _ranks_here(self) -> list[RankHandle]:
+        return [
+            rank
+            for rank in self._ranks
+            if rank.location is not None and rank.location.node_id == self._node_id
+        ]
+
+    def _queues(self) -> set[Path]:
+        """Shared memory of vLLM's queues between the ranks of this host.
+
+        Python's own tracker would remove it, and ends with the rank when Ray does.
+        """
+        files: set[Path] = set()
+        for rank in self._ranks_here():
+            with suppress(OSError):
+                maps = Path(f"/proc/{rank.location.pid}/maps").read_text()
+                files |= {Path(name) for name in _QUEUE.findall(maps)}
+        return files
+
     def _wait_for_exit(self) -> None:
         """Wait until the ranks of this host have ended; end those that do not."""
         deadline = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
-        for rank in self._ranks:
-            if rank.location is None or rank.location.node_id != self._node_id:
-                continue
+        for rank in self._ranks_here():
             while _is_running(rank.location.pid):
                 if time.monotonic() > deadline:
                     os.kill(rank.location.pid, signal.SIGKILL)
