@@ -92,24 +92,29 @@ def check_history(history, directory: Path, num_parameters: int, num_rollout_cop
 NUM_PARAMETERS = 2 * 100 * 64 + 64 + 2 * (256 * 64 + 64 * 128 + 2 * 96 * 64 + 64 * 96 + 2 * 64)
 
 
-def test_colocated_job_with_reference_and_two_replicas(model_dir, tmp_path) -> None:
-    job = write_job(
-        tmp_path, model_dir, policy={}, trainer={"init_kl_coef": 0.05}, reference={},
-        colocation=["policy,policy_trainer,reference"],
+def colocated_job(directory: Path, model_dir: Path, **runtime):
+    return write_job(
+        directory, model_dir, policy={}, trainer={"init_kl_coef": 0.05}, reference={},
+        colocation=["policy,policy_trainer,reference"], **runtime,
     )  # fmt: skip
-    history = run(job)
+
+
+def test_colocated_job_with_reference_and_two_replicas(model_dir, tmp_path) -> None:
+    history = run(colocated_job(tmp_path, model_dir))
     check_history(history, tmp_path, NUM_PARAMETERS, num_rollout_copies=2)
     # At first the policy is its reference; after an update it is not.
     assert history[2]["train/kl"] > 0
-    again = write_job(
-        tmp_path, model_dir, policy={}, trainer={"init_kl_coef": 0.05}, reference={},
-        colocation=["policy,policy_trainer,reference"], exp_name="again",
-    )  # fmt: skip
-    repeated = run(again)
-    for first, second in zip(history, repeated, strict=True):
-        for key in first:
+
+
+@pytest.mark.slow  # test_grpo_resume.py compares two jobs in every run
+def test_a_job_repeats_itself(model_dir, tmp_path) -> None:
+    first, second = (
+        run(colocated_job(tmp_path, model_dir, exp_name=name)) for name in ("once", "again")
+    )
+    for metrics, repeated in zip(first, second, strict=True):
+        for key in metrics:
             if not key.startswith(("time/", "sync/seconds")) and "_per_s" not in key:
-                assert first[key] == second[key], key
+                assert metrics[key] == repeated[key], key
 
 
 def test_tensor_parallel_trainer_feeds_a_pipeline_of_engines_on_other_devices(
