@@ -50,7 +50,7 @@ class Processes:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         ranks: list[dict[str, str]] = [{}]
         if task.case.engine == "vllm-module":
-            ranks = _rank_environments(task.case.num_processes, on_gpu=on_gpu)
+            ranks = _rank_environments(task.case.num_processes)
         self._processes: list[subprocess.Popen] = []
         self._shared_memory: set[Path] = set()
         self._file = log.open("w")
@@ -125,12 +125,10 @@ class Processes:
         return left
 
 
-def _rank_environments(world_size: int, *, on_gpu: bool) -> list[dict[str, str]]:
+def _rank_environments(world_size: int) -> list[dict[str, str]]:
     """What a job gives to its ranks (runtime/worker.py) and torch.distributed reads."""
     port = str(_free_port())
     job = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if on_gpu:
-        job["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return [
         job
         | {

@@ -28,7 +28,7 @@ _MOST_ERRORS = 5
 _PORT_ATTEMPTS = 3
 _OF_A_RANK = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "VLLM_ENABLE_V1_MULTIPROCESSING", "CUDA_DEVICE_MAX_CONNECTIONS",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
 )  # fmt: skip
 """Variables of a rank's process that mean something else in a server."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from chatlearn_vllm.job.flow import records_calls
 
@@ -25,6 +25,9 @@ class BaseModule(ABC):
     On the driver, in the function of a flow (see job/flow.py), `forward_step`, `eval_forward` and
     `train_step` get handles in place of data and only note the call.
     """
+
+    gpu_environment: ClassVar[dict[str, str]] = {}
+    """Variables that the processes of ranks with a GPU start with, for the role's libraries."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -54,6 +54,10 @@ class MegatronModule(BaseModule, ABC):
     """What the model ends with. What says logprobs and entropy below is for "lm"; classes with a
     scalar head are in value_module.py and reward_module.py."""
 
+    # megatron-core asserts it for tensor and sequence parallel. It puts all that a process does on
+    # its GPU in one line, which engines that copy while they compute must not have.
+    gpu_environment: ClassVar[dict[str, str]] = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
     engine: MegatronEngine
     """Owns the model; there from `init` on."""
 

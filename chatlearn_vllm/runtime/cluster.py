@@ -224,6 +224,8 @@ class Cluster:
     ) -> RankHandle:
         on_gpu = has_gpu and placement.bundle is not None
         environment = process_environment(on_gpu, _python_path(), self._job_id)
+        if on_gpu:
+            environment |= self._modules[placement.model].gpu_environment
         options = {"runtime_env": {"env_vars": environment}}
         if placement.bundle is None:
             options["num_cpus"] = placement.num_cpu

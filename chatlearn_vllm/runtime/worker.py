@@ -151,8 +151,6 @@ def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[st
     if has_gpu:
         # Every rank sees every GPU of its host: the weight sync reads peers' memory.
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-        # megatron-core asserts it for tensor and sequence parallel.
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # ours stays as it is
