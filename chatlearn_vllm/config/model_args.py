@@ -329,7 +329,8 @@ class SchedulerArgs(Section):
     gpu_memory_utilization: Share = 0.5
     """Share of a GPU's total memory for weights and KV cache; the trainer needs the rest."""
     enforce_eager: bool = False
-    """Run without compilation and CUDA graphs."""
+    """Run without compilation and CUDA graphs. Graphs are made for steps of up to 1024 tokens,
+    where `max_num_seqs` allows so many."""
     enable_prefix_caching: bool = True
     """Keep the KV cache of common prompt beginnings; emptied when the weights change."""
     load_format: str = "dummy"

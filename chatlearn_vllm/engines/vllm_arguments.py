@@ -13,6 +13,11 @@ from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization
 from chatlearn_vllm.config.parallel_checks import read_config_json
 from chatlearn_vllm.layouts import ModelShape
 
+MOST_CAPTURED_TOKENS = 1024
+"""Steps of more tokens run without CUDA graphs, whatever `max_num_seqs` is; vLLM's own limit is 512
+(1,024 on Blackwell)."""
+CAPTURE_STEP = 16
+"""vLLM captures every multiple of it above 256."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU attention takes KV blocks of a multiple of this many tokens."""
 
@@ -78,6 +83,7 @@ def engine_arguments(
         kwargs["max_num_batched_tokens"] = max(args.max_num_batched_tokens, args.max_num_seqs)
     if on_gpu:
         kwargs["enable_sleep_mode"] = True
+        kwargs |= _cuda_graphs(args)
         if shape.num_experts and args.weight_sync_path != "load_weights":
             # The kernels that work on weights as the checkpoint has them; auto may rearrange.
             kwargs["moe_backend"] = "triton"
@@ -89,6 +95,18 @@ def engine_arguments(
         # vLLM's own limit is 20 most probable tokens.
         kwargs["max_logprobs"] = max(kwargs.get("max_logprobs", 20), 2 * widest)
     return kwargs, notices
+
+
+def _cuda_graphs(args: ModelArgs) -> dict[str, Any]:
+    """Have CUDA graphs for steps in which all of many sequences are decoded.
+
+    Without one a step of an 8 B model launches some 400 kernels from Python.
+    """
+    of_user = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+    if args.enforce_eager or args.max_num_seqs <= 512 or args.engine_args.keys() & set(of_user):
+        return {}
+    largest = math.ceil(args.max_num_seqs / CAPTURE_STEP) * CAPTURE_STEP
+    return {"max_cudagraph_capture_size": min(largest, MOST_CAPTURED_TOKENS)}
 
 
 def _adapt_to_cpu(kwargs: dict[str, Any], args: ModelArgs, shape: ModelShape) -> list[str]:
