@@ -124,6 +124,9 @@ def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "served_model_name": arguments.served_model_name or arguments.checkpoint,
         "dtype": arguments.dtype,
     }
+    if not torch.cuda.is_available():
+        # On CPU vLLM's engine fails where a step ends inside the prompt of a request with a seed.
+        chosen["enable_chunked_prefill"] = False
     if arguments.weight_updates:
         chosen |= weight_update_arguments()
         chosen["host"] = arguments.host or "127.0.0.1"

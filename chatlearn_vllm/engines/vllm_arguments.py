@@ -90,6 +90,8 @@ def engine_arguments(
     else:
         notices += _adapt_to_cpu(kwargs, args, shape)
     kwargs.update(args.engine_args)
+    if not on_gpu:
+        notices += _keep_prompts_whole(kwargs)
     widest = max(args.beam_width(is_eval=is_eval) for is_eval in (False, True))
     if widest > 1 and kwargs.get("max_logprobs") != -1:
         # vLLM's own limit is 20 most probable tokens.
@@ -135,6 +137,25 @@ def _adapt_to_cpu(kwargs: dict[str, Any], args: ModelArgs, shape: ModelShape) ->
         blocks = args.max_num_seqs * math.ceil(tokens / block_size) + 1
         wanted_bytes = blocks * block_size * token_bytes
         kwargs["kv_cache_memory_bytes"] = min(wanted_bytes, _host_memory_bytes() // 4)
+    return notices
+
+
+def _keep_prompts_whole(kwargs: dict[str, Any]) -> list[str]:
+    """Have no step end inside a prompt, on CPU.
+
+    vLLM then takes back the random number that it drew too early for a request with a seed, which
+    PyTorch's generators on CPU cannot: the engine fails.
+    """
+    notices = []
+    if kwargs.get("enable_chunked_prefill"):
+        notices.append("enable_chunked_prefill: off (CPU: fails with seeds of requests)")
+    kwargs["enable_chunked_prefill"] = False
+    longest, most = kwargs["max_model_len"], kwargs.get("max_num_batched_tokens")
+    if most is not None and most < longest:
+        kwargs["max_num_batched_tokens"] = longest
+        notices.append(
+            f"max_num_batched_tokens: {most} becomes {longest} (CPU: a step takes whole prompts)"
+        )
     return notices
 
 

@@ -89,9 +89,10 @@ def test_the_command_is_that_of_vllm_with_the_users_flags() -> None:
         served_model_name=None, weight_updates=False, flags=["--max-model-len", "32768"],
     )  # fmt: skip
     command = serve_command("/tmp/hf", serve.vllm_arguments(chosen), chosen.flags)
+    on_cpu = [] if torch.cuda.is_available() else ["--no-enable-chunked-prefill"]
     assert command[2:] == [
         "chatlearn_vllm.engines.vllm_serve", "/tmp/hf", "--port", "8001",
-        "--tensor-parallel-size", "2", "--served-model-name", "run/ckpt",
+        "--tensor-parallel-size", "2", "--served-model-name", "run/ckpt", *on_cpu,
         "--max-model-len", "32768",
     ]  # fmt: skip
 

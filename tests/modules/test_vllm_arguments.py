@@ -1,4 +1,4 @@
-"""Which engine arguments does a policy get on a GPU that its yaml does not name?"""
+"""Which engine arguments does a policy get that its yaml does not name?"""
 
 import json
 
@@ -17,10 +17,10 @@ def model_dir(tmp_path_factory):
     return directory
 
 
-def arguments(model_dir, job_dir, **model_args):
+def arguments(model_dir, job_dir, on_gpu, **model_args):
     args = policy_job(job_dir, model_dir, **model_args).models["policy"].model_args
     shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
-    return engine_arguments(args, model_dir, shape, seed=1, on_gpu=True)[0]
+    return engine_arguments(args, model_dir, shape, seed=1, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(
@@ -40,5 +40,16 @@ def arguments(model_dir, job_dir, **model_args):
 def test_steps_of_many_sequences_have_cuda_graphs_unless_the_yaml_says_otherwise(
     model_dir, tmp_path, given, largest
 ) -> None:
-    found = arguments(model_dir, tmp_path, **given)
+    found, _ = arguments(model_dir, tmp_path, on_gpu=True, **given)
     assert found.get("max_cudagraph_capture_size") == largest
+
+
+def test_on_cpu_a_step_takes_whole_prompts(model_dir, tmp_path) -> None:
+    args = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    found, notices = arguments(model_dir, tmp_path, on_gpu=False, **args)
+    assert found["enable_chunked_prefill"] is False
+    assert found["max_num_batched_tokens"] == found["max_model_len"]
+    assert any(notice.startswith("enable_chunked_prefill: off") for notice in notices)
+    assert any(notice.startswith("max_num_batched_tokens: 16 becomes") for notice in notices)
+    found, _ = arguments(model_dir, tmp_path, on_gpu=True, **args)
+    assert found["enable_chunked_prefill"] and found["max_num_batched_tokens"] == 16

@@ -104,6 +104,7 @@ def policy(hf_model, tmp_path_factory):
     job = policy_job(
         tmp_path_factory.mktemp("job"), hf_model.directory,
         n=3, temperature=0.7, eval_temperature=0.0, block_size=16, bf16=True, stop_token_list="~;@",
+        max_num_batched_tokens=SEQ_LENGTH,
     )  # fmt: skip
     module = start_policy(VLLMPolicyInference, job)
     module.build_prompts(PROMPTS)
@@ -173,6 +174,20 @@ def test_logprobs_are_of_the_distribution_at_the_sampling_temperature(ready, hf_
         want = hf_logprobs(hf_model, batch["all_tokens"][row, :length], temperature=0.7)
         got = batch["logprobs"][row, : length - 1]
         assert torch.allclose(got[mask[: length - 1]], want[mask[: length - 1]], atol=1e-4)
+
+
+def test_prompts_of_more_tokens_than_a_step_takes_are_answered_as_alone(ready) -> None:
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 90, (4, 70), generator=generator).tolist()
+    sampling = {"temperature": 0.7, "max_tokens": 12, "logprobs": 0}
+    for row, prompt in enumerate(prompts):
+        ready.engine.add_request(str(row), None, prompt, sampling | {"seed": row})
+    together = ready.engine.run()
+    assert len({answer.outputs[0].text for answer in together}) == 4
+    for row, prompt in enumerate(prompts):
+        ready.engine.add_request("alone", None, prompt, sampling | {"seed": row})
+        (alone,) = ready.engine.run()
+        assert list(alone.outputs[0].token_ids) == list(together[row].outputs[0].token_ids)
 
 
 def test_truncated_sampling_reports_logprobs_of_the_renormalised_rest(ready, hf_model) -> None:
