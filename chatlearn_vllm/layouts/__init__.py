@@ -7,7 +7,8 @@ sync, so the two cannot disagree.
 
     blocks.py   Block, ParamLayout and their arithmetic
     families.py one line per parameter of a model family: its name on each side, how it is cut
-    model.py    ModelShape: the sizes of a model, from its Hugging Face config.json
+    model.py    ModelShape: the sizes of a model, its logical tensors and their shapes
+    hf_config.py which sizes a Hugging Face config.json gives
     parallel.py coordinates of ranks, layers of pipeline stages, on either side
     shards.py   ShardedModel: the parameters of each rank, the holders of each tensor
     megatron.py how megatron-core stores a model

@@ -200,10 +200,9 @@ def _gate_up(
 def _check_divisible(model: ModelShape, parallel: TrainParallel) -> None:
     """Raise ValueError where megatron-core could not cut the model."""
     tp = f"tensor parallel size {parallel.tensor}"
-    rules = [
-        ("attention heads", model.num_attention_heads, parallel.tensor, tp),
-        ("ffn_hidden_size", model.ffn_hidden_size, parallel.tensor, tp),
-    ]
+    rules = [("attention heads", model.num_attention_heads, parallel.tensor, tp)]
+    if model.has_dense_layers:
+        rules.append(("ffn_hidden_size", model.ffn_hidden_size, parallel.tensor, tp))
     if model.num_experts:
         etp = f"expert tensor parallel size {parallel.etp}"
         rules += [

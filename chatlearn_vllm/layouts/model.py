@@ -18,6 +18,7 @@ from chatlearn_vllm.layouts.families import (
     Head,
     LayerParam,
 )
+from chatlearn_vllm.layouts.hf_config import model_sizes
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -58,57 +59,21 @@ class ModelShape:
             head: what the model ends with.
 
         Raises:
-            ValueError: the model type has no layout, or a needed key is missing.
+            ValueError: the model type has no layout, or keys are missing or cannot be sizes.
         """
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise ValueError(
-                f"config.json: model_type={model_type!r} has no weight layout; "
-                f"supported: {', '.join(FAMILIES)}"
-            )
-        needed = [
-            "num_hidden_layers", "hidden_size", "intermediate_size",
-            "num_attention_heads", "vocab_size",
-        ]  # fmt: skip
-        has_experts = FAMILIES[model_type].experts is not None
-        if has_experts and not (config.get("num_local_experts") or config.get("num_experts")):
-            needed.append("num_local_experts" if model_type == "mixtral" else "num_experts")
-        missing = [key for key in needed if config.get(key) is None]
-        if missing:
-            raise ValueError(f"config.json: missing {', '.join(missing)} (model_type {model_type})")
-        heads = config["num_attention_heads"]
-        num_layers = config["num_hidden_layers"]
-        dense: frozenset[int] = frozenset()
-        if has_experts:
-            step = config.get("decoder_sparse_step") or 1
-            only_dense = config.get("mlp_only_layers") or ()
-            dense = frozenset(
-                i for i in range(num_layers) if i in only_dense or (i + 1) % step != 0
-            )
-        return cls(
-            num_layers=num_layers,
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            tie_word_embeddings=head == "lm" and bool(config.get("tie_word_embeddings", False)),
-            model_type=model_type,
-            num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
-            moe_ffn_hidden_size=(
-                (config.get("moe_intermediate_size") or config["intermediate_size"])
-                if has_experts
-                else 0
-            ),
-            dense_layers=dense,
-            head=head,
-        )
+        sizes = model_sizes(config)
+        sizes["tie_word_embeddings"] &= head == "lm"
+        return cls(**sizes, head=head)
 
     @property
     def family(self) -> Family:
         """Names of the parameters."""
         return FAMILIES[self.model_type]
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether a layer has an MLP of `ffn_hidden_size`."""
+        return self.family.experts is None or bool(self.dense_layers)
 
     @property
     def output_tensor(self) -> str:

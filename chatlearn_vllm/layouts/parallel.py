@@ -83,9 +83,10 @@ class TrainParallel:
         first, last = self.first_stage_layers, self.last_stage_layers
         middle = num_layers - (first or 0) - (last or 0)
         num_middle = self.pipeline - (first is not None) - (last is not None)
-        if (num_middle > 0 and (middle < 0 or middle % num_middle)) or (
-            num_middle == 0 and middle != 0
-        ):
+        is_possible = num_middle == 0 == middle
+        if num_middle > 0:
+            is_possible = middle >= 0 and middle % num_middle == 0
+        if not is_possible:
             raise ValueError(
                 f"{num_layers} layers cannot be spread over {self.pipeline} pipeline stages"
                 + (f" with {first} in the first" if first is not None else "")

@@ -255,10 +255,9 @@ def _check_divisible(model: ModelShape, parallel: RolloutParallel) -> None:
     if model.head != "lm":
         raise ValueError(f"rollout: a model with head {model.head!r} cannot generate, must be 'lm'")
     tp = parallel.tensor
-    rules = [
-        ("attention heads", model.num_attention_heads),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-    ]
+    rules = [("attention heads", model.num_attention_heads)]
+    if model.has_dense_layers:
+        rules.append(("ffn_hidden_size", model.ffn_hidden_size))
     if model.num_experts and not parallel.expert:
         rules.append(("moe_ffn_hidden_size", model.moe_ffn_hidden_size))
     rules.append(("the padded vocabulary", -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE))

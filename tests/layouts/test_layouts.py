@@ -168,6 +168,83 @@ def test_the_head_is_no_matter_of_config_json() -> None:
     assert scalar.output_tensor == "score.weight" and not scalar.tie_word_embeddings
 
 
+SIZES = dict(
+    model_type="llama", num_hidden_layers=4, hidden_size=8, intermediate_size=24,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=100,
+)  # fmt: skip
+EXPERTS = dict(num_experts=6, moe_intermediate_size=12)
+
+
+def test_sizes_are_read_from_config_json_as_vllm_reads_them() -> None:
+    assert ModelShape.from_hf_config(SIZES | {"head_dim": 4}) == tiny_shape()
+    absent = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    shape = ModelShape.from_hf_config(absent)
+    assert (shape.num_query_groups, shape.head_dim) == (4, 2)
+    config = SIZES | EXPERTS | {"model_type": "qwen3_moe", "head_dim": 4}
+    assert ModelShape.from_hf_config(config | {"mlp_only_layers": [1]}) == tiny_shape("qwen3_moe")
+    every_second = ModelShape.from_hf_config(config | {"decoder_sparse_step": 2})
+    assert every_second.dense_layers == {0, 2}
+    mixtral = SIZES | {"model_type": "mixtral", "num_local_experts": 6, "head_dim": None}
+    shape = ModelShape.from_hf_config(mixtral)
+    assert (shape.num_experts, shape.moe_ffn_hidden_size, shape.head_dim) == (6, 24, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        (
+            {"model_type": ["llama"]},
+            r"model_type=\['llama'\] has no weight layout",
+        ),
+        ({"hidden_size": None, "vocab_size": None}, "missing hidden_size, vocab_size"),
+        ({"hidden_size": 0, "vocab_size": "9"}, "hidden_size=0 must .*; vocab_size='9' must be a"),
+        ({"num_hidden_layers": 4.0}, "num_hidden_layers=4.0 must be a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a positive integer"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of .*heads=3"),
+        (
+            {"hidden_size": 10},
+            "hidden_size=10 must be a multiple of num_attention_heads=4, or",
+        ),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
+        ({"model_type": "qwen3"}, "missing head_dim"),  # 128 for transformers
+        ({"model_type": "mixtral"}, "missing num_local_experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 6}, "missing moe_intermediate_size"),  # 768
+        (
+            {"model_type": "qwen3_moe", **EXPERTS, "num_experts": -6, "decoder_sparse_step": 0},
+            "num_experts=-6 must be .*; decoder_sparse_step=0 must be",
+        ),
+        (
+            {"model_type": "qwen3_moe", **EXPERTS, "mlp_only_layers": 1},
+            "mlp_only_layers=1 must be a list of layer numbers",
+        ),
+    ],
+)
+def test_a_config_json_that_gives_no_sizes_is_refused_with_all_keys(changes, problem) -> None:
+    with pytest.raises(ValueError, match=f"^config.json: {problem}"):
+        ModelShape.from_hf_config(SIZES | changes)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mixtral", "qwen3_moe"])
+def test_sizes_that_transformers_would_choose_by_itself_must_be_given(family) -> None:
+    config = SIZES | EXPERTS | {"model_type": family, "head_dim": 4}
+    del config["num_key_value_heads"]
+    with pytest.raises(ValueError, match="missing num_key_value_heads"):
+        ModelShape.from_hf_config(config)
+
+
+def test_only_dense_layers_need_a_dense_width_that_can_be_cut() -> None:
+    experts = dataclasses.replace(tiny_shape("mixtral"), ffn_hidden_size=25)
+    assert MegatronShards(experts, TrainParallel(2, tensor=2)).num_ranks == 2
+    assert VLLMShards(experts, RolloutParallel(2)).num_ranks == 2
+    mixed = dataclasses.replace(tiny_shape("qwen3_moe"), ffn_hidden_size=25)
+    for make in (
+        lambda: MegatronShards(mixed, TrainParallel(2, tensor=2)),
+        lambda: VLLMShards(mixed, RolloutParallel(2)),
+    ):
+        with pytest.raises(ValueError, match="ffn_hidden_size 25 cannot be cut"):
+            make()
+
+
 def test_replicas_are_counted_one_after_the_other() -> None:
     model = tiny_shape()
     one = MegatronShards(model, TrainParallel(4, tensor=2, pipeline=2))
@@ -287,6 +364,10 @@ def test_stages_have_vllms_layers(num_layers: int, pp: int) -> None:
             "over 2 pipeline stages with 3 in the first and 2 in the last",
         ),
         ({"pipeline": 4, "virtual_pipeline": 2}, "1 layers of a pipeline stage .* 2 virtual"),
+        (
+            {"pipeline": 1, "first_stage_layers": 2, "last_stage_layers": 2},
+            "over 1 pipeline stages with 2 in the first and 2 in the last",
+        ),
     ],
 )
 def test_layers_that_cannot_be_spread_are_refused(sizes: dict[str, int], problem: str) -> None:
