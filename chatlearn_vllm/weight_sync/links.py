@@ -72,12 +72,18 @@ class Links:
 
     def _take_turns(self, within: int, ranks: tuple[int, ...]) -> list[int]:
         """The sender for the rank at one place of each replica."""
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(self._senders[rank].host, []).append(rank)
         sharing: dict[tuple[LinkKind, tuple[int, ...]], list[int]] = {}
         for replica in range(self._num_replicas):
             reader = replica * self._ranks_per_replica + within
-            kinds = [self.kind(reader, rank) for rank in ranks]
-            best = min(kinds)
-            near = tuple(rank for rank, kind in zip(ranks, kinds, strict=True) if kind == best)
+            here = by_host.get(self._readers[reader].host, [])
+            kinds = [self.kind(reader, rank) for rank in here]
+            best = min(kinds, default=LinkKind.NETWORK)
+            near = ranks  # all behind the network
+            if best is not LinkKind.NETWORK:
+                near = tuple(rank for rank, kind in zip(here, kinds, strict=True) if kind == best)
             sharing.setdefault((best, near), []).append(replica)
         senders = [0] * self._num_replicas
         for (_, near), replicas in sharing.items():
