@@ -91,7 +91,7 @@ def _add_sync_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--rollout",
         required=True,
         metavar="tp=8",
-        help="sizes of vLLM's engines; further keys: pp, replicas, and ep=1 for expert parallel",
+        help="sizes of vLLM's engines; further keys: pp, replicas, and ep=true for expert parallel",
     )
     command.add_argument(
         "--gpus", type=int, help="that both sides share; default: as many as the sizes ask for"
@@ -173,7 +173,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sync_plan(arguments: argparse.Namespace) -> int:
-    from chatlearn_vllm.weight_sync.report import OptionError, SyncOptions, report
+    from chatlearn_vllm.weight_sync.report import report
+    from chatlearn_vllm.weight_sync.sync_options import OptionError, SyncOptions
 
     try:
         options = SyncOptions.parse(

@@ -3,6 +3,7 @@
     planner.py         which rectangle of which training rank goes where; complete or refused
     links.py           what lies between two ranks, and who sends what several hold
     report.py          `chatlearn-vllm sync-plan`: what a sync would move
+    sync_options.py    ... of which model between which ranks
     sender.py          a training rank's side of a sync
     receiver.py        an engine rank's side
     transport.py       same host: one process's tensors are read by another

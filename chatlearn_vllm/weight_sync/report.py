@@ -9,13 +9,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.layouts import (
     Block,
     MegatronShards,
-    ModelShape,
     ParamLayout,
     RolloutParallel,
     TrainParallel,
@@ -30,6 +28,7 @@ from chatlearn_vllm.weight_sync.planner import (
     plan_reader,
     plan_sender,
 )
+from chatlearn_vllm.weight_sync.sync_options import ELEMENT_BYTES, SyncOptions
 
 DEVICE_BYTES_PER_S = 1.9e12
 """Copied within one GPU; measured on an H200."""
@@ -46,73 +45,6 @@ LINK_NAMES = {
     LinkKind.HOST: "same host",
     LinkKind.NETWORK: "network",
 }
-
-_TRAIN_KEYS = ("tp", "pp", "vpp", "ep", "etp", "dp", "first", "last")
-_ROLLOUT_KEYS = ("tp", "pp", "ep", "replicas")
-_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-class OptionError(ValueError):
-    """An option of the command cannot be used; the message names it, its value and the rule."""
-
-
-@dataclass(frozen=True)
-class SyncOptions:
-    """What is to be planned."""
-
-    model: ModelShape
-    dtype: str
-    """Of the weights on the way."""
-    train: TrainParallel
-    rollout: RolloutParallel
-    num_gpus: int
-    """That both sides share."""
-    gpus_per_host: int
-    network_bytes_per_s: float
-    """From or to one GPU."""
-
-    @classmethod
-    def parse(
-        cls,
-        model_dir: str,
-        train: str,
-        rollout: str,
-        *,
-        num_gpus: int | None,
-        gpus_per_host: int,
-        network_bytes_per_s: float,
-    ) -> "SyncOptions":
-        """Read the options of the command.
-
-        Args:
-            model_dir: holds config.json.
-            train: as in "tp=4,pp=2"; without dp the trainer fills `num_gpus`.
-            rollout: as in "tp=8"; without replicas the engines fill the GPUs.
-            num_gpus: None for as many as the sizes ask for.
-            gpus_per_host: GPU i is on host i // gpus_per_host.
-            network_bytes_per_s: from or to one GPU.
-
-        Raises:
-            OptionError: an option cannot be read, or the sizes do not fit the model or each other.
-        """
-        _check_positive("--gpus", 1 if num_gpus is None else num_gpus)
-        _check_positive("--gpus-per-host", gpus_per_host)
-        _check_positive("--network-gbs", network_bytes_per_s / 1e9)
-        model, dtype = _read_model(model_dir)
-        train_parallel = _train_parallel(train, num_gpus)
-        rollout_parallel, num_gpus = _rollout_parallel(rollout, num_gpus, train_parallel.world_size)
-        for option, text, make in (
-            ("--train", train, lambda: MegatronShards(model, train_parallel)),
-            ("--rollout", rollout, lambda: VLLMShards(model, rollout_parallel)),
-        ):
-            try:
-                make()
-            except ValueError as error:
-                raise OptionError(f"{option} {text}: {error}") from error
-        return cls(
-            model, dtype, train_parallel, rollout_parallel, num_gpus, gpus_per_host,
-            network_bytes_per_s,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,7 +82,8 @@ class SyncReport:
     links: dict[str, LinkTraffic]
     """By kind of link."""
     staging_bytes: int
-    """Largest buffer of a GPU for one link; nothing is staged within a host."""
+    """Largest buffers of a GPU for one link, of which it works one at a time; nothing is staged
+    within a host."""
     predicted_s: float
     """Time of the busiest GPU's bytes at the links' speeds; calls and latencies come on top."""
 
@@ -173,7 +106,7 @@ class SyncReport:
             ("coverage", "complete: every rollout element is written once, every trained weight "
              "is used" + (" on the planned ranks" if self.is_sample else "")),
             ("copies", f"{self.num_copies:,}, at most {self.max_copies_per_rank:,} per rank"),
-            ("staging", f"{_si(self.staging_bytes)}B per link" if self.staging_bytes else "none"),
+            ("staging", f"{_si(self.staging_bytes)}B" if self.staging_bytes else "none"),
             ("predicted", f"{self.predicted_s:.3g} s for the bytes of the busiest GPU"),
         ]  # fmt: skip
         rows = [("link", "bytes per sync", "busiest receiver", "busiest sender")]
@@ -206,7 +139,7 @@ def report(options: SyncOptions) -> SyncReport:
         out = [traffic[kind] for traffic in plans.sent.values()]
         total = sum(into) * readers // len(planned_readers)
         links[name] = LinkTraffic(total, max(into), max(out))
-    model, element_bytes = options.model, _ELEMENT_BYTES[options.dtype]
+    model, element_bytes = options.model, ELEMENT_BYTES[options.dtype]
     num_parameters = sum(math.prod(model.tensor_shape(name)) for name in model.tensor_names())
     return SyncReport(
         model_type=model.model_type,
@@ -224,7 +157,7 @@ def report(options: SyncOptions) -> SyncReport:
         num_copies=sum(plans.num_copies) * readers // len(planned_readers),
         max_copies_per_rank=max(plans.num_copies),
         links=links,
-        staging_bytes=2 * BUCKET_BYTES if links[LINK_NAMES[LinkKind.NETWORK]].num_bytes else 0,
+        staging_bytes=plans.staging_bytes,
         predicted_s=max(
             _seconds(traffic, options.network_bytes_per_s)
             for traffic in (*plans.received.values(), *plans.sent.values())
@@ -245,12 +178,14 @@ class _Planning:
             gpus[: self.readers.num_ranks],
             options.rollout.ranks_per_replica,
         )
-        self._element_bytes = _ELEMENT_BYTES[options.dtype]
+        self._element_bytes = ELEMENT_BYTES[options.dtype]
         self._read: dict[int, dict[int, str]] = {}
         self._sent: dict[int, dict[int, str]] = {}
         self.num_copies: list[int] = []
         self.received: dict[int, Counter[LinkKind]] = {}
         self.sent: dict[int, Counter[LinkKind]] = {}
+        self.staging_bytes = 0
+        """Of the link between two planned ranks that needs most; a rank works one at a time."""
 
     def read(self, rank: int) -> None:
         """Plan a rollout rank."""
@@ -276,8 +211,12 @@ class _Planning:
         """Bytes by kind of link, of (reader, sender, copies)."""
         traffic: Counter[LinkKind] = Counter()
         for reader, sender, copies in parts:
-            elements = sum(copy.num_elements for copy in copies)
-            traffic[self._links.kind(reader, sender)] += elements * self._element_bytes
+            kind = self._links.kind(reader, sender)
+            num_bytes = sum(copy.num_elements for copy in copies) * self._element_bytes
+            traffic[kind] += num_bytes
+            if kind is LinkKind.NETWORK:
+                needed = num_bytes if num_bytes <= BUCKET_BYTES else 2 * BUCKET_BYTES
+                self.staging_bytes = max(self.staging_bytes, needed)
         return traffic
 
 
@@ -311,8 +250,9 @@ def _sample(num_ranks: int) -> list[int]:
     """The ranks to plan: all, or some at different places of different replicas."""
     if num_ranks <= MAX_RANKS_PLANNED:
         return list(range(num_ranks))
-    step = num_ranks // SAMPLE_SIZE
-    return [(number * step + number) % num_ranks for number in range(SAMPLE_SIZE)]
+    blocks = [number * num_ranks // SAMPLE_SIZE for number in range(SAMPLE_SIZE)]
+    size = num_ranks // SAMPLE_SIZE  # of the smallest
+    return [first + number % size for number, first in enumerate(blocks)]
 
 
 def _seconds(traffic: Mapping[LinkKind, int], network_bytes_per_s: float) -> float:
@@ -321,104 +261,6 @@ def _seconds(traffic: Mapping[LinkKind, int], network_bytes_per_s: float) -> flo
         + traffic[LinkKind.HOST] / HOST_BYTES_PER_S
         + traffic[LinkKind.NETWORK] / network_bytes_per_s
     )
-
-
-# ---- options --------------------------------------------------------------------------------
-
-
-def _read_model(model_dir: str) -> tuple[ModelShape, str]:
-    """Sizes and dtype of the model."""
-    path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        model = ModelShape.from_hf_config(config)
-    except FileNotFoundError:
-        raise OptionError(f"--model {model_dir}: must hold a config.json") from None
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--model {model_dir}: {error}") from error
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in _ELEMENT_BYTES:
-        raise OptionError(
-            f"--model {model_dir}: config.json: dtype={dtype!r} must be one of "
-            + ", ".join(_ELEMENT_BYTES)
-        )
-    return model, dtype
-
-
-def _train_parallel(text: str, num_gpus: int | None) -> TrainParallel:
-    sizes = _parse_sizes("--train", text, _TRAIN_KEYS)
-    tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
-    if num_gpus is not None and "dp" not in sizes and num_gpus % (tp * pp):
-        raise OptionError(
-            f"--train {text}: {num_gpus} GPUs cannot be filled with copies of tp x pp = {tp * pp} "
-            "ranks; give dp="
-        )
-    dp = sizes.get("dp", 1 if num_gpus is None else num_gpus // (tp * pp))
-    world_size = tp * pp * dp
-    if num_gpus is not None and world_size > num_gpus:
-        raise OptionError(
-            f"--train {text}: tp x pp x dp = {world_size} ranks exceed --gpus {num_gpus}"
-        )
-    try:
-        return TrainParallel(
-            world_size, tensor=tp, pipeline=pp, virtual_pipeline=sizes.get("vpp", 1),
-            expert=sizes.get("ep", 1), expert_tensor=sizes.get("etp"),
-            first_stage_layers=sizes.get("first"), last_stage_layers=sizes.get("last"),
-        )  # fmt: skip
-    except ValueError as error:
-        raise OptionError(f"--train {text}: {error}; tp x pp x dp = {world_size}") from error
-
-
-def _rollout_parallel(
-    text: str, num_gpus: int | None, training_ranks: int
-) -> tuple[RolloutParallel, int]:
-    """The rollout's sizes, and how many GPUs there are."""
-    sizes = _parse_sizes("--rollout", text.replace("ep=true", "ep=1"), _ROLLOUT_KEYS)
-    if sizes.get("ep", 1) != 1:
-        raise OptionError(
-            f"--rollout {text}: ep must be 1 or true: whole experts are spread over the tensor "
-            "parallel ranks; leave it out otherwise"
-        )
-    per_replica = sizes.get("tp", 1) * sizes.get("pp", 1)
-    if num_gpus is None:
-        num_gpus = max(training_ranks, per_replica * sizes.get("replicas", 1))
-    if "replicas" not in sizes and num_gpus % per_replica:
-        raise OptionError(
-            f"--rollout {text}: {num_gpus} GPUs cannot be filled with replicas of tp x pp = "
-            f"{per_replica} ranks; give replicas="
-        )
-    replicas = sizes.get("replicas", num_gpus // per_replica)
-    if replicas * per_replica > num_gpus:
-        raise OptionError(
-            f"--rollout {text}: tp x pp x replicas = {replicas * per_replica} ranks exceed "
-            f"--gpus {num_gpus}"
-        )
-    rollout = RolloutParallel(
-        tensor=sizes.get("tp", 1),
-        pipeline=sizes.get("pp", 1),
-        expert="ep" in sizes,
-        replicas=replicas,
-    )
-    return rollout, num_gpus
-
-
-def _parse_sizes(option: str, text: str, keys: tuple[str, ...]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        if key not in keys:
-            raise OptionError(f"{option} {text}: {key!r} is not one of {', '.join(keys)}")
-        if not value.isdecimal() or int(value) < 1:
-            raise OptionError(f"{option} {text}: {key}={value} must be a positive integer")
-        if key in sizes:
-            raise OptionError(f"{option} {text}: {key} is given twice")
-        sizes[key] = int(value)
-    return sizes
-
-
-def _check_positive(option: str, value: float) -> None:
-    if not value > 0:
-        raise OptionError(f"{option} {value:g}: must be positive")
 
 
 # ---- text -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What does `chatlearn-vllm sync-plan` say, and what does it refuse?"""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from chatlearn_vllm.cli.main import main
 from chatlearn_vllm.layouts import ParamLayout
 from chatlearn_vllm.weight_sync.planner import Copy, RankPlan
-from chatlearn_vllm.weight_sync.report import check_written_once
+from chatlearn_vllm.weight_sync.report import _sample, check_written_once
 
 DENSE = {
     "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128,
@@ -68,7 +69,8 @@ def test_bytes_are_counted_by_what_they_cross(model, capsys):
         assert result["links"][crossed]["num_bytes"] == weights
         assert result["links"][other]["num_bytes"] == 0
     assert result["num_hosts"] == 2
-    assert result["staging_bytes"] == 2 * 64 * 2**20
+    # Layers of the other stage, an embedding or output layer, the last norm: one message.
+    assert result["staging_bytes"] == result["links"]["network"]["busiest_reader_bytes"]
     slow = run_json(capsys, model_dir, *sizes, "--gpus-per-host", "1", "--network-gbs", "5")
     assert slow["predicted_s"] == pytest.approx(10 * result["predicted_s"], rel=0.05)
 
@@ -91,6 +93,37 @@ def test_more_than_64_ranks_are_judged_by_a_sample(model, capsys):
     assert (part["num_readers_planned"], part["num_senders_planned"]) == (16, 16)
     total = {kind: links["num_bytes"] for kind, links in part["links"].items()}
     assert sum(total.values()) == 2 * sum(links["num_bytes"] for links in full["links"].values())
+
+
+def test_a_sample_holds_no_rank_twice_and_leaves_no_large_gap():
+    for num_ranks in (*range(65, 300), 1000, 1024):
+        ranks = _sample(num_ranks)
+        gaps = [after - before for before, after in itertools.pairwise([*ranks, num_ranks])]
+        assert (len(ranks), ranks[0]) == (16, 0)
+        assert min(gaps) > 0
+        assert max(gaps) <= num_ranks / 8
+
+
+def test_totals_of_a_sample_are_those_of_all_ranks(model, capsys):
+    # 112 = 7 x 16: ranks that are 7 apart and one more return to the first after 14.
+    result = run_json(capsys, model(DENSE), "tp=1", "tp=1", "--gpus", "112")
+    assert result["is_sample"]
+    assert result["links"]["same GPU"]["num_bytes"] == 112 * 2 * (MATRICES + NORMS)
+
+
+def test_a_network_link_stages_two_messages_at_most(model, capsys):
+    large = model(DENSE, vocab_size=10**6)
+    result = run_json(capsys, large, "dp=1", "tp=1,replicas=2", "--gpus-per-host", "1")
+    assert result["links"]["network"]["num_bytes"] > 2**27
+    assert result["staging_bytes"] == 2 * 64 * 2**20
+
+
+def test_experts_ask_for_the_gpus_that_hold_them(model, capsys):
+    model_dir = model(EXPERTS)
+    for train, num_gpus in (("tp=2,ep=4", 8), ("tp=2,ep=4,etp=1", 4), ("pp=2,ep=8", 16)):
+        result = run_json(capsys, model_dir, train, "tp=4,ep=4")
+        assert result["train"]["world_size"] == result["num_gpus"] == num_gpus
+        assert result["rollout"]["expert"]
 
 
 def test_the_text_names_sizes_coverage_and_links(model, capsys):
@@ -119,7 +152,17 @@ def test_the_text_names_sizes_coverage_and_links(model, capsys):
         ("tp=2,tp=2", "tp=1", [], "--train tp=2,tp=2: tp is given twice"),
         ("tp=3", "tp=3", [], "--train tp=3: training: attention heads 8 cannot be cut by"),
         ("tp=1", "tp=3", ["--gpus", "3"], "--rollout tp=3: rollout: attention heads 8 cannot be"),
-        ("tp=1", "tp=1,ep=2", [], "--rollout tp=1,ep=2: ep must be 1 or true"),
+        ("tp=1", "tp=1,ep=2", [], "--rollout tp=1,ep=2: ep must be true, or tp = 1"),
+        ("tp=1", "ep=True", [], "enable_expert_parallel: the model has no experts"),
+        ("tp=1", "ep=false", [], "--rollout ep=false: ep=false must be a positive integer"),
+        ("ep=2", "tp=1", [], "--train ep=2: expert parallel size 2: the model has no experts"),
+        ("etp=2", "tp=1", [], "--train etp=2: etp=2: the model has no experts"),
+        ("pp=1,first=2,last=2", "tp=1", [], "over 1 pipeline stages with 2 in the first and"),
+        ("pp=2,first=5", "tp=1", [], "over 2 pipeline stages with 5 in the first"),
+        ("tp=" + 5000 * "9", "tp=1", [], "must be a positive integer"),
+        ("dp=20000", "tp=1", [], "--train dp=20000: tp x pp x dp = 20000: must be at most 16384"),
+        ("tp=1", "replicas=20000", [], "tp x pp x replicas = 20000: must be at most 16384 GPUs"),
+        ("tp=1", "tp=1", ["--gpus", "20000"], "--gpus 20000: must be at most 16384 GPUs"),
         ("tp=1", "tp=1,ep=1", [], "enable_expert_parallel: the model has no experts"),
         ("pp=3", "tp=1", [], "--train pp=3: 4 layers cannot be spread over 3 pipeline stages"),
         ("vpp=2", "tp=1", [], "--train vpp=2: virtual pipeline stages need a pipeline parallel"),
@@ -145,10 +188,14 @@ def test_sizes_that_cannot_be_are_one_message(model, capsys, train, rollout, opt
     ("text", "message"),
     [
         (None, "must hold a config.json"),
-        ("{", "Expecting property name"),
+        ("{", "config.json is not JSON: Expecting property name"),
+        ("[]", "config.json must hold an object, not list"),
         ('{"model_type": "mamba"}', "model_type='mamba' has no weight layout"),
         ('{"model_type": "llama"}', "missing num_hidden_layers"),
         (json.dumps(DENSE | {"dtype": "int8"}), "dtype='int8' must be one of bfloat16"),
+        (json.dumps(DENSE | {"dtype": ["int8"]}), "dtype=['int8'] must be one of bfloat16"),
+        (json.dumps(DENSE | {"hidden_size": "64"}), "hidden_size='64' must be a positive integer"),
+        (json.dumps(DENSE | {"mlp_bias": True}), "mlp_bias=True has no weight layout"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_one_message(tmp_path: Path, capsys, text, message):
