@@ -96,6 +96,19 @@ def with_adapters(
     return in_order(copies)
 
 
+def merged_into(copies: Iterable[Copy]) -> dict[str, str]:
+    """By target name of A or B, the parameter that they are merged into; it decides their dtype.
+
+    Args:
+        copies: made by `with_adapters`, in that order, so that both sides find the same one.
+    """
+    found: dict[str, str] = {}
+    for copy in copies:
+        for name in adapter_names(copy.source_param):
+            found.setdefault(_scratch_name(copy.source_rank, name), copy.target_param)
+    return found
+
+
 def merge_copies(
     copies: Iterable[Copy], low_rank: LowRank, targets: Mapping[str, torch.Tensor]
 ) -> None:

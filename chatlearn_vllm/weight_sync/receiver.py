@@ -15,7 +15,12 @@ import torch
 from chatlearn_vllm.layouts import ParamLayout, ShardedModel
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
 from chatlearn_vllm.weight_sync.links import LinkKind, Links
-from chatlearn_vllm.weight_sync.lora import is_scratch, merge_copies, with_adapters
+from chatlearn_vllm.weight_sync.lora import (
+    is_scratch,
+    merge_copies,
+    merged_into,
+    with_adapters,
+)
 from chatlearn_vllm.weight_sync.pieces import view_of
 from chatlearn_vllm.weight_sync.planner import (
     Copy,
@@ -220,6 +225,7 @@ class _Batch:
         self._scratch = [
             copy for own in self.copies.values() for copy in own if is_scratch(copy.target_param)
         ]
+        self._merged_into = merged_into(copy for own in self.copies.values() for copy in own)
         self._puller: Puller | None = None
         self._digester = Digester(
             [(copy.target_param, copy.target) for own in self.copies.values() for copy in own]
@@ -235,7 +241,7 @@ class _Batch:
         meanwhile: Callable[[], None],
     ) -> Digests:
         if self._scratch:
-            targets = {**targets, **self._make_scratch(next(iter(targets.values())))}
+            targets = {**targets, **self._make_scratch(targets)}
         readable = [rank for rank in self.copies if rank not in connections]
         if self._puller is None:
             self._puller = Puller([copy for rank in readable for copy in self.copies[rank]])
@@ -258,11 +264,11 @@ class _Batch:
             torch.cuda.synchronize()
         return digests
 
-    def _make_scratch(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _make_scratch(self, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Memory for the adapters that are merged after the copy."""
-        return {
-            copy.target_param: torch.empty(
-                [stop for _, stop in copy.target], dtype=like.dtype, device=like.device
-            )
-            for copy in self._scratch
-        }
+        made = {}
+        for copy in self._scratch:
+            like = targets[self._merged_into[copy.target_param]]
+            sizes = [stop for _, stop in copy.target]
+            made[copy.target_param] = torch.empty(sizes, dtype=like.dtype, device=like.device)
+        return made

@@ -13,7 +13,7 @@ import torch
 from chatlearn_vllm.layouts import ShardedModel
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
 from chatlearn_vllm.weight_sync.links import Links
-from chatlearn_vllm.weight_sync.lora import with_adapters
+from chatlearn_vllm.weight_sync.lora import merged_into, with_adapters
 from chatlearn_vllm.weight_sync.pieces import Piece
 from chatlearn_vllm.weight_sync.planner import Copy, fingerprint, plan_sender
 from chatlearn_vllm.weight_sync.remote import Link, all_or_none, listen
@@ -141,10 +141,11 @@ class _Batch:
         numbers: dict[tuple[Piece, torch.dtype | None], int] = {}
         self._pieces_of: dict[int, np.ndarray] = {}
         for reader, own in copies.items():
-            keys = [
-                ((copy.source_param, copy.source), target_dtypes.get(copy.target_param))
-                for copy in own
-            ]
+            place_of = merged_into(own)
+            keys = []
+            for copy in own:
+                param = place_of.get(copy.target_param, copy.target_param)
+                keys.append(((copy.source_param, copy.source), target_dtypes.get(param)))
             self._pieces_of[reader] = np.array([numbers.setdefault(k, len(numbers)) for k in keys])
         self._digester = Digester([piece for piece, _ in numbers], [dtype for _, dtype in numbers])
 
