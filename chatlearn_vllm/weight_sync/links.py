@@ -45,10 +45,11 @@ class Links:
         self._ranks_per_replica = ranks_per_replica
         self._num_replicas = len(readers) // ranks_per_replica
         self._chosen: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        self._served: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[int]]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """What another process needs."""
-        return self.__dict__ | {"_chosen": {}}
+        return self.__dict__ | {"_chosen": {}, "_served": {}}
 
     def kind(self, reader: int, sender: int) -> LinkKind:
         """What lies between two ranks."""
@@ -65,10 +66,30 @@ class Links:
         if len(ranks) == 1:
             return ranks[0]
         replica, within = divmod(reader, self._ranks_per_replica)
+        return self._choice(within, ranks)[replica]
+
+    def served(
+        self, sender: int, ranks: tuple[int, ...], readers: tuple[int, ...]
+    ) -> Sequence[int]:
+        """Which of `readers` take from `sender` what all of `ranks` hold; the reverse question."""
+        if len(ranks) == 1:
+            return readers
+        key = ranks, readers
+        if key not in self._served:
+            served = self._served[key] = {}
+            choices: dict[int, list[int]] = {}
+            for reader in readers:
+                replica, within = divmod(reader, self._ranks_per_replica)
+                if within not in choices:
+                    choices[within] = self._choice(within, ranks)
+                served.setdefault(choices[within][replica], []).append(reader)
+        return self._served[key].get(sender, ())
+
+    def _choice(self, within: int, ranks: tuple[int, ...]) -> list[int]:
         key = within, ranks
         if key not in self._chosen:
             self._chosen[key] = self._take_turns(within, ranks)
-        return self._chosen[key][replica]
+        return self._chosen[key]
 
     def _take_turns(self, within: int, ranks: tuple[int, ...]) -> list[int]:
         """The sender for the rank at one place of each replica."""

@@ -143,10 +143,13 @@ def plan_sender(
                 f"{tensor}{range_text(rect)}"
                 for rect in _subtract_all(block.logical, (w.block.logical for w in wanted))
             ]
+        own = [holder for holder in holders if sender in holder.ranks]
         for want in wanted:
-            if not any(intersect(want.block.logical, block.logical) for block in held):
-                continue
-            for reader in want.ranks:
+            readers: set[int] = set()
+            for holder in own:
+                if intersect(want.block.logical, holder.block.logical):
+                    readers.update(links.served(sender, holder.ranks, want.ranks))
+            for reader in sorted(readers):
                 rest = [want.block.logical]
                 for holder, rank, rect in _choose(reader, rest, holders, links):
                     if rank == sender:
