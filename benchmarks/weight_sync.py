@@ -158,7 +158,28 @@ class Benchmark:
         self._sync.stride = DIGEST_STRIDE
         self._sync.keep_open = False
         result["sync_reopened"] = self._time_syncs(self._repeat)
+        result["offloaded"] = self._time_offloaded(wanted)
         return result
+
+    def _time_offloaded(self, wanted: list[dict[int, tuple[LinkKind, int]]]) -> dict[str, Any]:
+        """A sync of weights that lie in pinned host memory, with what it would take from there.
+
+        What it takes is `onload` and then `sync`. A direct way could not be faster than plain
+        copies of each rollout rank's bytes from pinned memory, all ranks at once.
+        """
+        seconds: dict[str, list[float]] = {"offload": [], "onload": [], "sync": []}
+        for _ in range(self._repeat):
+            for what in ("offload", "onload"):
+                start = time.perf_counter()
+                self._trainer.call("move_weights", what)
+                seconds[what].append(time.perf_counter() - start)
+            seconds["sync"].append(self._sync.sync().seconds)
+        sizes = [sum(size for _, size in own.values()) for own in wanted]
+        copies = [
+            self._policy.start_on(rank, "copy_from_host", size) for rank, size in enumerate(sizes)
+        ]
+        plain = max(statistics.median(own) for own in gather(copies))
+        return {what: _summary(own) for what, own in seconds.items()} | {"plain_copy_s": plain}
 
     def _time_syncs(self, repeat: int) -> dict[str, Any]:
         seconds = [self._sync.sync().seconds for _ in range(repeat)]

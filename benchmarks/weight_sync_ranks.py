@@ -155,6 +155,10 @@ class BenchmarkTrainer(MeasuredRank, PolicyReference):
         """Give every weight a new value, as a training step would."""
         self.engine.fill(seed)
 
+    def move_weights(self, how: str) -> None:
+        """Take the weights out of device memory, or back: "offload" or "onload"."""
+        getattr(self.engine, how)(weights=True, optimizer=False, grads=False)
+
     def export_weights(self) -> Export:
         """As in a job, measured."""
         with self._watch.measure("export"):
@@ -299,6 +303,22 @@ class BenchmarkPolicy(MeasuredRank, VLLMPolicyInference):
         for one in opened.values():
             one.close()
         return found
+
+    def copy_from_host(self, num_bytes: int) -> list[float]:
+        """Copy so many bytes from pinned host memory to this rank's device.
+
+        Returns:
+            Seconds of each repetition.
+        """
+        size = min(num_bytes, PLAIN_BUFFER_BYTES)
+        device = self.engine.device
+        host = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        target = torch.zeros(size, dtype=torch.uint8, device=device)
+        sizes = [size] * (num_bytes // size) + [num_bytes % size]
+        copies = [
+            functools.partial(target[:n].copy_, host[:n], non_blocking=True) for n in sizes if n
+        ]
+        return [_seconds_of(copies) for _ in range(PLAIN_COPIES + 1)][1:]
 
     # ---- baselines ----------------------------------------------------------------------------
 

@@ -26,6 +26,9 @@ def check(name: str) -> None:
     assert read >= 4 * num_weights * case.rollout_gpus // case.rollout_tp
     assert min(result["compared_parameters"]) > 4 * model.num_layers
     assert 0 < result["sync"]["slowest_rank_s"]["copy"] < result["sync"]["median_s"]
+    offloaded = result["offloaded"]
+    assert 0 < offloaded["plain_copy_s"] < offloaded["sync"]["median_s"]
+    assert {len(offloaded[what]["all_s"]) for what in ("offload", "onload", "sync")} == {2}
     assert result["per_tensor"]["calls"] > result["gathered_buckets"]["calls"] > 0
     assert f"| {name} | {case.describe()} |" in table([result])
 
