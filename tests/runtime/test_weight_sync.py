@@ -1,5 +1,7 @@
 """What does a sync do with wrong weights, between hosts, and after a failure? On real Ray."""
 
+import os
+import signal
 import time
 from contextlib import contextmanager
 
@@ -10,7 +12,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from chatlearn_vllm.layouts import Block, ListedShards, ParamLayout
 from chatlearn_vllm.runtime import session
 from chatlearn_vllm.runtime.cluster import Cluster
-from chatlearn_vllm.runtime.errors import RankError
+from chatlearn_vllm.runtime.errors import RankDiedError, RankError
 from chatlearn_vllm.runtime.weight_synchronizer import WeightMismatchError, WeightSynchronizer
 from chatlearn_vllm.runtime.worker_group import gather
 from tests.helpers.toy_modules import LINK_TIMEOUT_S, VOCABULARY, ToyPolicy, ToyTrainer, write_job
@@ -98,6 +100,45 @@ class PolicyOnGPU(OnGPU, Policy):
     pass
 
 
+class Mortal:
+    """Its process is killed when it comes to a phase of the sync, once it was told which."""
+
+    last_phase = None
+
+    def end_in(self, phase):
+        self.last_phase = phase
+
+    def reach(self, phase):
+        if self.last_phase == phase:
+            time.sleep(0.5)  # until what it has answered before is on its way
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalTrainer(Mortal, SplitTrainer):
+    def export_weights(self):
+        self.reach("export_weights")
+        return super().export_weights()
+
+    def send_weights(self):
+        self.reach("send_weights")
+        super().send_weights()
+
+    def sent_weights(self, sample):
+        self.reach("sent_weights")
+        return super().sent_weights(sample)
+
+
+class MortalPolicy(Mortal, Policy):
+    def import_weights(self, *args):
+        super().import_weights(*args)
+        self.reach("import_weights")  # all is copied, and nobody knows whether rightly
+
+    def finish_weight_sync(self, *args):
+        arrival = super().finish_weight_sync(*args)
+        self.reach("finish_weight_sync")  # READY, and nobody knows
+        return arrival
+
+
 @contextmanager
 def ready_to_sync(directory, *overrides, classes=(SplitTrainer, Policy)):
     """A trainer and a policy that are not colocated, and what copies between them."""
@@ -159,6 +200,46 @@ def test_memory_is_opened_once_and_again_where_weights_have_moved(existing_clust
         assert policy.call("state") == [([20.0] * 4 + [21.0] * 4, 5)] * 2
 
 
+def check_death(directory, name, phase):
+    """A rank dies in a phase of the second sync; what its neighbours are left with.
+
+    Calls wait at each rank one behind the other, and Ray may report the death with any of them.
+    """
+    with ready_to_sync(directory, classes=(MortalTrainer, MortalPolicy)) as (trainer, policy, sync):
+        sync.sync()
+        trainer.call("change_weights")
+        dying = trainer if name == "policy_trainer" else policy
+        gather([dying.start_on(1, "end_in", phase)])
+
+        with pytest.raises(RankDiedError, match=rf"\[{name}, .*\] process .* died"):
+            sync.sync()
+
+        survivors = [0] if dying is policy else [0, 1]
+        return gather([policy.start_on(rank, "state") for rank in survivors])
+
+
+@pytest.mark.parametrize(
+    "name, phase",
+    [
+        ("policy_trainer", "sent_weights"),
+        ("policy", "import_weights"),
+        ("policy", "finish_weight_sync"),
+    ],
+)
+def test_no_engine_is_ready_after_a_rank_died_in_a_sync(existing_cluster, tmp_path, name, phase):
+    for scores, version in check_death(tmp_path, name, phase):
+        assert version is None
+        assert scores == [10.0] * 4 + [11.0] * 4
+    assert left_after(30, rank_processes, existing_cluster) == {}
+
+
+def test_engines_keep_what_they_had_if_a_trainer_dies_before_it_shows_its_weights(
+    existing_cluster, tmp_path
+):
+    expected = [0.0] * 4 + [1.0] * 4
+    assert check_death(tmp_path, "policy_trainer", "export_weights") == [(expected, 1)] * 2
+
+
 @pytest.fixture(scope="module")
 def two_nodes():
     """Two Ray nodes of two CPUs, for Ray two hosts; returns the address."""
@@ -186,6 +267,14 @@ def test_weights_reach_replicas_on_this_and_on_another_host(two_nodes, tmp_path,
             expected = [10.0 * (version - 1)] * VOCABULARY
             assert policy.call("state") == [(expected, version)] * 3
             trainer.call("change_weights")
+
+
+def test_no_engine_is_ready_after_a_trainer_died_while_it_sent(two_nodes, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    start = time.monotonic()
+    states = check_death(tmp_path, "policy_trainer", "send_weights")
+    assert [version for _, version in states] == [None, None]
+    assert time.monotonic() - start < LINK_TIMEOUT_S / 2
 
 
 def test_a_sync_between_hosts_that_failed_is_repeated_over_new_links_without_a_wait(

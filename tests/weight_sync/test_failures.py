@@ -1,4 +1,7 @@
-"""What is left of a weight sync in which a rank dies or raises? Real Ray, vLLM, megatron-core."""
+"""What is left of a weight sync in which a rank dies or raises? Real Ray, vLLM, megatron-core.
+
+A death in each phase of a sync, with smaller models: tests/runtime/test_weight_sync.py.
+"""
 
 import os
 import signal
@@ -109,7 +112,8 @@ def difference_to_trainer(engine) -> float:
     return ((scores - batch["logprobs"]).abs() * batch["loss_mask"][:, 1:]).max().item()
 
 
-@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "during"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "during"])
 def test_the_death_of_a_training_rank_leaves_the_engines_with_the_weights_they_had(
     existing_cluster, tmp_path, when
 ):
@@ -132,6 +136,7 @@ def test_the_death_of_a_training_rank_leaves_the_engines_with_the_weights_they_h
             assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.slow
 def test_a_job_ends_when_a_rollout_rank_dies_inside_a_copy(existing_cluster, tmp_path):
     with pytest.raises(RankDiedError) as caught:
         make_engine(tmp_path, DyingPolicy).learn()
