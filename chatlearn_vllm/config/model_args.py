@@ -355,6 +355,15 @@ def _servers(given: Any) -> Any:
     return (given,) if isinstance(given, str) else given
 
 
+def _api_key(given: Any) -> Any:
+    """A key that looks like a number is text, too."""
+    if isinstance(given, str | int | float) and not isinstance(given, bool):
+        given = str(given)
+    if given is not None and not (isinstance(given, str) and given.isprintable() and given.strip()):
+        raise ValueError("must be text on one line")
+    return given
+
+
 class ServerArgs(Section):
     """vLLM servers
 
@@ -367,8 +376,7 @@ class ServerArgs(Section):
     starts one for each replica, on its devices."""
     vllm_server_api_key: Annotated[
         SecretStr | None,
-        # Whatever it is: an error would show it.
-        BeforeValidator(lambda key: key if key is None else str(key)),
+        BeforeValidator(_api_key),
     ] = None
     """Key that the server was started with, best as ${VLLM_API_KEY}; never shown. Servers that the
     job starts have keys of their own."""

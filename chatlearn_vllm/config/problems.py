@@ -1,5 +1,6 @@
 """How is everything that is wrong with a job told to the user in one go?"""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,12 @@ Key = tuple[str, ...]
 """Where a value stands in the whole job, e.g. ("models", "policy", "model_args", "lr")."""
 
 NO_VALUE: Any = object()
+_SECRET_NAME = re.compile(r"api_?key|secret|password", re.IGNORECASE)
+"""In names of keys, misspelt ones too, whose values are not shown."""
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
+"""Of a URL."""
+_LONGEST_SHOWN = 300
+"""Characters of a value."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Problem:
     """The valid key nearest to an unknown one."""
 
     def __str__(self) -> str:
-        given = f"{self.key}={self.value!r}" if self.value is not NO_VALUE else self.key
+        has_value = self.value is not NO_VALUE
+        given = f"{self.key}={_shown(self.key, self.value)}" if has_value else self.key
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
         return ": ".join(part for part in (self.file, given, self.rule) if part) + hint
 
@@ -41,3 +49,22 @@ class ConfigError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
+
+
+def without_credentials(text: str) -> str:
+    """A URL, or text with URLs, as it may be shown."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def _shown(name: str, value: Any) -> str:
+    """What was given, without secrets, and not at any length."""
+    text = without_credentials(repr(_without_secrets(name, value)))
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _without_secrets(name: str, value: Any) -> Any:
+    if _SECRET_NAME.search(name.rpartition(".")[2]) and value is not None:
+        return "***"
+    if isinstance(value, dict):
+        return {key: _without_secrets(str(key), item) for key, item in value.items()}
+    return value

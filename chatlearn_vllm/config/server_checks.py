@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from chatlearn_vllm.config.problems import without_credentials
+
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
     from chatlearn_vllm.config.problems import Key
@@ -73,7 +75,8 @@ def _address_problems(model: ModelConfig, addresses: tuple[str, ...]) -> Iterato
         return
     for address in addresses:
         if problem := _url_problem(address):
-            yield key, f"{address}: {problem}; write http://HOST:PORT, or `start`"
+            rule = f"{without_credentials(address)}: {problem}; write http://HOST:PORT, or `start`"
+            yield key, rule
             return
     num_servers, num_replicas = len(addresses), model.num_replica
     if num_servers != num_replicas:
@@ -82,7 +85,7 @@ def _address_problems(model: ModelConfig, addresses: tuple[str, ...]) -> Iterato
             f"of its own: set num_cpu: {num_servers * model.cpu_per_process}"
         )
         yield key, rule
-    elif len(set(addresses)) < num_servers:
+    elif len({address.rstrip("/") for address in addresses}) < num_servers:
         yield key, "names a server twice; each replica has a server of its own"
 
 
@@ -105,7 +108,7 @@ def _url_problem(address: str) -> str | None:
         parts.port  # noqa: B018  raises if it is no number below 65536
     except ValueError as error:
         return str(error)
-    if not is_url:
+    if not is_url or any(character.isspace() for character in address):
         return "is no http or https URL"
     if parts.path.strip("/") or parts.query or parts.fragment:
         return "must have no path after the port (no /v1)"

@@ -348,3 +348,8 @@ def test_files_that_hold_no_job_are_refused(write, text, rule):
 
 def test_a_missing_job_is_one_problem(tmp_path):
     assert problems_of(tmp_path / "no.yaml") == ["no.yaml: No such file or directory"]
+
+
+def test_values_are_shown_at_no_great_length(job):
+    (line,) = problems_of(job, [f"runtime.colocation={'x' * 10_000}"])
+    assert "xxx...: " in line and len(line) < 500

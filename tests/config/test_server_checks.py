@@ -41,10 +41,20 @@ def test_the_engine_follows_from_the_keys(tmp_path, given, engine) -> None:
 
 
 def test_a_key_is_never_shown(tmp_path) -> None:
-    for key in ("secret-5", 12345, ["a", "b"]):
+    for key in ("secret-5", 12345):
         args = load(tmp_path, vllm_server=URL, vllm_server_api_key=key)
         assert args.vllm_server_api_key.get_secret_value() == str(key)
         assert str(key) not in f"{args!r} {args} {args.model_dump_json()}"
+    for mistake in (
+        {"vllm_server": URL, "vllm_server_api_key": ["secret-5"]},
+        {"vllm_server": URL, "vllm_server_api_key": "secret-5\n"},
+        {"vllm_server": URL, "vllm_server_apikey": "secret-5"},
+        {"vllm_server": "http://me:secret-5@host:1"},
+        {"vllm_server": ["http://me:secret-5@p@host:1"]},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path, **mistake)
+        assert "***" in str(caught.value) and "secret-5" not in str(caught.value)
 
 
 def test_a_server_that_the_job_starts_may_have_several_devices(tmp_path) -> None:
@@ -67,7 +77,8 @@ def test_a_server_that_the_job_starts_may_have_several_devices(tmp_path) -> None
         ({"vllm_server": "http://me:pw@host:1"}, "must hold no key"),
         ({"vllm_server": "http://host:99999"}, "Port out of range"),
         ({"vllm_server": [URL, URL.replace("8000", "8001")]}, "names 2 servers for 1 replicas"),
-        ({"vllm_server": [URL, URL], "num_cpu": 2}, "names a server twice"),
+        ({"vllm_server": [URL, f"{URL}/"], "num_cpu": 2}, "names a server twice"),
+        ({"vllm_server": f"{URL}\n"}, "is no http or https URL"),
         ({"vllm_server": URL, "flat_logprobs": True}, "sampling keys of vLLM's completions API"),
         ({"vllm_server": URL, "kv_cache_memory_bytes": 9}, "start it with --kv-cache-memory-bytes"),
         (

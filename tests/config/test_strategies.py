@@ -669,7 +669,7 @@ def test_a_template_that_stands_for_nothing_is_named(write, monkeypatch, text, r
     monkeypatch.delenv("NOT_SET", raising=False)
     path = write("job.yaml", f"exp_name: '{text}'\n{JOB}")
     (line,) = problems_of(path)
-    assert line.startswith(f"job.yaml: exp_name={text!r}: ") and rule in line
+    assert line.startswith(f"job.yaml: exp_name={text!r}"[:300]) and rule in line
 
 
 def test_defaults_are_laid_below_the_file_or_where_it_says(write):
