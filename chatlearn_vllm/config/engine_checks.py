@@ -14,6 +14,7 @@ from chatlearn_vllm.config.engine_support import (
     conflicts,
 )
 from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.sampling_checks import sampling_problems
 from chatlearn_vllm.config.upstream_fields import speculative_fields, upstream_names
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
     if model.trainable or (is_in_job and not model.num_gpu):
         return
     for key, rule in conflicts(model, runtime):
+        report.require(False, key, rule)
+    for key, rule in sampling_problems(model):
         report.require(False, key, rule)
     _check_quantization(model, report)
     if model.model_args.speculative_config is not None:

@@ -31,6 +31,7 @@ _SET_BY_OUR_KEY = {
     "pipeline_parallel_size": "pipeline_model_parallel_size",
     "max_tokens": "max_new_tokens",
     "stop": "stop_token_list",
+    "output_kind": "the runtime",
     "params_dtype": "dtype",
     "data_parallel_size": "num_gpu of the model",
     "distributed_executor_backend": "the runtime",

@@ -246,7 +246,8 @@ class SamplingArgs(Section):
     """Sampling
 
     Any other field of vLLM's SamplingParams may be given under its own name: min_tokens,
-    stop_token_ids, logit_bias, ... They apply to training and evaluation.
+    stop_token_ids, logit_bias, structured_outputs (a map: `{regex: "[0-9]+"}`), ... They apply to
+    training and evaluation.
     """
 
     n: Positive = 1

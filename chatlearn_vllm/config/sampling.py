@@ -16,8 +16,18 @@ _NEUTRAL = {
 }
 """Values with which responses are drawn from the model's whole softmax."""
 
-_VLLM_KEYS = ("min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")
+_VLLM_KEYS = (
+    "min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs",
+    "thinking_token_budget", "watermarking", "trace_decode_token_ids",
+)  # fmt: skip
 """Further fields of vLLM's SamplingParams that change the distribution where they are set."""
+
+
+_OF_WHOLE_RESPONSES = (
+    "min_tokens", "structured_outputs", "thinking_token_budget", "repetition_detection",
+    "trace_decode_token_ids",
+)  # fmt: skip
+"""Those of SamplingParams that count or read a response from its beginning."""
 
 
 def changed_sampling(args: ModelArgs) -> list[str]:
@@ -35,7 +45,7 @@ def sampling_keys_of_whole_responses(args: ModelArgs) -> list[str]:
     penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     names = [name for name in penalties if args[name] != _NEUTRAL[name]]
     names += ["prompt_logprobs"] if args.prompt_logprobs is not None else []
-    names += [name for name in ("min_tokens", "structured_outputs") if args.sampling_args.get(name)]
+    names += [name for name in _OF_WHOLE_RESPONSES if args.sampling_args.get(name)]
     return [f"{name}={args[name]!r}" for name in names]
 
 

@@ -26,6 +26,11 @@ _NAMES = {
     ),
 }  # fmt: skip
 """Where vLLM lists the values of a key of ours that it takes as text."""
+_SAMPLING_MAPS = {
+    "structured_outputs": ("vllm/sampling_params.py", "StructuredOutputsParams"),
+    "repetition_detection": ("vllm/sampling_params.py", "RepetitionDetectionParams"),
+}
+"""Fields of SamplingParams that are maps with fields of their own."""
 _SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
 
 FIELDS_WITHOUT_VLLM = MappingProxyType(
@@ -92,6 +97,12 @@ def upstream_names(key: str) -> tuple[str, ...]:
 def speculative_fields() -> frozenset[str]:
     """Fields of vLLM's SpeculativeConfig; empty where vLLM is not installed."""
     return frozenset(_fields(*_SPECULATIVE_CONFIG))
+
+
+@functools.cache
+def sampling_map_fields(name: str) -> frozenset[str]:
+    """What a field of SamplingParams may hold that is a map; empty without vLLM."""
+    return frozenset(_fields(*_SAMPLING_MAPS[name]))
 
 
 def _fields(path: str, class_name: str) -> Mapping[str, str]:

@@ -27,9 +27,11 @@ class TextKeys:
 def without_text(sampling: dict[str, Any]) -> tuple[dict[str, Any], TextKeys | None]:
     """Sampling keys that have vLLM make no text, and what to make it with later.
 
-    With stop strings vLLM needs the text itself: the keys are then returned as they are, and None.
+    With stop strings vLLM needs the text itself, and it alone can leave out the spaces between
+    special tokens: the keys are then returned as they are, and None.
     """
-    if sampling.get("stop") or not sampling.get("detokenize", True):
+    is_vllms = sampling.get("stop") or not sampling.get("spaces_between_special_tokens", True)
+    if is_vllms or not sampling.get("detokenize", True):
         return sampling | {"flat_logprobs": True}, None
     keys = TextKeys(
         sampling.get("skip_special_tokens", True), sampling.get("include_stop_str_in_output", False)

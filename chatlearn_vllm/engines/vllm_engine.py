@@ -239,7 +239,9 @@ class VLLMEngine(GenerationEngine):
                 self._rng = vllm_compat.RandomState.seeded(sampling["seed"])
             sampling = {name: value for name, value in sampling.items() if name != "seed"}
         try:
-            params = SamplingParams(**sampling, output_kind=RequestOutputKind[output_kind])
+            params = SamplingParams(
+                **_with_vllms_maps(sampling), output_kind=RequestOutputKind[output_kind]
+            )
             # One arrival time for all: ranks of a replica must not order requests by their clocks.
             self._engine.add_request(
                 request_id,
@@ -510,6 +512,22 @@ class VLLMEngine(GenerationEngine):
 
 def _listed(ids: int | list[int] | None) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or ())
+
+
+def _with_vllms_maps(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling keys with maps, as yaml has them, in the classes that vLLM wants."""
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    classes = {
+        "structured_outputs": StructuredOutputsParams,
+        "repetition_detection": RepetitionDetectionParams,
+    }
+    made = {
+        name: make(**sampling[name])
+        for name, make in classes.items()
+        if isinstance(sampling.get(name), dict)
+    }
+    return sampling | made
 
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:

@@ -41,8 +41,10 @@ def test_text_is_that_of_a_stream_of_tokens(tokenizer, skip) -> None:
     assert response_text(decode, prompt, []) == ""
 
 
-def test_text_that_vllm_needs_for_stop_strings_is_left_to_it() -> None:
+def test_text_that_only_vllm_can_make_is_left_to_it() -> None:
     kept, keys = without_text({"stop": ["\n"], "n": 2})
+    assert keys is None and "detokenize" not in kept
+    kept, keys = without_text({"stop": [], "spaces_between_special_tokens": False})
     assert keys is None and "detokenize" not in kept
     fast, keys = without_text({"stop": [], "skip_special_tokens": False})
     assert fast["detokenize"] is False and keys.skip_special_tokens is False

@@ -446,6 +446,7 @@ SAMPLING_SET_ELSEWHERE = {
     "max_tokens": "max_new_tokens",
     "stop": "stop_strings",
     "seed": "seed at the top",
+    "output_kind": "the runtime",
 }
 """Fields of SamplingParams that another key says."""
 

@@ -1,0 +1,78 @@
+"""Are values of vLLM's sampling keys refused before anything starts, if vLLM would, later?"""
+
+import pytest
+
+from chatlearn_vllm.config import ConfigError, load_config
+from chatlearn_vllm.config.upstream_fields import sampling_map_fields
+
+AT = "models.policy.model_args"
+
+
+def overrides(*keys: str) -> list[str]:
+    return [f"{AT}.{key}" for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        (["stop_token_ids=5"], "stop_token_ids=5: must be a list of token ids"),
+        (["allowed_token_ids=[]"], "allowed_token_ids=[]: must be a list of token ids"),
+        (["allowed_token_ids=[1, x]"], "must be a list of token ids"),
+        (["bad_words=no"], "bad_words=False: must be a list of texts"),
+        (["logit_bias={x: 1.0}"], "logit_bias={'x': 1.0}: must be a map from token ids to num"),
+        (["logit_bias={3: high}"], "must be a map from token ids to numbers"),
+        (["structured_outputs={regexx: a}"], "vLLM knows no regexx in it; did you mean regex?"),
+        (["structured_outputs={regex: a, choice: [a]}"], "must hold one of json, regex, choice"),
+        (["structured_outputs=regex"], "structured_outputs='regex': must be a map of keys"),
+        (["repetition_detection={max_pattern_size: 3}"], "needs min_count, of at least 2"),
+        (["repetition_detection={min_count: x}"], "must hold whole numbers"),
+        (["logprobs=-1"], "logprobs=-1: must be from 0 to max_logprobs=20"),
+        (["logprobs=30", "max_logprobs=25"], "logprobs=30: must be from 0 to max_logprobs=25"),
+        (["logprobs=-2", "inference_engine=transformers"], "logprobs=-2: must be at least 0"),
+        (["prompt_logprobs=21"], "prompt_logprobs=21: must be from 0 to max_logprobs=20"),
+        (["logprob_token_ids=[4, 5]"], "logprob_token_ids=[4, 5]: needs logprobs: 2"),
+        (["min_tokens=33"], "min_tokens=33: must be at most max_new_tokens=32"),
+        (["min_tokens=64", "new_token_limit=False"], "must be at most 63, the longest response"),
+        (["output_kind=DELTA"], "output_kind='DELTA': is set by the runtime; leave it out"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused_with_its_rule(job, keys, rule) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(job, overrides(*keys))
+    (problem,) = caught.value.problems
+    assert rule in str(problem) and str(problem).startswith(f"command line: {AT}.")
+
+
+def test_what_vllm_takes_is_passed_on(job) -> None:
+    given = {
+        "stop_token_ids": [],
+        "allowed_token_ids": [1, 2],
+        "bad_words": ["no"],
+        "logit_bias": {3: -1},
+        "structured_outputs": {"regex": "[0-9]+", "disable_any_whitespace": True},
+        "repetition_detection": {"max_pattern_size": 3, "min_count": 2},
+        "logprobs": 30,
+        "min_tokens": 63,
+    }
+    keys = [f"{name}={value}" for name, value in given.items()]
+    keys += ["max_logprobs=-1", "new_token_limit=False"]
+    assert load_config(job, overrides(*keys)).models["policy"].model_args.sampling_args == given
+
+
+def test_keys_that_change_what_is_drawn_are_named(job) -> None:
+    keys = ("thinking_token_budget=4", "watermarking=True")
+    [notice] = load_config(job, overrides(*keys)).notices
+    assert "thinking_token_budget=4, watermarking=True draws training responses from a" in notice
+
+
+def test_fields_of_maps_are_those_of_vllms_classes() -> None:
+    from dataclasses import fields
+
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    for name, cls in (
+        ("structured_outputs", StructuredOutputsParams),
+        ("repetition_detection", RepetitionDetectionParams),
+    ):
+        public = {one.name for one in fields(cls) if not one.name.startswith("_")}
+        assert sampling_map_fields(name) == public
