@@ -226,5 +226,5 @@ def check_draft_directory(model: ModelConfig, report: Reporter) -> None:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(name, sorted(known), n=1)
+    nearest = difflib.get_close_matches(str(name), sorted(known), n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -189,7 +189,7 @@ class _Validation:
         if len(key) == 1 and name in ROLES:
             rule = "a file describes models or roles, not both; docs/strategies.md"
             self._tree.written[key] = NO_VALUE  # a long map
-        nearest = difflib.get_close_matches(name, sorted(candidates), n=1)
+        nearest = difflib.get_close_matches(str(name), sorted(candidates), n=1)
         self._report(key, rule, nearest[0] if nearest and not home else None)
 
     def _report_unreadable(self, key: Key, rule: str) -> None:

@@ -1,7 +1,7 @@
 """How is everything that is wrong with a job told to the user in one go?"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ class ConfigError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
+
+
+def dotted_key(key: Sequence[Any]) -> str:
+    """A key as users write it; one that yaml takes for a number, too."""
+    return ".".join(map(str, key))
 
 
 def without_credentials(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem
+from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem, dotted_key
 from chatlearn_vllm.config.scalars import JobYamlLoader, UnsetVariableError, fill
 
 BROKEN: Any = object()
@@ -40,7 +40,7 @@ class Tree:
     def _own(self, values: dict[str, Any], at: Key, file: str) -> None:
         for name, value in values.items():
             key = (*at, str(name))
-            self.origins[key] = (file, ".".join(key))
+            self.origins[key] = (file, dotted_key(key))
             if isinstance(value, dict):
                 self._own(value, key, file)
 
@@ -92,8 +92,8 @@ class Tree:
         for length in range(len(key), 0, -1):
             if key[:length] in self.origins:
                 file, dotted = self.origins[key[:length]]
-                return file, ".".join((dotted, *key[length:]))
-        return "", ".".join(key)
+                return file, dotted_key((dotted, *key[length:]))
+        return "", dotted_key(key)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class TreeReader:
                 try:
                     filled[str(key)] = self._fill(item, file, place)
                 except UnsetVariableError as error:
-                    self.unset[file, ".".join(place)] = error.name
+                    self.unset[file, dotted_key(place)] = error.name
             return filled
         if isinstance(value, list):
             items = [self._fill_item(item, file, at) for item in value]
@@ -183,7 +183,7 @@ class TreeReader:
         except UnsetVariableError:
             raise  # to the map whose entry it is
         except ValueError as error:
-            self._report(file, ".".join(at), str(error), value)
+            self._report(file, dotted_key(at), str(error), value)
             return BROKEN
 
     def _fill_item(self, value: Any, file: str, at: Key) -> Any:
@@ -191,7 +191,7 @@ class TreeReader:
         try:
             return self._fill(value, file, at)
         except UnsetVariableError as error:
-            self._report(file, ".".join(at), str(error), value)
+            self._report(file, dotted_key(at), str(error), value)
             return BROKEN
 
     def _include_names(self, names: Any, file: str) -> list[str]:

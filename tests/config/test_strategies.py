@@ -476,6 +476,16 @@ def test_rewards_may_be_rules_and_models(job):
     assert model.model_args.user_args == {"strategy_name": "hf_infer", "tag": "kind"}
 
 
+def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job):
+    names = "rewards={3: {worker_cls: my.Rule}, model: {worker_cls: my.Rule}}"
+    assert {"reward_3", "reward_model"} <= load_config(job, [names]).models.keys()
+    (line,) = problems_of(job, [names, "reward_model={worker_cls: my.Rule}"])
+    assert line == (
+        "command line: reward_model: is a second reward of this name; call the one in rewards "
+        "something else"
+    )
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -517,6 +527,10 @@ def test_rewards_may_be_rules_and_models(job):
          "'list(range(0,2))': 2 devices are not a multiple of tensor_model_parallel_size x"),
         ("actor_infer.device_mapping=__import__('os')", "actor_infer.device_mapping="
          "\"__import__('os')\": \"__import__('os')\" is not understood; write it as list"),
+        ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device"),
+        ("actor_infer.device_mapping=list(range(0,${nowhere}))", "the file has no key nowhere"),
+        ("actor_infer.generating_args.3=4", "generating_args.3=4: unknown key"),
+        ("adv_estimator=ppo", "adv_estimator='ppo': must be one of: gae, grpo, reinforce"),
         ("resume_from_checkpoint=/x", "resume_from_checkpoint='/x': must be True or False"),
         ("checkpoint_config.type=oss", "must be file_system: checkpoints are written to"),
         ("norm_mean_type=running", "norm_mean_type='running': must be group, batch or null"),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem
+from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem, dotted_key
 from chatlearn_vllm.config.strategies.keys import Becomes, Keys, NoEffect
 from chatlearn_vllm.config.tree import BROKEN, Tree
 
@@ -76,7 +76,7 @@ class Translation:
     def has_no_effect(self, key: Key, why: str) -> None:
         """Note that a key is accepted and does nothing."""
         value = self.source.get(key)
-        shown = ".".join(key)
+        shown = dotted_key(key)
         if isinstance(value, bool | int | float | str) and len(str(value)) <= 40:
             shown += f"={value}"
         self._no_effect.setdefault(why, []).append(shown)
@@ -123,7 +123,7 @@ class Given:
                     translation.has_no_effect((*path, name), entry.why)
             elif entry is None and name not in further:
                 self.unknown.add(name)
-                nearest = difflib.get_close_matches(name, [*keys, *sorted(further)], n=1)
+                nearest = difflib.get_close_matches(str(name), [*keys, *sorted(further)], n=1)
                 translation.report((*path, name), "unknown key", nearest[0] if nearest else None)
 
     def __contains__(self, name: str) -> bool:

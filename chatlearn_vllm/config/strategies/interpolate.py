@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from chatlearn_vllm.config.problems import Key, Problem
+from chatlearn_vllm.config.problems import Key, Problem, dotted_key
 from chatlearn_vllm.config.scalars import closing_brace, typed
 from chatlearn_vllm.config.tree import BROKEN, Tree
 
@@ -68,7 +68,7 @@ class _Resolver:
         """The value of an existing key without templates."""
         if key in self._open:
             circle = [*self._open[self._open.index(key) :], key]
-            raise ValueError("keys stand for each other: " + " -> ".join(map(".".join, circle)))
+            raise ValueError("keys stand for each other: " + " -> ".join(map(dotted_key, circle)))
         self._open.append(key)
         try:
             value: Any = self._values
@@ -140,7 +140,7 @@ class _Resolver:
 
     def _hint(self, dotted: str) -> str:
         known = [
-            ".".join(key[:length]) for key in _leaves(self._values) for length in (1, len(key))
+            dotted_key(key[:length]) for key in _leaves(self._values) for length in (1, len(key))
         ]
         nearest = difflib.get_close_matches(dotted, known, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ", nor is there such a variable"

@@ -173,7 +173,11 @@ class Role:
     def _devices(self) -> int:
         """Set the model's devices or processes; how many devices it has."""
         key = self.given.key("device_mapping")
-        if "device_mapping" not in self.given:
+        given = self.given.values.get("device_mapping")
+        if given is BROKEN:
+            self.t.put((*self.at, "num_gpu"), BROKEN, key)
+            return 1
+        if given is None:
             if self.kind != "rewards":
                 self.t.report(self.path, "a role on GPUs needs its device_mapping")
                 self.t.put((*self.at, "num_gpu"), BROKEN, self.path)
@@ -182,7 +186,9 @@ class Role:
             self.t.put((*self.at, "num_cpu"), processes, self.given.key("world_size"), self.path)
             return 0
         try:
-            devices = parse_device_mapping(self.given.values["device_mapping"])
+            devices = parse_device_mapping(given)
+            if not devices:
+                raise ValueError(f"names no device{self._without_devices()}")
         except ValueError as error:
             self.t.report(key, str(error))
             self.t.put((*self.at, "device_mapping"), BROKEN, key)
@@ -193,6 +199,9 @@ class Role:
         # Where models share devices; without effect for one that shares its own with no other.
         self.t.put((*self.at, "free_memory"), True, self.path)
         return len(devices)
+
+    def _without_devices(self) -> str:
+        return "; leave it out for a reward on CPUs" if self.kind == "rewards" else ""
 
     def weights(self, seed: Any, *fallbacks: Key) -> None:
         """Set checkpoint, type and seed.

@@ -80,6 +80,9 @@ class _Job:
         self._reference()
         rewards = {f"reward_{name}": ("rewards", name) for name in self._reward_names()}
         if "reward_model" in self.top:
+            if "reward_model" in rewards:
+                rule = "is a second reward of this name; call the one in rewards something else"
+                self.t.report(("reward_model",), rule)
             rewards["reward_model"] = ("reward_model",)
         for model, path in rewards.items():
             self._reward(path, model)
@@ -316,7 +319,9 @@ class _Job:
     def _estimator(self) -> str:
         """gae, or one of our advantage_estimator."""
         choices = {"gae": "gae", "grpo": "grpo", "reinforce": "reinforce++"}
-        chosen = self.top.choose("adv_estimator", choices, "gae")
+        # Of one that is refused, what else it would need is not told.
+        default = "grpo" if "adv_estimator" in self.top else "gae"
+        chosen = self.top.choose("adv_estimator", choices, default)
         if chosen == "reinforce++" and self.top.values.get("norm_mean_type") == "group":
             return "grpo"
         return chosen
