@@ -114,6 +114,8 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         at_key("num_speculative_tokens") if number is not None else inside,
         "num_speculative_tokens must say how many tokens are drafted at a time, 1 or more",
     )
+    if method == "ngram":
+        _check_ngrams(config, inside, report)
     report.require(
         config.get("rejection_sample_method", "standard") != "synthetic",
         (*inside, "rejection_sample_method"),
@@ -151,6 +153,23 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
     )
     if method in DRAFT_DIR_METHODS:
         _check_draft(model, config, at_key("model"), inside, report)
+
+
+def _check_ngrams(config: Mapping[str, Any], inside: Key, report: Reporter) -> None:
+    """Check the lengths of the beginnings that are looked up; either follows from the other."""
+    lengths = {name: config.get(name) for name in ("prompt_lookup_min", "prompt_lookup_max")}
+    for name, value in lengths.items():
+        report.require(
+            value is None or (type(value) is int and value > 0),
+            (*inside, name),
+            "must be a number of tokens, 1 or more",
+        )
+    least, most = lengths.values()
+    report.require(
+        type(least) is not int or type(most) is not int or least <= most,
+        (*inside, "prompt_lookup_min"),
+        f"must be at most prompt_lookup_max={most}",
+    )
 
 
 def _check_name(name: str, key: Key, report: Reporter) -> None:

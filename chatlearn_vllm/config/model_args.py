@@ -17,6 +17,7 @@ from chatlearn_vllm.config.section import (
     Positive,
     Probability,
     Section,
+    Seed,
     Share,
     Strings,
     list_to_tuple,
@@ -37,7 +38,7 @@ class WeightArgs(Section):
     """Directory of the tokenizer, in Hugging Face form. None: that of `load`."""
     save: str | None = None
     """Directory of checkpoints for resuming; None = `checkpoints/<model>` in the run directory."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of initial weights, dropout and sampling; replicas and samples derive their own."""
     seq_length: Positive = 1024
     """Longest sequence in tokens: prompt and response together (vLLM's max_model_len)."""

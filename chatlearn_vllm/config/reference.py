@@ -97,7 +97,7 @@ def _type_text(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
 def _bounds(metadata: typing.Iterable[Any]) -> list[str]:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     return [
-        f"{sign} {getattr(info, name):g}"
+        f"{sign} {getattr(info, name):.10g}"
         for info in metadata
         for name, sign in signs.items()
         if getattr(info, name, None) is not None

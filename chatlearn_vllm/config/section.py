@@ -37,6 +37,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A part of a whole, in (0, 1]."""
 Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""Numpy's, which vLLM seeds, end at 2**32; replicas and stages add to theirs."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
 """yaml lists; tuples here, because the job is frozen."""

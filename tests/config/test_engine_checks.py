@@ -98,6 +98,15 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
+            ["speculative_config={method: ngram, num_speculative_tokens: 2, prompt_lookup_max: 2, "
+             "prompt_lookup_min: 3}"],
+            ["speculative_config.prompt_lookup_min=3: must be at most prompt_lookup_max=2"],
+        ),
+        (
+            ["speculative_config={method: ngram, num_speculative_tokens: 2, prompt_lookup_max: x}"],
+            ["speculative_config.prompt_lookup_max='x': must be a number of tokens, 1 or more"],
+        ),
+        (
             ["speculative_config={method: ngram}"],
             [
                 "speculative_config={'method': 'ngram'}: num_speculative_tokens must say how many "

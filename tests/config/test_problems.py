@@ -181,6 +181,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: needs a width; "
          "set num_beams, or n, to more than 1"),
         ("models.policy.model_args.eval_num_beams=0", "eval_num_beams=0"),
+        ("models.policy.model_args.seed=-1", "seed=-1: must be greater than or equal to 0"),
+        ("models.policy.model_args.seed=4294967296", "must be less than 2147483648"),
         ("models.policy.model_args.apply_replica_id_to_seed=False", "must be True"),
     ],
 )  # fmt: skip
