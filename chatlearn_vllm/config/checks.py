@@ -7,6 +7,7 @@ from typing import Protocol
 from chatlearn_vllm.config.beam_checks import beam_problems
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
+from chatlearn_vllm.config.engine_support import without_effect
 from chatlearn_vllm.config.model_args import (
     DTYPE_OF_FLAG,
     LoggingArgs,
@@ -20,7 +21,7 @@ from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.server_checks import server_problems
-from chatlearn_vllm.config.transformers_checks import transformers_problems, without_effect
+from chatlearn_vllm.config.transformers_checks import transformers_problems
 
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -353,11 +354,9 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
-        if unused := without_effect(args):
-            yield (
-                f"models.{name}: no effect of {', '.join(unused)}; vLLM's, and inference_engine is "
-                "transformers"
-            )
+        unused, why = without_effect(args)
+        if unused:
+            yield f"models.{name}: no effect of {', '.join(unused)}; {why}"
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"
         section = model.batch_generation

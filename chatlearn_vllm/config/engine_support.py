@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlearn_vllm.config.parallel_checks import read_config_json
 from chatlearn_vllm.config.server_checks import START
+from chatlearn_vllm.config.transformers_checks import unknown_engine_args
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
@@ -25,6 +26,13 @@ DRAFT_DIR_METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator
 """Methods whose drafts come from weights in a directory of their own."""
 METHODS = (*NGRAM_METHODS, *DRAFT_DIR_METHODS, "mtp", "dspark", "custom_class")
 """Of speculative decoding; vLLM's `extract_hidden_states` drafts nothing."""
+
+
+_OF_VLLM = (
+    "gpu_memory_utilization", "block_size", "max_num_batched_tokens", "enforce_eager",
+    "enable_prefix_caching",
+)  # fmt: skip
+"""Keys of the schema that only an engine reads which is vLLM's and the job's."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,16 @@ def conflicts(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[tupl
         for name in names:
             if name in clash.these and clash.other in names:
                 yield _key(FEATURES[name], model), clash.why
+
+
+def without_effect(args: ModelArgs) -> tuple[list[str], str]:
+    """Arguments of an engine that a role's own has no use for, as `key=value`, and why."""
+    given = [f"{name}={args[name]!r}" for name in _OF_VLLM if name in args.model_fields_set]
+    if args.inference_engine == "transformers":
+        return [*given, *unknown_engine_args(args)], "vLLM's, and inference_engine is transformers"
+    if args.inference_engine == "server" and args.vllm_server != (START,):
+        return given, "give them to the server when you start it"
+    return [], ""
 
 
 def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:

@@ -31,9 +31,7 @@ def transformers_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
             yield (*at, name), f"has no meaning for inference_engine: transformers; {remedy}"
 
 
-def without_effect(args: ModelArgs) -> list[str]:
+def unknown_engine_args(args: ModelArgs) -> list[str]:
     """Arguments of vLLM's engine, as `key=value`, that Transformers has no use for."""
-    if args.inference_engine != "transformers":
-        return []
     known = FIELDS_WITHOUT_VLLM["engine_args"] | set(_CHANGES_RESPONSES)
     return [f"{name}={value!r}" for name, value in args.engine_args.items() if name not in known]

@@ -63,6 +63,17 @@ def test_a_server_that_the_job_starts_may_have_several_devices(tmp_path) -> None
     assert (args.tensor_model_parallel_size, args.inference_engine) == (2, "server")
 
 
+def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers(tmp_path) -> None:
+    load(tmp_path, vllm_server=URL, gpu_memory_utilization=0.4, block_size=16)
+    told = (
+        "models.policy: no effect of gpu_memory_utilization=0.4, block_size=16; give them to the "
+        "server when you start it"
+    )
+    assert load_config(tmp_path / "job.yaml").notices == (told,)
+    load(tmp_path, vllm_server="start", num_gpu=1, gpu_memory_utilization=0.4)
+    assert load_config(tmp_path / "job.yaml").notices == ()
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

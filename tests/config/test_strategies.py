@@ -358,7 +358,9 @@ def test_devices_batches_and_engine_are_of_the_role(job):
     args = policy.model_args
     assert (args.inference_engine, args.max_num_seqs) == ("transformers", 7)
     assert args.attn_implementation == "flash_attention_2"
-    assert loaded.notices == ()
+    assert loaded.notices == (
+        "actor_infer: no effect of block_size=16; vLLM's, and inference_engine is transformers",
+    )
     assert loaded.models["reward_rule"].num_replica == 8
 
 

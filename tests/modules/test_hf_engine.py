@@ -411,7 +411,8 @@ def test_an_environment_variable_of_the_shipped_files_chooses_the_engine(monkeyp
     monkeypatch.setenv("INFERENCE_ENGINE", "transformers")
     job = load_config(ROOT / "configs/llama2/grpo.yaml")
     assert job.models["policy"].model_args.inference_engine == "transformers"
-    assert job.notices == ()
+    [notice] = job.notices
+    assert "no effect of gpu_memory_utilization=" in notice and "; vLLM's, and" in notice
 
 
 def test_arguments_that_only_vllm_has_a_use_for_are_named_once(hf_model, tmp_path) -> None:
