@@ -40,7 +40,7 @@ class Case:
     logprobs: bool = False
     """Bare vLLM: return log-probabilities of the sampled tokens, as VLLMModule does."""
     seeds: bool = False
-    """Bare vLLM: give each request a seed, as VLLMModule does."""
+    """Bare vLLM: give each request a seed, as VLLMModule does with seed_per_response."""
 
     @property
     def is_vllm(self) -> bool:
@@ -100,6 +100,9 @@ def parse_case(
             pipeline_parallel_size=pipeline_parallel_size,
         )
     names = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+    said = [variant.partition("=")[0] for variant in dict.fromkeys(variants)]
+    if twice := next((key for key in said if said.count(key) > 1), None):
+        raise OptionError(f"case {text!r}: {twice} has two values; keep one")
     for variant in variants:
         if match := _VARIANT.fullmatch(variant):
             key, number = match.groups()
@@ -118,7 +121,8 @@ def parse_case(
         )
     if case.engine != "vllm" and (case.logprobs or case.seeds):
         raise OptionError(
-            f"case {text!r}: logprobs and seeds are variants of vllm (vllm-module always has both)"
+            f"case {text!r}: logprobs and seeds are variants of vllm; vllm-module has them as a "
+            "job does"
         )
     return case
 

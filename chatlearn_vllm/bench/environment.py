@@ -70,6 +70,8 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     options["log_stats"] = not flag("VLLM_DISABLE_LOG_STATS", True)
     gamma = number("GAMMA_VALUE", int)
     tokens = number("VLLM_NUM_SPECULATIVE_TOKENS", int)
+    if tokens is None and gamma is not None and gamma < 1:
+        problems.append(f"GAMMA_VALUE={gamma} must be at least 1")
     if tokens is not None or gamma is not None:
         options["num_speculative_tokens"] = gamma if tokens is None else tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -108,8 +109,16 @@ class BenchOptions:
                 "num_speculative_tokens", "tensor_parallel_size", "pipeline_parallel_size",
                 "max_model_len", "max_num_seqs", "max_num_batched_tokens",
             ),
-            0: ("warmup", "latency_requests", "temperature", "seed"),
+            0: ("warmup", "latency_requests", "temperature", "seed", "hf_search_seconds"),
         }  # fmt: skip
+        for name in ("temperature", "hf_search_seconds", "case_timeout"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                yield f"{_flag(name)}={value} must be a finite number"
+        if self.case_timeout <= 0:
+            yield f"--case-timeout={self.case_timeout} must be more than 0"
+        if self.seed >= 2**31:
+            yield f"--seed={self.seed} must be less than {2**31}"
         for least, names in at_least.items():
             for name in names:
                 value = getattr(self, name)

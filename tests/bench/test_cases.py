@@ -46,6 +46,7 @@ def test_sizes_of_the_options_are_for_vllm_cases_that_name_none():
         ("vlm", "engine 'vlm' is not one of transformers, "),
         ("vllm:tp=0", "tp='0' must be a whole number >= 1"),
         ("vllm:tp=two", "tp='two' must be a whole number >= 1"),
+        ("vllm:tp=2:tp=4", "tp has two values; keep one"),
         ("vllm:fast", "unknown variant 'fast'; cases are ENGINE"),
         ("transformers:tp=2", "transformers runs on one GPU here; take tp and pp off"),
         ("vllm-module:logprobs", "logprobs and seeds are variants of vllm"),

@@ -127,7 +127,9 @@ def test_a_step_must_have_room_for_a_token_of_each_sequence():
     )
 
 
-def test_a_variable_that_names_no_engine_measures_nothing_and_is_refused():
+def test_a_variable_with_a_value_that_cannot_be_is_refused_by_its_name():
+    with pytest.raises(OptionError, match="GAMMA_VALUE=0 must be at least 1"):
+        options_from_environment({"GAMMA_VALUE": "0"})
     with pytest.raises(OptionError, match="INFERENCE_ENGINE=' , ' must name an engine, of transf"):
         options_from_environment({"INFERENCE_ENGINE": " , "})
 
@@ -144,6 +146,10 @@ def test_processes_that_run_vllm_do_not_get_the_variables():
         (["--shape", "9b"], "--shape='9b' must be one of tiny, 1b, 8b"),
         (["--max-model-len", "100"], "has no room for --prompt-tokens=128 and --max-tokens=512"),
         (["--temperature", "0"], "greedy completions of a prompt are all equal"),
+        (["--temperature", "nan"], "--temperature=nan must be a finite number"),
+        (["--case-timeout", "0"], "--case-timeout=0.0 must be more than 0"),
+        (["--hf-search-seconds", "-1"], "--hf-search-seconds=-1.0 must be at least 0"),
+        (["--seed", str(2**31)], "--seed=2147483648 must be less than 2147483648"),
         (["--hf-batch-size", "many"], "must be auto or a whole number >= 1"),
         (["--prompt-file", "nowhere"], "--prompt-file=nowhere: no such file"),
         (["vllm:tp=3"], "must divide the model's 4 attention heads; set it to 1, 2 or 4"),
