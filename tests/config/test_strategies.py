@@ -440,6 +440,9 @@ def test_gae_is_ppo_with_a_critic(job):
         (["actor_infer.data_args.file_name=x"], "(prompts are named in actor_train and validati"),
         (["actor_infer.model_args.attn_implementation=sdpa"], "choose their kernels"),
         (["validation.generating_args.max_new_tokens=9"], "with the lengths of training"),
+        (["validation.generating_args.stop_token_ids=[3]"], "stop_token_ids (an evaluation has "
+         "what actor_infer says)"),
+        (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3"], "draws training"),
         (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
         (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
          "reference (not started without a KL penalty: use_kl_loss with grpo"),

@@ -476,6 +476,10 @@ class _Job:
             ):
                 continue
             why = "an evaluation takes one response per prompt, with the lengths of training"
+            if name not in same:
+                if value == self.sampling.values.get(name):
+                    continue
+                why = "an evaluation has what actor_infer says"
             self.t.has_no_effect(sampling.key(name), why)
 
     # ---- the user's words -------------------------------------------------------------------
