@@ -383,7 +383,8 @@ class ServerArgs(Section):
     """Key that the server was started with, best as ${VLLM_API_KEY}; never shown. Servers that the
     job starts have keys of their own."""
     vllm_server_timeout: Annotated[float, Field(gt=0)] = 1800.0
-    """Longest wait in seconds for one answer, and for a server that the job starts."""
+    """Longest wait in seconds for one answer, and for a server that the job starts; at most 60 for
+    what a server only has to look up, such as whether it is well."""
     vllm_server_max_retries: Count = 5
     """Further tries, after growing pauses, of a call that failed in a way that can pass: no
     connection, too many requests (429), errors of the server (5xx)."""

@@ -20,6 +20,8 @@ _LONGEST_PAUSE_S = 30.0
 _KEEP_ALIVE_S = 2.0
 """Less than vLLM's own 5 s: no call meets a connection that the server is closing."""
 _CONNECT_TIMEOUT_S = 20.0
+_GET_TIMEOUT_S = 60.0
+"""Longest wait for what a server only has to look up."""
 _SHOWN_CHARACTERS = 500
 
 T = TypeVar("T")
@@ -53,13 +55,12 @@ class ServerClient:
         Args:
             url: `http://host:port`, without a path.
             api_key: sent as a bearer token; never shown.
-            timeout_s: longest wait for the answer to one try.
+            timeout_s: longest wait for the answer to one try; of a GET at most 60 s.
             max_retries: further tries after one that failed in a way that can pass.
             max_responses: that are asked for at the same time; further requests wait here.
         """
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._loop = asyncio.new_event_loop()
@@ -118,9 +119,7 @@ class ServerClient:
 
     async def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        return aiohttp.ClientSession(
-            connector=connector, headers=self._headers, timeout=self._timeout
-        )
+        return aiohttp.ClientSession(connector=connector, headers=self._headers)
 
     async def _shut(self) -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -167,13 +166,18 @@ class ServerClient:
             ServerError: it failed for good.
         """
         place = f"{self.url}{path.partition('?')[0]}"
+        is_get = method == "GET"
+        longest_s = min(self._timeout_s, _GET_TIMEOUT_S) if is_get else self._timeout_s
+        timeout = aiohttp.ClientTimeout(total=longest_s, sock_connect=_CONNECT_TIMEOUT_S)
         try:
-            async with self._session.request(method, self.url + path, json=body) as answer:
+            async with self._session.request(
+                method, self.url + path, json=body, timeout=timeout
+            ) as answer:
                 if answer.status < 400 and is_text:
                     return await answer.text()
                 if answer.status < 400:
                     is_json = answer.content_type == "application/json"
-                    return await answer.json() if is_json else None
+                    return await _json(answer, place) if is_json else None
                 text = (await answer.text())[:_SHOWN_CHARACTERS]
                 raise _refusal(place, answer.status, text, answer.headers, is_repeatable)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -181,15 +185,25 @@ class ServerClient:
             gone = ServerError(f"{self.url}: no vLLM server answers there ({reason})")
             raise _PassingError(gone) from error
         except TimeoutError as error:
-            raise ServerError(
-                f"{place}: no answer within {self._timeout_s:g} s; raise vllm_server_timeout, or "
-                "lower max_num_seqs if the server has more requests than it can work on"
-            ) from error
+            remedy = (
+                "something listens there that is no vLLM server, or the server is stuck"
+                if is_get
+                else "raise vllm_server_timeout, or lower max_num_seqs if the server has more "
+                "requests than it can work on"
+            )
+            raise ServerError(f"{place}: no answer within {longest_s:g} s; {remedy}") from error
         except aiohttp.ClientError as error:
             broken = ServerError(f"{place}: the server broke the connection off: {error!r}")
             if is_repeatable:
                 raise _PassingError(broken) from error
             raise broken from error
+
+
+async def _json(answer: aiohttp.ClientResponse, place: str) -> Any:
+    try:
+        return await answer.json()
+    except ValueError as error:
+        raise ServerError(f"{place}: the answer is no JSON: {error}") from error
 
 
 class _PassingError(Exception):

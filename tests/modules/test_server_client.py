@@ -112,6 +112,13 @@ def test_a_call_that_may_have_been_carried_out_is_not_repeated(server, client, f
     assert len(server.calls) == 1
 
 
+def test_what_a_server_looks_up_is_not_waited_for_as_long(server, client, monkeypatch) -> None:
+    monkeypatch.setattr(server_client, "_GET_TIMEOUT_S", 0.1)
+    server.script = [5.0]
+    with pytest.raises(ServerError, match="/health: no answer within 0.1 s; something listens"):
+        client.get("/health")
+
+
 def test_a_late_answer_is_not_asked_for_again(server, client) -> None:
     server.script = [5.0]
     with pytest.raises(ServerError, match="no answer within 0.5 s; raise vllm_server_timeout"):
