@@ -122,6 +122,12 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         "synthetic accepts drafts without looking at the model, so that responses and their "
         "log-probabilities are not the model's; leave it out",
     )
+    report.require(
+        not args.engine_args.get("disable_log_stats"),
+        (*at, "disable_log_stats"),
+        "must be False with speculative_config: how many drafts are accepted is among vLLM's "
+        "statistics; leave it out",
+    )
     budget = args.max_num_batched_tokens
     if method == "draft_model" and is_number:
         report.require(

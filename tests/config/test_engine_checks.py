@@ -107,6 +107,14 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ["speculative_config.prompt_lookup_max='x': must be a number of tokens, 1 or more"],
         ),
         (
+            ["speculative_config={method: ngram, num_speculative_tokens: 2}",
+             "disable_log_stats=True"],
+            [
+                "disable_log_stats=True: must be False with speculative_config: how many drafts "
+                "are accepted is among vLLM's statistics; leave it out"
+            ],
+        ),
+        (
             ["speculative_config={method: ngram}"],
             [
                 "speculative_config={'method': 'ngram'}: num_speculative_tokens must say how many "
