@@ -30,6 +30,19 @@ _SET_BY_VLLM = {
     "tensor_parallel_size": "draft_tensor_parallel_size",
 }
 """Fields of SpeculativeConfig that are none of the user's -> what is."""
+_REFUSED = {
+    "skip_tokenizer_init": (
+        True,
+        "leaves responses without text, stop strings and the tokenizer's end-of-sequence token "
+        "without effect; leave it out",
+    ),
+    "scheduling_policy": (
+        "priority",
+        "must be fcfs: no request has a priority here, and ranks of a replica, which schedule for "
+        "themselves, would order equal ones differently; leave it out",
+    ),
+}
+"""Values of vLLM's EngineArgs with which responses would silently be others."""
 _MUST_NAME_NUM_TOKENS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
 """Methods that have no number of tokens of their own."""
 
@@ -43,6 +56,9 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
         report.require(False, key, rule)
     for key, rule in sampling_problems(model):
         report.require(False, key, rule)
+    for name, (value, rule) in _REFUSED.items():
+        key = ("models", model.name, "model_args", name)
+        report.require(model.model_args.engine_args.get(name) != value, key, rule)
     _check_quantization(model, report)
     if model.model_args.speculative_config is not None:
         _check_speculation(model, report)

@@ -115,6 +115,16 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
+            ["skip_tokenizer_init=True", "scheduling_policy=priority"],
+            [
+                "skip_tokenizer_init=True: leaves responses without text, stop strings and the "
+                "tokenizer's end-of-sequence token without effect; leave it out",
+                "scheduling_policy='priority': must be fcfs: no request has a priority here, and "
+                "ranks of a replica, which schedule for themselves, would order equal ones "
+                "differently; leave it out",
+            ],
+        ),
+        (
             ["speculative_config={method: ngram}"],
             [
                 "speculative_config={'method': 'ngram'}: num_speculative_tokens must say how many "
