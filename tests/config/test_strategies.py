@@ -535,6 +535,10 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device"),
         ("actor_infer.device_mapping=list(range(0,${nowhere}))", "the file has no key nowhere"),
         ("actor_infer.generating_args.3=4", "generating_args.3=4: unknown key"),
+        ("rewards.rule.worker_cls=3", "rewards.rule.worker_cls=3: must be text"),
+        ("rewards.rule.tag_included=math", "tag_included='math': must be a list"),
+        ("rewards.rule.strategy_args={strategy_name: vllm}", "rewards.rule: needs its "
+         "device_mapping: vllm runs on devices"),
         ("adv_estimator=ppo", "adv_estimator='ppo': must be one of: gae, grpo, reinforce"),
         ("resume_from_checkpoint=/x", "resume_from_checkpoint='/x': must be True or False"),
         ("checkpoint_config.type=oss", "must be file_system: checkpoints are written to"),

@@ -138,8 +138,9 @@ class _Job:
         self.response = top.get("response_length", int, least=1)
         total = top.get("sequence_length", int, least=1)
         if self.response is None and total is None:
-            rule = "must be given, or sequence_length: how long a response may be"
-            self.t.report(("response_length",), rule)
+            if "response_length" not in top:
+                rule = "must be given, or sequence_length: how long a response may be"
+                self.t.report(("response_length",), rule)
             self.response = 512
         self.sequence = total or prompt + self.response
         self.response = self.response or self.sequence - prompt
@@ -223,6 +224,13 @@ class _Job:
     def _reward(self, path: Key, model: str) -> None:
         role = Role(self.t, path, model, "rewards")
         user_args: dict[str, Any] = {}
+        role.given.get("worker_cls", str)
+        role.given.get("tag_included", list)
+        if (
+            role.strategy in ("vllm", "megatron_infer")
+            and "device_mapping" not in role.given.values
+        ):
+            self.t.report(path, f"needs its device_mapping: {role.strategy} runs on devices")
         if role.strategy is not None:
             user_args["strategy_name"] = role.strategy
         for name, value in role.given.values.items():
@@ -237,7 +245,9 @@ class _Job:
             role.generates_with_strategy_config(load_format="auto")
             self._set_length(role)
             sampling = generating_args(self.t, path)
-            role.samples(sampling, max_new_tokens=512, default_key=path)
+            role.samples(
+                sampling, max_new_tokens=min(512, self.response), default_key=("response_length",)
+            )
             n = sampling.get("num_return_sequences", int, 1, least=1)
             role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
             length = role.config.get("max_model_len", int, least=1)
