@@ -393,6 +393,19 @@ def test_a_prompt_without_room_for_a_response_is_refused(ready) -> None:
     assert len(ready.generate([0], first_sample=0)["all_tokens"]) == 3
 
 
+def test_maps_of_a_yaml_file_constrain_responses(ready) -> None:
+    engine, keys = ready.engine, {"max_tokens": 12, "seed": 0, "logprobs": 0}
+    digits = {"structured_outputs": {"regex": "[0-9]{3}"}, "n": 2}
+    engine.add_request("digits", None, [5, 6], keys | digits)
+    repeating = {"allowed_token_ids": [9], "repetition_detection": {"max_pattern_size": 1}}
+    repeating["repetition_detection"]["min_count"] = 4
+    engine.add_request("repeating", None, [5, 6], keys | repeating)
+    constrained, ended = engine.run()
+    for one in constrained.outputs:
+        assert one.text.isdecimal() and len(one.text) == 3 and len(one.logprobs) == 4  # and eos
+    assert ended.outputs[0].token_ids == [9] * 4
+
+
 def test_execute_step_outside_of_forward_step_is_refused(ready) -> None:
     with pytest.raises(RuntimeError, match="only valid inside forward_step"):
         ready.execute_step({})
