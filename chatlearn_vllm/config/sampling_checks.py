@@ -1,4 +1,4 @@
-"""Would vLLM take the values of its SamplingParams that have no key of ours?
+"""Would vLLM take the values of its SamplingParams, and as they are?
 
 vLLM looks at them when the first prompt comes, with everything built.
 """
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 """vLLM's own bound on logprobs, where max_logprobs names no other."""
+
+LEAST_TEMPERATURE = 0.01
+"""Of those above 0."""
+MOST_TEMPERATURE = 2.0
+MOST_PENALTY = 2.0
 
 _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Of structured_outputs, one of which is given."""
@@ -64,6 +69,7 @@ def sampling_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
     for name in ("structured_outputs", "repetition_detection"):
         if name in given and (rule := _map_problem(name, given[name])):
             yield (*at, name), rule
+    yield from _number_problems(args, at)
     yield from _logprobs_problems(args, given, at)
     longest = args.max_new_tokens if args.new_token_limit else args.seq_length - 1
     if given.get("min_tokens", 0) > longest:
@@ -92,6 +98,25 @@ def _map_problem(name: str, value: Any) -> str | None:
         if value.get("max_pattern_size", 0) and value.get("min_count", 0) < 2:
             return "needs min_count, of at least 2"
     return None
+
+
+def _number_problems(args: ModelArgs, at: Key) -> Iterator[tuple[Key, str]]:
+    """Numbers with a key of ours that vLLM takes in a smaller range, or changes."""
+    is_vllms = args.inference_engine != "transformers"
+    for prefix in ("", "eval_"):
+        name = f"{prefix}temperature"
+        if 0 < args[name] < LEAST_TEMPERATURE:
+            yield (
+                (*at, name),
+                f"must be 0, or at least {LEAST_TEMPERATURE}, to which vLLM would raise it; its "
+                "log-probabilities would be those of another temperature than the trainer's",
+            )
+        if is_vllms and args[name] > MOST_TEMPERATURE:
+            yield (*at, name), f"must be at most {MOST_TEMPERATURE:g}, vLLM takes no higher one"
+        for penalty in ("presence_penalty", "frequency_penalty"):
+            if is_vllms and abs(args[prefix + penalty]) > MOST_PENALTY:
+                rule = f"must be from -{MOST_PENALTY:g} to {MOST_PENALTY:g}, vLLM takes no other"
+                yield (*at, prefix + penalty), rule
 
 
 def _logprobs_problems(

@@ -33,6 +33,9 @@ def overrides(*keys: str) -> list[str]:
         (["logprob_token_ids=[4, 5]"], "logprob_token_ids=[4, 5]: needs logprobs: 2"),
         (["min_tokens=33"], "min_tokens=33: must be at most max_new_tokens=32"),
         (["min_tokens=64", "new_token_limit=False"], "must be at most 63, the longest response"),
+        (["temperature=0.001"], "temperature=0.001: must be 0, or at least 0.01, to which vLLM"),
+        (["eval_temperature=2.5"], "eval_temperature=2.5: must be at most 2, vLLM takes no higher"),
+        (["frequency_penalty=-3"], "frequency_penalty=-3: must be from -2 to 2"),
         (["output_kind=DELTA"], "output_kind='DELTA': is set by the runtime; leave it out"),
     ],
 )
@@ -54,6 +57,7 @@ def test_what_vllm_takes_is_passed_on(job) -> None:
         "logprobs": 30,
         "min_tokens": 63,
     }
+    load_config(job, overrides("temperature=5", "inference_engine=transformers"))
     keys = [f"{name}={value}" for name, value in given.items()]
     keys += ["max_logprobs=-1", "new_token_limit=False"]
     assert load_config(job, overrides(*keys)).models["policy"].model_args.sampling_args == given
