@@ -23,9 +23,12 @@ Added on the way, by:
                                       sampled token t+1, -1 where there is none
     beam_scores     float32 [B]       framework, beam search only: by which beams are compared
     rewards         float32 [B]       reward: of the whole response
+    accuracy        float32 [B]       reward, if it can tell: 1.0 for a right response, 0.0 else
     ref_logprobs    float32 [B, S-1]  reference: as `logprobs`, under the frozen model
     old_logprobs    float32 [B, S-1]  trainer: as `logprobs`, before its first update
-    advantages      float32 [B]       framework: of the whole response
+    values          float32 [B, S-1]  value, in PPO: entry t before token t+1 is sampled
+    returns         float32 [B, S-1]  framework, in PPO: what values should have been
+    advantages      float32 [B]       framework: of the whole response; or [B, S-1], of each token
 
 Every further field of a prompt record (`answer`, ...) travels along as a list of B entries.
 
@@ -67,7 +70,9 @@ ADDED_KEYS = (
     "sample_index",
     "weight_version",
     "token_versions",
+    "beam_scores",
     "rewards",
+    "accuracy",
     "ref_logprobs",
     "old_logprobs",
     "advantages",
@@ -164,6 +169,29 @@ def check_batch(batch: Batch, seq_length: int) -> None:
         )
 
 
+def check_rollout_shapes(batch: Any, num_rows: int, seq_length: int) -> None:
+    """Compare what can be compared in no time: `check_batch` without a look into the tensors.
+
+    Args:
+        batch: what `decode_internal` returned.
+        num_rows: B, as many as there were responses.
+        seq_length: S.
+
+    Raises:
+        ValueError: lists every departure; of all keys only `all_tokens` and `loss_mask` must be
+            there.
+    """
+    if not isinstance(batch, dict):
+        raise ValueError(f"returned {type(batch).__name__}, expected a dict of columns")
+    problems = [f"{key}: missing" for key in ("all_tokens", "loss_mask") if key not in batch]
+    problems += _length_problems(batch, num_rows)
+    problems = problems or _tensor_problems(batch, num_rows, seq_length)
+    if problems:
+        raise ValueError(
+            "breaks the contract of chatlearn_vllm/data/batch.py:\n  " + "\n  ".join(problems)
+        )
+
+
 def _concat_values(key: str, values: list[Any]) -> Any:
     kinds = {isinstance(value, torch.Tensor) for value in values}
     if len(kinds) > 1:
@@ -184,7 +212,7 @@ def _length_problems(batch: Batch, size: int) -> list[str]:
             kind = "scalar tensor" if is_tensor else type(value).__name__
             problems.append(f"{key}: is a {kind}, expected a tensor [{size}, ...] or a list")
         elif len(value) != size:
-            problems.append(f"{key}: has {len(value)} rows, all_tokens has {size}")
+            problems.append(f"{key}: has {len(value)} rows, expected {size}")
     return problems
 
 
@@ -201,8 +229,12 @@ def _tensor_problems(batch: Batch, size: int, seq_length: int) -> list[str]:
         "rewards": (torch.float32, per_row),
         "ref_logprobs": (torch.float32, per_prediction),
         "old_logprobs": (torch.float32, per_prediction),
+        "values": (torch.float32, per_prediction),
+        "returns": (torch.float32, per_prediction),
         "advantages": (torch.float32, per_row),
     }
+    if torch.is_tensor(advantages := batch.get("advantages")) and advantages.dim() > 1:
+        expected["advantages"] = (torch.float32, per_prediction)
     problems = []
     for key, (dtype, shape) in expected.items():
         if key not in batch:

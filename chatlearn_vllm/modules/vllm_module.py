@@ -483,8 +483,17 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         """The user's batch of finished requests, with what the framework adds to it."""
         import torch
 
-        batch = self.decode_internal(outputs)
+        from chatlearn_vllm.data.batch import check_rollout_shapes
+
         counts = [len(output.outputs) for output in outputs]
+        batch = self.decode_internal(outputs)
+        try:
+            check_rollout_shapes(batch, sum(counts), self.model_args.seq_length)
+        except ValueError as error:
+            raise ValueError(
+                f"models.{self.name}: what {type(self).__name__}.decode_internal() made of "
+                f"{sum(counts)} responses {error}"
+            ) from None
         rows = [
             (one, number)
             for one, count in zip(asked, counts, strict=True)

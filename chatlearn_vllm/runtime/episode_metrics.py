@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+import torch
+
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.runtime.weight_synchronizer import SyncReport
 
@@ -29,7 +31,7 @@ def reward_metrics(batch: Batch, prefix: str) -> dict[str, float]:
         batch: with `rewards` [B], and `accuracy` [B] in [0, 1] if there is one.
         prefix: "rollout" or "eval".
     """
-    rewards = batch["rewards"].float()
+    rewards = torch.as_tensor(batch["rewards"]).float()
     metrics = {
         f"{prefix}/reward_mean": rewards.mean().item(),
         f"{prefix}/reward_std": rewards.std(unbiased=False).item(),

@@ -121,8 +121,7 @@ class GRPOEngine(RolloutEngine):
             batch["rewards"] = batch["rewards"] + penalty
             metrics["rollout/overlong_penalty_mean"] = penalty.mean().item()
         if self.reference is not None:
-            with self.timers.phase("reference"):
-                batch |= self.forward(self.reference, batch, episode)
+            self.add_ref_logprobs(self.reference, batch, episode)
         if args.advantage_estimator == "reinforce++":
             batch["advantages"] = self._reinforce_advantages(batch)
         elif args.advantage_estimator == "rloo":

@@ -90,8 +90,7 @@ class OnlineDPOEngine(RolloutEngine):
         rows = torch.stack([chosen[:num_pairs], rejected[:num_pairs]], dim=1).flatten()
         batch = select(batch, rows)
         if num_pairs:
-            with self.timers.phase("reference"):
-                batch |= self.forward(self.reference, batch, episode)
+            self.add_ref_logprobs(self.reference, batch, episode)
         else:
             logger.warning("episode %d: no pair of responses with different rewards", episode)
         return batch, metrics

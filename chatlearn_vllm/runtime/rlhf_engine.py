@@ -17,6 +17,7 @@ from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.grpo_engine import needed_reference
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
+from chatlearn_vllm.runtime.scores import required_column
 
 
 class RLHFEngine(RolloutEngine):
@@ -89,11 +90,12 @@ class RLHFEngine(RolloutEngine):
         mask = batch["loss_mask"][:, 1:]
         kl = torch.zeros_like(batch["logprobs"])
         if self.reference is not None:
-            with self.timers.phase("reference"):
-                batch |= self.forward(self.reference, batch, episode)
+            self.add_ref_logprobs(self.reference, batch, episode)
             kl = kl_penalty(batch["logprobs"], batch.pop("ref_logprobs"), "k1", mask=mask)
         with self.timers.phase("value"):
-            batch |= self._values(batch, episode)
+            values = self._values(batch, episode)
+        name = (self.value or self.ppo_value).name
+        batch |= {**values, "values": required_column(name, values, "values", mask)}
         rewards = token_rewards(
             batch["rewards"], kl, mask, kl_coef=self.kl.coef, clip=args.cliprange_reward
         )

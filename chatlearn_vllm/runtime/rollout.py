@@ -17,6 +17,7 @@ import torch
 from chatlearn_vllm.data.batch import Batch, batch_size, concat, select
 from chatlearn_vllm.data.carried import Carried
 from chatlearn_vllm.runtime.scatter import split_evenly
+from chatlearn_vllm.runtime.scores import joined
 from chatlearn_vllm.runtime.worker_group import CallPool, WorkerGroup
 
 PARTS_PER_REPLICA = 8
@@ -245,7 +246,9 @@ class Rollout:
         while len(scorer.scores) < len(self._parts):
             key, batch, _ = self._pool.next()
             self._note_scores(key, batch)
-        return self._in_order(concat([scorer.scores[part] for part in range(len(self._parts))]))
+        scores = [scorer.scores[part] for part in range(len(self._parts))]
+        sizes = [batch_size(part) for part in self._parts]
+        return self._in_order(joined(name, "forward_step", scores, sizes))
 
     def _note_part(self, batch: Batch, reference: Any) -> None:
         self._parts.append(batch)
@@ -257,12 +260,7 @@ class Rollout:
         name, replica, part = key
         scorer = self._scorers[name]
         num_samples = len(self._parts[part]["sample_index"])
-        num_rows = batch_size(batch) if batch else 0
-        if num_rows != num_samples:
-            raise ValueError(
-                f"models.{name}: forward_step() returned {num_rows} rows for {num_samples} samples"
-            )
-        scorer.scores[part] = batch
+        scorer.scores[part] = joined(name, "forward_step", [batch], [num_samples])
         scorer.idle.append(replica)
         self._hand_to(scorer)
 

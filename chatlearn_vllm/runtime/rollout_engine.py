@@ -40,6 +40,7 @@ from chatlearn_vllm.runtime.rollout_checks import (
     with_levels_that_mean_something,
 )
 from chatlearn_vllm.runtime.scatter import train_rows
+from chatlearn_vllm.runtime.scores import required_column
 from chatlearn_vllm.runtime.speculation import SpeculationSwitch
 from chatlearn_vllm.runtime.weight_synchronizer import WeightSynchronizer
 
@@ -346,13 +347,17 @@ class RolloutEngine(BaseEngine):
 
         Returns:
             Of several modules the mean reward of each, before its weight.
+
+        Raises:
+            ValueError: a module returned no `rewards` [B], or such that are not finite.
         """
         metrics = {}
         total: torch.Tensor | float = 0.0
         with self.timers.phase("reward"):
             for module in self.rewards:
                 found = self.forward(module, batch, episode)
-                rewards = found.pop("rewards").float()
+                rewards = required_column(module.name, found, "rewards")
+                del found["rewards"]
                 if len(self.rewards) > 1:
                     metrics[f"rollout/rewards/{module.name}_mean"] = rewards.mean().item()
                 total = total + module.module_args.reward_weight * rewards
@@ -371,6 +376,18 @@ class RolloutEngine(BaseEngine):
     def _scoring_meanwhile(self) -> list[BaseModule]:
         modules = self.scorers_of_all_samples()
         return [module for module in modules if self._memory[module.name].is_resident]
+
+    def add_ref_logprobs(self, reference: BaseModule, batch: Batch, episode: int) -> None:
+        """Add `ref_logprobs` [B, S-1] to the batch.
+
+        Raises:
+            ValueError: the reference returned none, or some that are not finite.
+        """
+        with self.timers.phase("reference"):
+            scores = self.forward(reference, batch, episode)
+        mask = batch["loss_mask"][:, 1:]
+        scores["ref_logprobs"] = required_column(reference.name, scores, "ref_logprobs", mask)
+        batch |= scores
 
     def forward(self, module: BaseModule, batch: Batch, episode: int) -> Batch:
         """What a frozen model's `forward_step` returns for all rows."""

@@ -11,8 +11,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from chatlearn_vllm.data.batch import Batch, batch_size, concat, split
+from chatlearn_vllm.data.batch import Batch, batch_size, split
 from chatlearn_vllm.runtime.errors import RankDiedError, RankError, RankId
+from chatlearn_vllm.runtime.scores import joined
 from chatlearn_vllm.runtime.worker import RankLocation
 
 ROOT_CAUSE_WAIT_S = 2.0
@@ -96,9 +97,14 @@ class WorkerGroup:
 
         Returns:
             What the module returned, for all rows in order.
+
+        Raises:
+            RankError: a rank failed.
+            ValueError: the module returned something else than columns of as many rows.
         """
         parts = split(batch, min(len(self.replicas), batch_size(batch)))
-        return concat(self.call_replicas(method, [(part, iteration) for part in parts]))
+        results = self.call_replicas(method, [(part, iteration) for part in parts])
+        return joined(self.name, method, results, [batch_size(part) for part in parts])
 
     def forward_sharded(self, method: str, batch: Batch, iteration: int) -> Batch:
         """Like `forward`, on a trainable model: rows are spread over its data parallel ranks."""
@@ -106,7 +112,8 @@ class WorkerGroup:
         parts = split(batch, positions[0][1])
         results = self.call_sharded(method, lambda rank, size: parts[rank], iteration)
         of_rank = {rank: result for (rank, _), result in zip(positions, results, strict=True)}
-        return concat([of_rank[rank] for rank in range(len(parts))])
+        results = [of_rank[rank] for rank in range(len(parts))]
+        return joined(self.name, method, results, [batch_size(part) for part in parts])
 
     def call_sharded(
         self, method: str, shard_of: Callable[[int, int], Any], iteration: int

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from chatlearn_vllm.data.batch import batch_size, check_batch, concat, select, split
+from chatlearn_vllm.data.batch import (
+    batch_size,
+    check_batch,
+    check_rollout_shapes,
+    concat,
+    select,
+    split,
+)
 
 SEQ_LENGTH = 8
 
@@ -52,6 +59,38 @@ def test_keys_added_later_are_checked_too():
         check_batch(batch, SEQ_LENGTH)
 
 
+def test_advantages_are_of_responses_or_of_tokens():
+    for shape in ((2,), (2, SEQ_LENGTH - 1)):
+        check_batch(two_samples() | {"advantages": torch.zeros(shape)}, SEQ_LENGTH)
+    with pytest.raises(ValueError, match=r"advantages: .* \[2, 8\], expected .* \[2, 7\]"):
+        check_batch(two_samples() | {"advantages": torch.zeros(2, 8)}, SEQ_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (None, "returned NoneType, expected a dict of columns"),
+        ({"all_tokens": two_samples()["all_tokens"]}, "\n  loss_mask: missing"),
+        (two_samples() | {"str_outputs": ["a"]}, "\n  str_outputs: has 1 rows, expected 2"),
+        (select(two_samples(), [0]), "\n  all_tokens: has 1 rows, expected 2"),
+        (
+            two_samples() | {"logprobs": torch.zeros(2, 8)},
+            r"\n  logprobs: is .* \[2, 8\], exp",
+        ),
+        (two_samples() | {"mine": 3}, "\n  mine: is a int, expected a tensor"),
+    ],
+)
+def test_a_rollout_of_another_shape_is_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        check_rollout_shapes(batch, num_rows=2, seq_length=SEQ_LENGTH)
+
+
+def test_a_rollout_may_have_keys_of_its_own_and_lack_others():
+    batch = two_samples() | {"mine": [1, 2]}
+    del batch["logprobs"], batch["str_prompts"]
+    check_rollout_shapes(batch, num_rows=2, seq_length=SEQ_LENGTH)
+
+
 def test_logprobs_on_the_prompt_are_allowed():
     batch = two_samples()
     batch["logprobs"][:, 0] = -1.5
@@ -80,7 +119,7 @@ def test_every_missing_key_is_listed():
         ("logprobs", torch.zeros(2, 8), r"logprobs: .* \[2, 8\], expected torch.float32 \[2, 7\]"),
         ("logprobs", torch.zeros(2, 7, dtype=torch.float64), r"logprobs: is torch.float64"),
         ("loss_mask", [0, 1], r"loss_mask: is a list"),
-        ("str_outputs", ["only one"], r"str_outputs: has 1 rows, all_tokens has 2"),
+        ("str_outputs", ["only one"], r"str_outputs: has 1 rows, expected 2"),
         ("str_outputs", ["c", None], r"str_outputs\[1\]: is a NoneType, expected a str"),
         ("answer", "c", r"answer: is a str, expected a tensor \[2, ...\] or a list"),
         ("no_padded_query_ids", [[5, 6], [5, 6]], r"no_padded_query_ids\[0\]: is list"),

@@ -229,6 +229,17 @@ def test_a_reward_called_reward_keeps_its_metric_beside_the_sum(tmp_path):
     assert {0.625, 4.0, 2.625} <= set(metrics.values())
 
 
+def test_a_reward_that_is_no_number_ends_the_job_before_training(tmp_path):
+    with pytest.raises(ValueError, match="models.style: .* is NaN or infinite: 1"):
+        reward_metrics_of(tmp_path, {"judge": [0.75, 0.5], "style": [2.0, float("nan")]})
+
+
+def test_a_reference_must_say_something_of_every_token(tmp_path):
+    for wrong in ({"logprobs": REF_LOGPROBS}, {"ref_logprobs": REF_LOGPROBS[:, :1]}):
+        with pytest.raises(ValueError, match=r"models.reference: .* 'ref_logprobs', .* \[2, 2\]"):
+            prepared(tmp_path, "init_kl_coef=0.1", reference_says=wrong, **TWO_ROWS)
+
+
 def test_dynamic_sampling_needs_a_reward_that_can_score_beside_the_policy(tmp_path):
     path = write_job(
         tmp_path, dynamic_sampling=True, colocation=["policy,policy_trainer,reference"]
@@ -278,6 +289,7 @@ TWO_ROWS = {
     "loss_mask": torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]),
 }
 REF_LOGPROBS = torch.tensor([[-2.0, -2.0], [-3.0, -7.0]])
+REF_SAYS = {"ref_logprobs": REF_LOGPROBS}
 
 
 def test_reinforce_whitens_discounted_returns_over_all_tokens(tmp_path):
@@ -289,7 +301,9 @@ def test_reinforce_whitens_discounted_returns_over_all_tokens(tmp_path):
 
 
 def test_reinforce_takes_the_kl_off_the_rewards_and_not_off_the_loss(tmp_path):
-    batch, _ = prepared(tmp_path, *REINFORCE, "init_kl_coef=0.1", with_reference=True, **TWO_ROWS)
+    batch, _ = prepared(
+        tmp_path, *REINFORCE, "init_kl_coef=0.1", reference_says=REF_SAYS, **TWO_ROWS
+    )
 
     # the first token is one nat above the reference: returns 0.5 - 0.1 and 1, and 0
     expected = torch.tensor([[-0.162221, 1.297771], [-1.135550, 0.0]])
@@ -298,7 +312,7 @@ def test_reinforce_takes_the_kl_off_the_rewards_and_not_off_the_loss(tmp_path):
 
 
 def test_other_estimators_leave_the_kl_to_the_loss(tmp_path):
-    batch, _ = prepared(tmp_path, "init_kl_coef=0.1", with_reference=True, **TWO_ROWS)
+    batch, _ = prepared(tmp_path, "init_kl_coef=0.1", reference_says=REF_SAYS, **TWO_ROWS)
     assert torch.equal(batch["ref_logprobs"], REF_LOGPROBS)
 
 
@@ -337,13 +351,13 @@ def samples_scored(calls):
     return [int(sample) for samples in scored for sample in samples.split(",")]
 
 
-def prepared(tmp_path, *trainer_keys, with_reference=False, **batch):
+def prepared(tmp_path, *trainer_keys, reference_says=None, **batch):
     """What `prepare` makes of a batch, of an engine whose trainer has some keys."""
     overrides = [f"models.policy_trainer.model_args.{key}" for key in trainer_keys]
     session.init(str(write_job(tmp_path)), overrides)
-    reference = BaseModule("reference") if with_reference else None
+    reference = BaseModule("reference") if reference_says else None
     engine = EngineWithoutRanks(
         BaseModule("policy"), reference, BaseModule("judge"), BaseModule("policy_trainer")
     )
-    engine.answers = {"reference": {"ref_logprobs": REF_LOGPROBS}}
+    engine.answers = {"reference": reference_says}
     return engine.prepare(batch, episode=1)
