@@ -20,6 +20,7 @@ from chatlearn_vllm.algorithms.kl import kl_penalty
 from chatlearn_vllm.data.batch import Batch, batch_size, concat, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.runtime.algorithm_checks import check_grpo_keys, warn_of_temperatures
 from chatlearn_vllm.runtime.memory import gives_memory_back
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
 
@@ -66,6 +67,8 @@ class GRPOEngine(RolloutEngine):
         super().__init__(
             policy, reward, policy_trainer, scorers=scorers, draft_trainer=draft_trainer
         )
+        check_grpo_keys(policy, policy_trainer)
+        warn_of_temperatures(reference, policy_trainer)
         if self.args.dynamic_sampling:
             self._check_dynamic_sampling()
 

@@ -16,6 +16,7 @@ from chatlearn_vllm.data.batch import Batch, batch_size, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.pairs import check_room_for_pairs
 from chatlearn_vllm.observability.logging import get_logger
+from chatlearn_vllm.runtime.algorithm_checks import check_preference_keys, warn_of_temperatures
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
 from chatlearn_vllm.runtime.scatter import train_rows
 
@@ -65,6 +66,8 @@ class OnlineDPOEngine(RolloutEngine):
         super().__init__(
             policy, reward, policy_trainer, scorers=[reference], draft_trainer=draft_trainer
         )
+        check_preference_keys(policy_trainer, self.args)
+        warn_of_temperatures(reference, policy_trainer)
         self._unit = 2 * policy_trainer.module_args.data_parallel_size
         what = f"2 x data parallel size of models.{policy_trainer.name}"
         if draft_trainer is not None:

@@ -15,6 +15,7 @@ from chatlearn_vllm.algorithms.gae import gae, moments, token_rewards, whiten
 from chatlearn_vllm.algorithms.kl import AdaptiveKL, FixedKL, kl_penalty
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.runtime.algorithm_checks import check_ppo_keys, warn_of_temperatures
 from chatlearn_vllm.runtime.grpo_engine import needed_reference
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
 from chatlearn_vllm.runtime.scores import required_column
@@ -68,6 +69,9 @@ class RLHFEngine(RolloutEngine):
             trained={ppo_value: value},
             draft_trainer=draft_trainer,
         )
+        has_reference = self.reference is not None
+        check_ppo_keys(ppo_policy, self.args, has_reference=has_reference)
+        warn_of_temperatures(self.reference, ppo_policy)
         args = ppo_policy.model_args
         frequency = 1 if value is None else value.module_args.sync_frequency
         if frequency != 1:
@@ -75,7 +79,7 @@ class RLHFEngine(RolloutEngine):
                 f"models.{value.name}: sync_frequency={frequency} must be 1: the values of an "
                 "episode are those of the weights that its training starts from"
             )
-        if args.fix_kl_coef or self.reference is None:
+        if args.fix_kl_coef or not has_reference:
             self.kl: FixedKL | AdaptiveKL = FixedKL(args.init_kl_coef)
         else:
             self.kl = AdaptiveKL(args.init_kl_coef, target=args.target, horizon=args.horizon)

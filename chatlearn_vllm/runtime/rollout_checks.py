@@ -89,7 +89,9 @@ def check_partial_rollouts(policy: BaseModule, trainer: BaseModule, runtime: Run
             f"models.{policy.name}: {sampling} would count anew where a response goes on "
             f"({key}); leave it out, or set runtime.max_rollout_round: 1"
         )
-    if trainer.model_args.tis_imp_ratio_cap is None:
+    # Which of two responses is better does not depend on the weights that sampled them.
+    is_weighed = not isinstance(trainer, PreferenceModule)
+    if is_weighed and trainer.model_args.tis_imp_ratio_cap is None:
         logger.warning(
             "%s trains on tokens of up to %d weight versions ago as if they were new; "
             "models.%s: tis_imp_ratio_cap corrects for that",

@@ -43,6 +43,16 @@ def test_the_demo_colocates_two_rollout_replicas_with_two_trainer_ranks():
     assert job.runtime.colocation_groups() == (("policy", "policy_trainer"),)
 
 
+def test_policy_reference_and_trainer_have_one_temperature(monkeypatch):
+    monkeypatch.setenv("temperature", "0.7")
+    for name in ("grpo_kl", "online_dpo", "rlhf", "vllm_rlhf"):
+        models = load_config(ROOT / f"configs/llama2/{name}.yaml").models
+        of_policies = ("policy", "reference", "policy_trainer", "ppo_policy")
+        assert {
+            models[model].model_args.temperature for model in of_policies if model in models
+        } == {0.7}
+
+
 def test_the_tables_in_the_documentation_are_up_to_date():
     path = ROOT / "docs/configuration.md"
     document = path.read_text(encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Do a trainer's keys fit the algorithm that reads them?
+
+What one model's keys say by themselves is checked when the yaml is read; which algorithm reads
+them, only the engine knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from chatlearn_vllm.config.model_args import AlgorithmArgs
+from chatlearn_vllm.config.schema import RuntimeConfig
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.observability.logging import get_logger
+
+logger = get_logger(__name__)
+
+_OF_GRPO = ("advantage_estimator", "overlong_buffer_len")
+"""Keys of a trainer's file that only GRPOEngine reads, and that ChatLearn's files do not have."""
+
+
+def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
+    """Check the keys of GRPO and its relatives.
+
+    Raises:
+        ValueError: says all that does not fit.
+    """
+    args, of_policy = trainer.model_args, policy.model_args
+    problems = []
+    if of_policy.responses_per_prompt < 2 and args.advantage_estimator != "reinforce++":
+        problems.append(
+            f"models.{policy.name}: num_inference_per_prompt={of_policy.num_inference_per_prompt} "
+            f"gives one response per prompt, whose advantage is always 0: "
+            f"advantage_estimator={args.advantage_estimator} compares several; set "
+            f"num_inference_per_prompt: 2 or more, or models.{trainer.name}: advantage_estimator: "
+            "reinforce++"
+        )
+    if args.ratio_level == "sequence" and args.advantage_estimator == "reinforce++":
+        problems.append(
+            f"models.{trainer.name}: ratio_level=sequence needs one advantage per response, and "
+            "advantage_estimator=reinforce++ gives one per token; change one of the two"
+        )
+    if (args.overlong_buffer_len or 0) > of_policy.max_new_tokens:
+        problems.append(
+            f"models.{trainer.name}: overlong_buffer_len={args.overlong_buffer_len} must be at "
+            f"most max_new_tokens={of_policy.max_new_tokens} of models.{policy.name}"
+        )
+    _raise(problems)
+
+
+def check_ppo_keys(trainer: BaseModule, runtime: RuntimeConfig, *, has_reference: bool) -> None:
+    """Check the keys of PPO.
+
+    Args:
+        trainer: of the policy.
+        runtime: the job's.
+        has_reference: whether there is a KL whose coefficient can adapt.
+
+    Raises:
+        ValueError: says all that does not fit.
+    """
+    args = trainer.model_args
+    problems = list(_of_grpo("RLHFEngine", trainer, runtime))
+    if args.ratio_level == "sequence":
+        problems.append(
+            f"models.{trainer.name}: ratio_level=sequence needs one advantage per response, and "
+            "PPO has one per token; set ratio_level: token"
+        )
+    if has_reference and not args.fix_kl_coef and 5 * args.horizon <= runtime.sample_per_episode:
+        problems.append(
+            f"models.{trainer.name}: horizon={args.horizon} must be more than a fifth of "
+            f"runtime.sample_per_episode={runtime.sample_per_episode}, or the adaptive KL "
+            "coefficient could become 0 in one episode"
+        )
+    _raise(problems)
+
+
+def check_preference_keys(trainer: BaseModule, runtime: RuntimeConfig) -> None:
+    """Check the keys of Online DPO.
+
+    Raises:
+        ValueError: says all that does not fit.
+    """
+    args = trainer.model_args
+    problems = list(_of_grpo("OnlineDPOEngine", trainer, runtime))
+    if args.use_ipo and args.label_smoothing:
+        problems.append(
+            f"models.{trainer.name}: label_smoothing={args.label_smoothing} is of DPO's loss; "
+            "set it to 0 with use_ipo: True"
+        )
+    _raise(problems)
+
+
+def warn_of_temperatures(reference: BaseModule | None, trainer: BaseModule) -> None:
+    """Say so where the KL compares distributions of two temperatures."""
+    if reference is None:
+        return
+    one, other = reference.model_args.temperature, trainer.model_args.temperature
+    if one != other:
+        logger.warning(
+            "models.%s has temperature=%g and models.%s %g: their log-probabilities differ even "
+            "with equal weights, so the KL between them is never 0; set the same",
+            reference.name, one, trainer.name, other,
+        )  # fmt: skip
+
+
+def _of_grpo(engine: str, trainer: BaseModule, runtime: RuntimeConfig) -> Iterable[str]:
+    rule = f"has no effect in {engine}, only in GRPOEngine; leave it out"
+    if runtime.dynamic_sampling:
+        yield f"runtime.dynamic_sampling {rule}"
+    for key in _OF_GRPO:
+        value = trainer.model_args[key]
+        if value != AlgorithmArgs.model_fields[key].default:
+            yield f"models.{trainer.name}: {key}={value} {rule}"
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))

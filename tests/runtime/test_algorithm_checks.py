@@ -1,0 +1,136 @@
+"""Is a key that an algorithm does not read, or cannot follow, told before anything starts?"""
+
+import logging
+
+import pytest
+import yaml
+
+from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.runtime import session
+from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
+from chatlearn_vllm.runtime.online_dpo_engine import OnlineDPOEngine
+from chatlearn_vllm.runtime.rlhf_engine import RLHFEngine
+
+TRAINER = "models.policy_trainer.model_args."
+ONE_RESPONSE = "models.policy.model_args.num_inference_per_prompt=1"
+
+
+@pytest.fixture
+def path(tmp_path):
+    sampling = {"seq_length": 16, "max_new_tokens": 8, "num_inference_per_prompt": 2}
+    trained = {"num_gpu": 1, "trainable": True}
+    models = {
+        "policy": {"num_gpu": 1, "model_args": sampling},
+        "reference": {"num_gpu": 1},
+        "reward": {"num_cpu": 1},
+        "policy_trainer": {**trained, "model_args": {"init_kl_coef": 0.1}},
+        "value": {"num_gpu": 1},
+        "value_trainer": trained,
+    }
+    runtime = {"sample_per_episode": 16, "train_global_batch_size": 8, "output_dir": str(tmp_path)}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"models": models, "runtime": runtime}))
+    return tmp_path / "job.yaml"
+
+
+def grpo(path, *overrides):
+    session.init(str(path), overrides)
+    return GRPOEngine(*map(BaseModule, ("policy", "reference", "reward", "policy_trainer")))
+
+
+def ppo(path, *overrides):
+    session.init(str(path), overrides)
+    names = ("policy", "reference", "reward", "value", "policy_trainer", "value_trainer")
+    return RLHFEngine(*map(BaseModule, names))
+
+
+class PairTrainer(PreferenceModule):
+    def model_provider(self, *args, **kwargs):
+        raise AssertionError("nothing starts")
+
+
+def online_dpo(path, *overrides):
+    session.init(str(path), overrides)
+    frozen = map(BaseModule, ("policy", "reference", "reward"))
+    return OnlineDPOEngine(*frozen, PairTrainer("policy_trainer"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "message"),
+    [
+        (grpo, [ONE_RESPONSE], "models.policy: num_inference_per_prompt=1 gives one response"),
+        (grpo, [ONE_RESPONSE, f"{TRAINER}advantage_estimator=rloo"], "estimator=rloo compares"),
+        (
+            grpo,
+            [f"{TRAINER}advantage_estimator=reinforce++", f"{TRAINER}ratio_level=sequence"],
+            "ratio_level=sequence needs one advantage per response",
+        ),
+        (
+            grpo,
+            ["runtime.max_rollout_round=2", "runtime.dynamic_sampling=True"],
+            "max_rollout_round=2 and runtime.dynamic_sampling: True both decide",
+        ),
+        (
+            grpo,
+            ["runtime.max_rollout_round=2", "models.policy.model_args.repetition_penalty=1.1"],
+            "models.policy: .*'repetition_penalty=1.1'.* would count anew",
+        ),
+        (grpo, [f"{TRAINER}overlong_buffer_len=9"], "len=9 must be at most max_new_tokens=8 of"),
+        (ppo, ["runtime.dynamic_sampling=True"], "dynamic_sampling has no effect in RLHFEngine"),
+        (ppo, [f"{TRAINER}overlong_buffer_len=4"], "overlong_buffer_len=4 has no effect in RLHF"),
+        (ppo, [f"{TRAINER}ratio_level=sequence"], "ratio_level=sequence needs one .* PPO has one"),
+        (
+            ppo,
+            [f"{TRAINER}fix_kl_coef=False", f"{TRAINER}horizon=3"],
+            "horizon=3 must be more than a fifth of runtime.sample_per_episode=16",
+        ),
+        (online_dpo, ["runtime.dynamic_sampling=True"], "no effect in OnlineDPOEngine, only in"),
+        (online_dpo, [f"{TRAINER}advantage_estimator=rloo"], "estimator=rloo has no effect in On"),
+        (
+            online_dpo,
+            [f"{TRAINER}use_ipo=True", f"{TRAINER}label_smoothing=0.1"],
+            "label_smoothing=0.1 is of DPO's loss; set it to 0 with use_ipo: True",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_the_algorithm_are_refused(path, engine, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        engine(path, *overrides)
+
+
+def test_all_of_them_are_told_at_once(path):
+    overrides = [ONE_RESPONSE, f"{TRAINER}overlong_buffer_len=9"]
+
+    with pytest.raises(ValueError, match=r"^models.policy: .*\nmodels.policy_trainer: overlong"):
+        grpo(path, *overrides)
+
+
+def test_keys_that_fit_are_taken(path):
+    grpo(path, ONE_RESPONSE, f"{TRAINER}advantage_estimator=reinforce++")
+    grpo(path, f"{TRAINER}overlong_buffer_len=8", f"{TRAINER}ratio_level=sequence")
+    ppo(path, ONE_RESPONSE, f"{TRAINER}horizon=3")
+    ppo(path, f"{TRAINER}fix_kl_coef=False", f"{TRAINER}horizon=4")
+    online_dpo(path, f"{TRAINER}label_smoothing=0.1")
+
+
+@pytest.mark.parametrize("engine", [grpo, ppo, online_dpo])
+def test_a_reference_of_another_temperature_is_told(path, caplog, engine):
+    caplog.set_level(logging.WARNING)
+    engine(path)
+    assert not caplog.messages
+    engine(path, f"{TRAINER}temperature=0.7")
+    (message,) = [one for one in caplog.messages if "models.reference" in one]
+    assert message.startswith("models.reference has temperature=1 and models.policy_trainer 0.7")
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "is_told"),
+    [(grpo, [], True), (grpo, [f"{TRAINER}tis_imp_ratio_cap=2"], False), (online_dpo, [], False)],
+)
+def test_old_tokens_are_told_where_their_age_can_be_corrected_for(
+    path, caplog, engine, overrides, is_told
+):
+    caplog.set_level(logging.WARNING)
+    engine(path, "runtime.max_rollout_round=3", *overrides)
+    told = [one for one in caplog.messages if "of up to 2 weight versions ago" in one]
+    assert len(told) == is_told
