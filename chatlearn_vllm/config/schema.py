@@ -273,7 +273,7 @@ class DataKeys(Section):
     eval_episode_interval: Count = 0
     """Episodes between two evaluations; 0 = none."""
     enable_eval_before_training: bool = False
-    """Also evaluate before the first episode."""
+    """Also evaluate before the first episode; not where a job goes on from a checkpoint."""
 
 
 class OutputKeys(Section):
@@ -288,7 +288,8 @@ class OutputKeys(Section):
     save_episode_interval: Positive | None = None
     """Episodes between two checkpoints; None = none."""
     enable_resume_training: bool = True
-    """Go on from the newest checkpoint of this experiment, if there is one."""
+    """Go on from the newest checkpoint of this experiment, if there is one; if it is that of the
+    last episode, nothing is started."""
     data_checkpoint_path: str | None = None
     """Directory of the position in the data; None = with the checkpoints."""
     async_save: bool = False

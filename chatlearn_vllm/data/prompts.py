@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,13 +210,9 @@ class PromptSampler:
         Raises:
             ValueError: the saved sampler had other prompts, another seed or another order.
         """
-        own = self.state_dict()
-        for key in ("num_prompts", "seed", "shuffle"):
-            if state[key] != own[key]:
-                raise ValueError(
-                    f"cannot resume the prompt order: {key} was {state[key]} when it was saved "
-                    f"and is {own[key]} now; restore the old value or start a new run"
-                )
+        check_prompt_order(
+            state, num_prompts=self._num_prompts, seed=self._seed, shuffle=self._shuffle
+        )
         self._move_to(epoch=state["epoch"], position=state["position"])
 
     def _move_to(self, *, epoch: int, position: int) -> None:
@@ -225,6 +221,24 @@ class PromptSampler:
         self._order = list(range(self._num_prompts))
         if self._shuffle:
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+def check_prompt_order(state: Mapping[str, Any], **own: Any) -> None:
+    """Check that a saved position is one in the order of prompts of today's job.
+
+    Args:
+        state: of `PromptSampler.state_dict`.
+        own: what is known of today's: `num_prompts`, `seed`, `shuffle`.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for key, value in own.items():
+        if state[key] != value:
+            raise ValueError(
+                f"cannot resume the prompt order: {key} was {state[key]} when it was saved and is "
+                f"{value} now; restore the old value or start a new run"
+            )
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
-from chatlearn_vllm.data.prompts import PromptSampler, load_prompts
+from chatlearn_vllm.data.prompts import PromptSampler, check_prompt_order, load_prompts
 from chatlearn_vllm.job.placement import place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
@@ -98,7 +98,7 @@ class BaseEngine(ABC):
         self.evaluator = evaluator
 
     def learn(self) -> list[dict[str, float]]:
-        """Run the whole job.
+        """Run the whole job; what an earlier run has finished already starts nothing.
 
         Returns:
             The metrics of each episode of this run, with "episode", as in metrics.jsonl.
@@ -106,6 +106,8 @@ class BaseEngine(ABC):
         Raises:
             RankError: a rank failed; every process of the job has ended when it arrives.
         """
+        if self._is_finished():
+            return []
         with self.running():
             return self._run_episodes()
 
@@ -170,8 +172,7 @@ class BaseEngine(ABC):
                 self._state_dir, self.args.load_data_checkpoint_iteration
             )
         if self.resumed_from is not None:
-            directories = [trainer.checkpoint_dir for trainer in self._megatron_trainers()]
-            check_trainers(self._state_dir, self.resumed_from.episode, directories)
+            self._check_resumable(self.resumed_from)
         self.start_models()
         self.sampler = PromptSampler(
             self.count_prompts(records), self.args.seed, self.args.data_shuffle
@@ -180,6 +181,35 @@ class BaseEngine(ABC):
         if self.resumed_from is not None:
             self.sampler.load_state_dict(self.resumed_from.sampler)
             logger.info("resumed after episode %d", self.finished_episodes)
+
+    def _is_finished(self) -> bool:
+        """Whether the checkpoint to go on from is that of the last episode."""
+        episodes = saved_episodes(self._state_dir) if self.args.enable_resume_training else []
+        newest = self.args.load_data_checkpoint_iteration or max(episodes, default=0)
+        if newest not in episodes or newest < self.args.num_episode:
+            return False
+        logger.warning(
+            "%s has the checkpoint of episode %d, and runtime.num_episode=%d: nothing is left to "
+            "do; raise that key to go on, or set another runtime.exp_name to start anew",
+            self._state_dir, newest, self.args.num_episode,
+        )  # fmt: skip
+        return True
+
+    def _check_resumable(self, state: DriverState) -> None:
+        """Check what can be checked of a checkpoint before anything starts.
+
+        Raises:
+            ValueError: it is damaged, or of a job with another order of prompts.
+        """
+        check_prompt_order(state.sampler, seed=self.args.seed, shuffle=self.args.data_shuffle)
+        directories = [trainer.checkpoint_dir for trainer in self._megatron_trainers()]
+        check_trainers(self._state_dir, state.episode, directories)
+        if state.algorithm not in ("", type(self).__name__):
+            logger.warning(
+                "resuming with %s what %s has trained in %s, optimizer states included; another "
+                "runtime.exp_name starts anew",
+                type(self).__name__, state.algorithm, self._state_dir,
+            )  # fmt: skip
 
     def start_models(self) -> None:
         """Start all ranks, build the models in order, hand out the evaluation's prompts.
@@ -327,6 +357,7 @@ class BaseEngine(ABC):
                     deepcopy(self.sampler.state_dict()),
                     deepcopy(self.state_dict()),
                     self.state_batches(),
+                    type(self).__name__,
                 )
 
     def _confirm_checkpoint(self, *, wait: bool = True) -> None:

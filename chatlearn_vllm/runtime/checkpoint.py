@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from chatlearn_vllm.engines.megatron import checkpoint_files
+
+_NAME = re.compile(r"episode_(\d{8,})\.json")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class DriverState:
     """`BaseEngine.state_dict()` after that episode."""
     batches: Any = None
     """`BaseEngine.state_batches()` after that episode: tensors, in a file of their own."""
+    algorithm: str = ""
+    """Name of the engine's class; states of older versions do not say it."""
 
 
 def save_state(directory: Path, state: DriverState, keep: int | None = None) -> None:
@@ -68,7 +73,7 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
         The state; None if `episode` is None and nothing was saved.
 
     Raises:
-        ValueError: `episode` was not saved, or its file is broken.
+        ValueError: `episode` was not saved, or its files are broken.
     """
     episodes = saved_episodes(directory)
     if episode is not None and episode not in episodes:
@@ -85,6 +90,8 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
         state = DriverState(**json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
+    except TypeError as error:  # JSON of something else
+        raise ValueError(f"{path}: is no state of a job ({error}). {remedy}") from None
     if not state.batches:
         return replace(state, batches=None)
     try:
@@ -95,7 +102,8 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
 
 def saved_episodes(directory: Path) -> list[int]:
     """Episodes with a state, oldest first."""
-    return sorted(int(path.stem.removeprefix("episode_")) for path in _paths(directory))
+    found = (_NAME.fullmatch(path.name) for path in directory.glob("episode_*.json"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def remove_states(directory: Path, episodes: Iterable[int]) -> None:
@@ -144,7 +152,3 @@ def _path(directory: Path, episode: int) -> Path:
 
 def _batches_path(path: Path) -> Path:
     return path.with_suffix(".pt")
-
-
-def _paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("episode_*.json"))

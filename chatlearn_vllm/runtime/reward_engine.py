@@ -61,7 +61,8 @@ class RewardEngine(RecordEngine):
 
     def before_episodes(self) -> dict[str, float]:
         """Evaluate before training, if the yaml says so."""
-        return self._evaluate(0) if self.args.enable_eval_before_training else {}
+        is_due = self.args.enable_eval_before_training and self.finished_episodes == 0
+        return self._evaluate(0) if is_due else {}
 
     def run_episode(self, episode: int) -> dict[str, float]:
         """Draw pairs, learn them, save and evaluate if due."""

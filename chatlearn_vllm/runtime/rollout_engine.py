@@ -280,7 +280,7 @@ class RolloutEngine(BaseEngine):
             if trainer is not self.draft_trainer:  # whose weights go with those of the policy
                 self._memory[trainer.name].onload("weights")
                 metrics |= self._leave(trainer, sync=True)
-        if self.args.enable_eval_before_training:
+        if self.args.enable_eval_before_training and self.finished_episodes == 0:
             metrics |= self._evaluate(episode=0)
         return metrics
 

@@ -53,6 +53,17 @@ def test_a_broken_state_is_named_with_what_can_be_loaded_instead(tmp_path):
         load_state(tmp_path)
 
 
+def test_what_is_no_state_is_named_or_not_looked_at(tmp_path):
+    save_state(tmp_path, DriverState(2, 2, {}))
+    (tmp_path / "episode_00000002 (copy).json").write_text("{}")  # a user's
+    assert load_state(tmp_path).episode == 2
+
+    for text in ("[]", "null", '{"episode": 3, "what": 1}'):
+        (tmp_path / "episode_00000003.json").write_text(text)
+        with pytest.raises(ValueError, match="episode_00000003.json: is no state of a job .*: 2"):
+            load_state(tmp_path)
+
+
 def test_a_checkpoint_counts_only_if_the_files_of_all_trainers_are_whole(tmp_path):
     policy, value = tmp_path / "policy", tmp_path / "value"
     for episode in (1, 2, 3):

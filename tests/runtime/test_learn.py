@@ -17,6 +17,7 @@ from tests.helpers.toy_modules import (
     ToyReference,
     ToyReward,
     ToyTrainer,
+    calls_of,
     write_job,
 )
 from tests.runtime.conftest import left_after, rank_processes
@@ -146,6 +147,8 @@ def test_an_interrupted_job_goes_on_as_if_it_had_not_been(existing_cluster, tmp_
         assert tail[0][name] == whole[3][name]
     lines = read_metrics(resumed.run_dir / "metrics.jsonl")
     assert [line["episode"] for line in lines] == [0, 1, 2, 3]
+    calls = calls_of(resumed.run_dir)  # the start is evaluated once: its samples stay
+    assert calls.count("policy generate eval 0") == 2  # before training, and after episode 2
 
 
 def test_fine_tuning_spreads_records_over_the_data_parallel_ranks(existing_cluster, tmp_path):

@@ -1,0 +1,81 @@
+"""What is said of a checkpoint to go on from before anything starts?"""
+
+import logging
+
+import pytest
+
+from chatlearn_vllm.data.prompts import PromptSampler
+from chatlearn_vllm.runtime import base_engine, session
+from chatlearn_vllm.runtime.checkpoint import DriverState, save_state
+from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
+from tests.helpers.toy_modules import PROMPTS, ToyPolicy, ToyReward, ToyTrainer, write_job
+
+
+class StartedError(Exception):
+    pass
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """A job of two episodes with a checkpoint after the second."""
+
+    def start(*_):
+        raise StartedError
+
+    monkeypatch.setattr(base_engine, "Cluster", start)
+    path = write_job(tmp_path)
+    engine = make_engine(path)
+    order = PromptSampler(len(PROMPTS), engine.args.seed).state_dict()
+    state = DriverState(2, 2, order, {"num_samples": 64}, algorithm="GRPOEngine")
+    save_state(engine.run_dir / "checkpoints" / "driver", state)
+    return path
+
+
+class OtherEngine(GRPOEngine):
+    pass
+
+
+def make_engine(path, *overrides, engine_class=GRPOEngine):
+    session.init(str(path), overrides)
+    frozen = ToyPolicy("policy"), None, ToyReward("reward")
+    return engine_class(*frozen, ToyTrainer("policy_trainer")).set_dataset(PROMPTS)
+
+
+def test_a_job_that_is_finished_starts_nothing_and_says_so(path, caplog):
+    assert make_engine(path).learn() == []
+    assert "has the checkpoint of episode 2, and runtime.num_episode=2: nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "runtime.num_episode=3",
+        "runtime.enable_resume_training=False",
+        "runtime.load_data_checkpoint_iteration=1",  # is not there
+    ],
+)
+def test_one_that_is_not_goes_on(path, override):
+    with pytest.raises((StartedError, ValueError)):
+        make_engine(path, override).learn()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runtime.seed=7", "seed was 42 when it was saved and is 7 now"),
+        ("runtime.data_shuffle=False", "shuffle was True when it was saved and is False now"),
+    ],
+)
+def test_another_order_of_prompts_is_refused_before_anything_starts(path, override, message):
+    with pytest.raises(ValueError, match=message):
+        make_engine(path, "runtime.num_episode=3", override).learn()
+
+
+def test_a_checkpoint_of_another_algorithm_is_told(path, caplog):
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(StartedError):
+        make_engine(path, "runtime.num_episode=3").learn()
+    assert "what GRPOEngine has trained" not in caplog.text
+    with pytest.raises(StartedError):
+        make_engine(path, "runtime.num_episode=3", engine_class=OtherEngine).learn()
+    assert "resuming with OtherEngine what GRPOEngine has trained in" in caplog.text
