@@ -44,8 +44,14 @@ def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> li
         Records with the field "prompt" first, in the order of the file.
 
     Raises:
-        ValueError: names file, line number, key and rule of the first ten problems.
+        ValueError: no file is named; or names file, line number, key and rule of the first ten
+            problems.
     """
+    if not path:
+        raise ValueError(
+            f"no file to load prompts from, only {path!r}; set runtime.data_path, and "
+            "runtime.eval_data_path for evaluation"
+        )
     paths = [path] if isinstance(path, str | Path) else path
     records = [record for one in paths for record in _read_file(Path(one))]
     fields = {field: None for record in records for field in record}

@@ -219,6 +219,10 @@ class BaseEngine(ABC):
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
+        names = [module.name for module in self.modules]
+        if idle := [f"models.{name}" for name in self.job.models if name not in names]:
+            engine = type(self).__name__
+            logger.warning("not started, as this %s has no use for it: %s", engine, ", ".join(idle))
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()
         imports = [call for group in self.groups.values() for call in group.start("preload")]

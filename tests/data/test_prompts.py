@@ -85,6 +85,8 @@ def test_all_bad_lines_are_reported_up_to_ten(tmp_path):
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="from, only None; set runtime.data_path, and runtime.ev"):
+        load_prompts(None)
     with pytest.raises(ValueError, match="none.jsonl does not exist"):
         load_prompts(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()

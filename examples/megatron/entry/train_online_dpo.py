@@ -13,6 +13,7 @@ from chatlearn_vllm import Evaluator, OnlineDPOEngine, load_prompts
 from examples.megatron.models.arithmetic_reward import ArithmeticReward
 from examples.megatron.models.online_dpo_trainer import OnlineDPOTrainer
 from examples.megatron.models.policy_reference import PolicyReference
+from examples.megatron.models.reward_inference import RewardInference
 from examples.megatron.models.vllm_policy_inference import VLLMPolicyInference
 
 
@@ -20,7 +21,9 @@ def main() -> None:
     job = chatlearn_vllm.init()
     policy = VLLMPolicyInference("policy")
     reference = PolicyReference("reference")
-    reward = ArithmeticReward("reward")
+    # A model that scores on a device, or a rule on a CPU.
+    reward_class = RewardInference if job.models["reward"].num_gpu else ArithmeticReward
+    reward = reward_class("reward")
     # ChatLearn's own files call it ppo_policy.
     name = "policy_trainer" if "policy_trainer" in job.models else "ppo_policy"
     policy_trainer = OnlineDPOTrainer(name)

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint to go on from before anything starts?"""
+"""What is said of a checkpoint to go on from, and of the models, before anything starts?"""
 
 import logging
 
@@ -69,6 +69,12 @@ def test_one_that_is_not_goes_on(path, override):
 def test_another_order_of_prompts_is_refused_before_anything_starts(path, override, message):
     with pytest.raises(ValueError, match=message):
         make_engine(path, "runtime.num_episode=3", override).learn()
+
+
+def test_models_of_the_yaml_that_are_not_started_are_told(path, caplog):
+    with pytest.raises(StartedError):
+        make_engine(path, "runtime.num_episode=3").learn()
+    assert "not started, as this GRPOEngine has no use for it: models.reference" in caplog.text
 
 
 def test_a_checkpoint_of_another_algorithm_is_told(path, caplog):
