@@ -134,7 +134,8 @@ class OptimizerArgs(Section):
     lr_warmup_iters: Count = 0
     """Optimizer steps over which the learning rate rises from 0."""
     lr_decay_iters: Positive | None = None
-    """Optimizer steps until min_lr is reached; None = all steps of the job."""
+    """Optimizer steps until min_lr is reached; None = all steps of the job, in Online DPO as many
+    as if every prompt gave a pair."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
     clip_grad: NonNegative = 1.0

@@ -30,7 +30,7 @@ from chatlearn_vllm.weight_sync.transport import Export
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-    from chatlearn_vllm.config import ModelArgs
+    from chatlearn_vllm.config import ModelArgs, RuntimeConfig
     from chatlearn_vllm.engines.megatron.engine import LossFn, MegatronEngine, ScoreFn
     from chatlearn_vllm.layouts import Head, ShardedModel
 
@@ -203,8 +203,9 @@ class MegatronModule(BaseModule, ABC):
             iteration: number of the episode.
 
         Returns:
-            Metrics of each optimizer step, the same on all ranks. If the rollout sent `logprobs`,
-            those of algorithms/mismatch.py compare them with this model's before the first step.
+            Metrics of each optimizer step, the same on all ranks; none without rows. If the rollout
+            sent `logprobs`, those of algorithms/mismatch.py compare them with this model's before
+            the first step.
 
         Raises:
             MismatchError: on all ranks, before the first step: that comparison is above a level of
@@ -212,7 +213,7 @@ class MegatronModule(BaseModule, ABC):
         """
         self._check_equal_rows(batch_size(data))
         common: dict[str, float] = {}
-        if "logprobs" in data:
+        if "logprobs" in data and batch_size(data):
             data = {**data, "old_logprobs": self.compute_logprobs(data)}
             common = self._compare_with_rollout(data, iteration)
         return [{**metrics, **common} for metrics in self._train_epochs(data, iteration)]
@@ -410,7 +411,10 @@ class MegatronModule(BaseModule, ABC):
             "pipeline_model_parallel_size": self.module_args.pipeline_model_parallel_size,
         }
         if self.model_args.lr_decay_iters is None:
-            known["lr_decay_iters"] = self._num_steps_of_job()
+            runtime = self.runtime_args.model_copy(
+                update={"train_global_batch_size": self._global_batch_size()}
+            )
+            known["lr_decay_iters"] = num_optimizer_steps(runtime, runtime.sample_per_episode)
         dtype = self.model_args.dtype
         if not torch.cuda.is_available() and dtype not in ("auto", "float32"):
             # As the rollout engine does, so that both sides compute with the same numbers.
@@ -418,16 +422,6 @@ class MegatronModule(BaseModule, ABC):
             if self.rank == 0 and self.replica_id == 0:
                 logger.info("%s: dtype: %s becomes float32 (CPU)", self.name, dtype)
         return self.model_args.model_copy(update=known)
-
-    def _num_steps_of_job(self) -> int:
-        runtime = self.runtime_args
-        num_samples = (
-            runtime.sample_per_episode
-            * num_episodes_kept(episode, runtime.max_relay_episode, runtime.relay_episode_offset)
-            for episode in range(1, runtime.num_episode + 1)
-        )
-        steps = sum(-(-samples // self._global_batch_size()) for samples in num_samples)
-        return runtime.num_training_epoch * steps
 
     def _global_batch_size(self) -> int:
         runtime = self.runtime_args
@@ -512,6 +506,23 @@ class MegatronModule(BaseModule, ABC):
             f"rollout's, {of_trainer:.0f} of the trainer's), first in row {row} of data parallel "
             f"rank {rank}. No optimizer step was made"
         )
+
+
+def num_optimizer_steps(runtime: RuntimeConfig, rows_per_episode: int) -> int:
+    """Updates of a model over the whole job.
+
+    Args:
+        runtime: the job's, with its train_global_batch_size.
+        rows_per_episode: that an episode gives to train on, without those of earlier ones.
+    """
+    num_rows = (
+        rows_per_episode
+        * num_episodes_kept(episode, runtime.max_relay_episode, runtime.relay_episode_offset)
+        for episode in range(1, runtime.num_episode + 1)
+    )
+    return runtime.num_training_epoch * sum(
+        -(-rows // runtime.train_global_batch_size) for rows in num_rows
+    )
 
 
 def _weight_version(data: Batch) -> int | None:

@@ -10,9 +10,12 @@ from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, record
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.modules.reward_module import RewardModule
+from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.flow_steps import call_function, merged, policy_call, run_flow
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
+
+logger = get_logger(__name__)
 
 
 @runtime_checkable
@@ -268,6 +271,10 @@ class Engine(RolloutEngine):
 
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
         """The batch as it is: the flow has made it."""
+        if not batch_size(batch):
+            logger.warning(
+                "episode %d: %s left no rows to train on", episode, self.environment.flow.name
+            )
         return batch, {}
 
     def _score(self, module: BaseModule, batch: Batch, episode: int) -> Batch:

@@ -14,6 +14,7 @@ import torch
 from chatlearn_vllm.algorithms.preference import best_and_worst
 from chatlearn_vllm.data.batch import Batch, batch_size, select
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.megatron_module import num_optimizer_steps
 from chatlearn_vllm.modules.pairs import check_room_for_pairs
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.algorithm_checks import check_preference_keys, warn_of_temperatures
@@ -78,6 +79,30 @@ class OnlineDPOEngine(RolloutEngine):
                 f"runtime.train_global_batch_size={self.args.train_global_batch_size} must be a "
                 f"multiple of {self._unit} = {what}: rows are trained in pairs"
             )
+
+    def check_policy_and_trainer(self) -> None:
+        """See `RolloutEngine`; also lets learning rates follow the steps that pairs make.
+
+        Raises:
+            ValueError: keys do not fit together.
+        """
+        super().check_policy_and_trainer()
+        num_prompts = self.args.sample_per_episode // self.samples_per_prompt
+        # As many as if each prompt gave a pair: how many will, nobody knows.
+        num_steps = num_optimizer_steps(self.args, 2 * num_prompts)
+        models = dict(self.job.models)
+        for trainer in self._targets:
+            args = trainer.model_args
+            if args.lr_decay_iters is not None or args.lr_decay_style == "constant":
+                continue
+            if args.lr_warmup_iters >= num_steps:
+                raise ValueError(
+                    f"models.{trainer.name}: lr_warmup_iters={args.lr_warmup_iters} must be less "
+                    f"than {num_steps}, the most optimizer steps that the pairs of this job make"
+                )
+            args = args.model_copy(update={"lr_decay_iters": num_steps})
+            models[trainer.name] = models[trainer.name].model_copy(update={"model_args": args})
+        self.job = self.job.model_copy(update={"models": models})
 
     def prepare(self, batch: Batch, episode: int) -> tuple[Batch, dict[str, float]]:
         """The rows of all pairs, chosen and rejected in turns, with `ref_logprobs`."""

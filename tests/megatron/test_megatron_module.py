@@ -183,6 +183,12 @@ def test_a_last_step_takes_what_is_left(ranks, llama):
     assert metrics[1]["tokens"] == tiny_models.batch(7)["loss_mask"][4:].sum()
 
 
+def test_no_rows_make_no_step(ranks, llama):
+    ((metrics, next_lr),) = ranks[1].run(train_on_nothing, llama)
+    assert metrics == []
+    assert next_lr == pytest.approx(0.5e-3)  # the first of two steps of the warm-up to 1e-3
+
+
 def test_unequal_shards_are_refused(ranks, llama):
     for message in ranks[2].run(error_of_unequal_shards, llama):
         assert "equally many" in message
@@ -236,6 +242,14 @@ def train(path, rows=8, rollout_error=0.0, weight_version=None, token_versions=N
     with built(Trainer, path, **settings) as module:
         batch = rollout(module, rows, rollout_error, weight_version, token_versions)
         return module.train(batch, iteration=0)
+
+
+def train_on_nothing(path):
+    """What `train` returns of no rows, and the learning rate of the first step after it."""
+    with built(Trainer, path, lr_warmup_iters=2) as module:
+        batch = rollout(module)
+        nothing = {key: value[:0] for key, value in batch.items()}
+        return module.train(nothing, iteration=1), module.train(batch, iteration=2)[0]["lr"]
 
 
 def warnings_of_two_episodes(path):

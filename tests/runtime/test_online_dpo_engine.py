@@ -163,6 +163,23 @@ def test_one_response_per_prompt_makes_no_pair(tmp_path):
         make_engine(write_job(tmp_path), "models.policy.model_args.num_inference_per_prompt=1")
 
 
+def test_learning_rates_fall_over_the_steps_that_pairs_make(tmp_path):
+    keys = "models.policy_trainer.model_args."
+    falling = [f"{keys}lr_decay_style=cosine", f"{keys}lr_warmup_iters=5"]
+
+    def num_steps(*overrides):
+        job = make_engine(write_job(tmp_path), *falling, *overrides).job
+        return job.models["policy_trainer"].model_args.lr_decay_iters
+
+    # 32 responses to 8 prompts make up to 8 pairs, 16 rows, two steps in each of three episodes
+    assert num_steps() == 6
+    assert num_steps("runtime.num_training_epoch=2") == 12
+    assert num_steps("runtime.max_relay_episode=-1") == 2 + 4 + 6
+    assert num_steps(f"{keys}lr_decay_iters=7") == 7
+    with pytest.raises(ValueError, match="lr_warmup_iters=6 must be less than 6, the most"):
+        num_steps(f"{keys}lr_warmup_iters=6")
+
+
 def test_every_rank_must_get_whole_pairs_of_a_step(tmp_path):
     sizes = ["runtime.train_micro_batch_size=1", "runtime.sample_per_episode=24"]
 
