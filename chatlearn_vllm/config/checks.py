@@ -60,6 +60,7 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
             report.require(False, key, rule)
     _check_runtime(job.runtime, report)
     _check_colocation(job, report)
+    _check_saves(job, report)
     check_device_mappings(job, report)
     if check_files:
         _check_files(job, report)
@@ -317,6 +318,21 @@ def _check_colocation(job: JobConfig, report: Reporter) -> None:
             given=[("models", name, "num_gpu")],
         )
         seen.add(name)
+
+
+def _check_saves(job: JobConfig, report: Reporter) -> None:
+    """Each checkpoint of a model that is trained would replace the other's."""
+    owners: dict[Path, str] = {}
+    for model in job.models.values():
+        if not model.trainable or not model.model_args.save:
+            continue
+        owner = owners.setdefault(Path(model.model_args.save).absolute(), model.name)
+        report.require(
+            owner == model.name,
+            ("models", model.name, "model_args", "save"),
+            f"is the directory of models.{owner}, too; give each trainable model one of its own, "
+            "or leave the key out",
+        )
 
 
 def _check_files(job: JobConfig, report: Reporter) -> None:

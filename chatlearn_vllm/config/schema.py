@@ -12,6 +12,7 @@ from chatlearn_vllm.config.section import (
     Limit,
     NonNegative,
     Positive,
+    Probability,
     Section,
     Strings,
 )
@@ -219,9 +220,9 @@ class EpisodeKeys(Section):
     max_rollout_round: Positive = 1
     """Episodes that may work on one response (partial rollouts): with 2 or more an episode ends its
     rollout when enough prompts are answered, and the others go on in the next one; 1 = off."""
-    rollout_over_sampling: NonNegative = 0.5
+    rollout_over_sampling: Probability = 0.5
     """With max_rollout_round > 1: prompts that an episode works on beyond those that it needs, as a
-    fraction of these."""
+    fraction of these; more than the next episode takes would wait too long."""
     seed: int = 42
     """Seed of the order of prompts."""
 

@@ -270,6 +270,12 @@ class RolloutEngine(BaseEngine):
         """Go on from a checkpoint; an older one may lack keys."""
         self._num_samples = state.get("num_samples", self._num_samples)
         self._carried = [Carried.from_state_dict(one) for one in state.get("carried", ())]
+        if self._carried and self.args.max_rollout_round == 1:
+            logger.warning(
+                "%d prompts that the checkpoint has begun are left out: runtime.max_rollout_round "
+                "is 1", len(self._carried),
+            )  # fmt: skip
+            self._carried = []
 
     # ---- the episode ------------------------------------------------------------------------
 

@@ -60,6 +60,15 @@ runtimes: {}
     ]
 
 
+def test_trainers_do_not_save_over_each_other(write):
+    trained = "{num_gpu: 2, trainable: True, model_args: {save: %s}}"
+    path = write("job.yaml", f"models: {{a: {trained % 'out'}, b: {trained % './out/'}}}\n")
+    (line,) = problems_of(path)
+    assert line.startswith("job.yaml: models.b.model_args.save='./out/': is the directory of mod")
+    load_config(path, ["models.b.model_args.save=out/b"])
+    load_config(path, ["models.b.trainable=False"])
+
+
 def test_a_message_has_one_line_per_problem(job):
     with pytest.raises(ConfigError) as caught:
         load_config(job, ["runtime.seeed=1"])
@@ -86,6 +95,7 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
     [
         # types
         ("runtime.num_episode=3.5", "runtime.num_episode=3.5: must be a valid integer"),
+        ("runtime.rollout_over_sampling=2", "rollout_over_sampling=2: must be less than or equal"),
         ("runtime.num_episode=0", "runtime.num_episode=0: must be greater than or equal to 1"),
         ("runtime.data_path=3", "runtime.data_path=3: must be a valid string or must be a valid "
          "list"),
