@@ -189,6 +189,11 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         (*at, "overlap_param_gather"),
         "needs use_distributed_optimizer: True",
     )
+    report.require(
+        not args.overlap_param_gather or args.overlap_grad_reduce,
+        (*at, "overlap_param_gather"),
+        "needs overlap_grad_reduce: True",
+    )
     shape = _hf_config(args.load) | {
         name: args[name] for name in _HF_NAMES if args[name] is not None
     }

@@ -177,6 +177,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy.model_args.quantization=awk", "; did you mean awq?"),
         ("models.policy.model_args.max_model_len=63", "models.policy.model_args.max_model_len=63: "
          "must be at least seq_length=64, prompt and response together"),
+        ("models.policy_trainer.model_args={overlap_param_gather: True, use_distributed_optimizer: "
+         "True}", "overlap_param_gather=True: needs overlap_grad_reduce: True"),
         ("models.policy_trainer.model_args.context_parallel_size=2", "context_parallel_size=2: "
          "must be 1, a sequence is not split over ranks here"),
         ("models.policy.model_args.max_new_tokens=64", "models.policy.model_args.max_new_tokens="
