@@ -199,7 +199,8 @@ class AlgorithmArgs(Section):
     init_kl_coef: NonNegative = 0.0
     """Weight of the KL penalty towards the reference model; 0 = no reference model needed."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL: log ratio, half its square, or the unbiased non-negative one."""
+    """GRPOEngine: estimator of that KL in the loss: log ratio (its gradient is 0 on average), half
+    its square, or the unbiased non-negative one. In rewards (PPO, reinforce++) it is k1."""
     fix_kl_coef: bool = True
     """PPO: keep init_kl_coef; False lets it follow `target`."""
     target: Annotated[float, Field(gt=0)] = 6.0

@@ -20,7 +20,7 @@ _OF_GRPO = ("advantage_estimator", "overlong_buffer_len")
 
 
 def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
-    """Check the keys of GRPO and its relatives.
+    """Check the keys of GRPO and its relatives, and warn of a KL penalty without effect.
 
     Raises:
         ValueError: says all that does not fit.
@@ -46,6 +46,13 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
             f"most max_new_tokens={of_policy.max_new_tokens} of models.{policy.name}"
         )
     _raise(problems)
+    in_loss = args.init_kl_coef > 0 and args.advantage_estimator != "reinforce++"
+    if in_loss and args.kl_estimator == "k1":
+        logger.warning(
+            "models.%s: kl_estimator=k1 in a loss has a gradient of 0 on average, so "
+            "init_kl_coef=%g holds nothing back; k2 and k3 do",
+            trainer.name, args.init_kl_coef,
+        )  # fmt: skip
 
 
 def check_ppo_keys(trainer: BaseModule, runtime: RuntimeConfig, *, has_reference: bool) -> None:

@@ -134,3 +134,13 @@ def test_old_tokens_are_told_where_their_age_can_be_corrected_for(
     engine(path, "runtime.max_rollout_round=3", *overrides)
     told = [one for one in caplog.messages if "of up to 2 weight versions ago" in one]
     assert len(told) == is_told
+
+
+def test_a_kl_penalty_that_holds_nothing_back_is_told(path, caplog):
+    caplog.set_level(logging.WARNING)
+    k1 = f"{TRAINER}kl_estimator=k1"
+    grpo(path, k1, f"{TRAINER}advantage_estimator=reinforce++")
+    grpo(path, f"{TRAINER}kl_estimator=k2")
+    assert not caplog.messages
+    grpo(path, k1)
+    assert "kl_estimator=k1 in a loss has a gradient of 0 on average" in caplog.text
