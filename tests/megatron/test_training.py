@@ -2,11 +2,14 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from chatlearn_vllm.config import ModelArgs
+from chatlearn_vllm.engines.megatron import optimizer
 from tests.megatron import tiny_models
 
 LAYOUTS = {
@@ -53,6 +56,19 @@ def test_loss_curve_does_not_depend_on_the_layout(ranks, llama, one_rank_curve, 
     world_size, settings = LAYOUTS[layout]
     for curve in ranks[world_size].run(loss_curve, llama, **settings):
         assert np.allclose(curve, one_rank_curve, rtol=1e-4), f"{curve}\n{one_rank_curve}"
+
+
+def test_an_overflow_of_fp16_is_left_to_the_loss_scale(monkeypatch):
+    """It starts so high that the first steps overflow; megatron-core's check would end the job."""
+    checks = []
+
+    def wrapped(config, ddp_config, chunk, **_):
+        checks.append(ddp_config.check_for_nan_in_grad)
+
+    monkeypatch.setattr(optimizer, "DistributedDataParallel", wrapped)
+    for fp16 in (True, False):
+        optimizer.wrap_data_parallel(SimpleNamespace(fp16=fp16), ["chunk"], ModelArgs())
+    assert checks == [False, True]
 
 
 def test_tied_embeddings_on_two_stages_train_as_on_one(ranks, tied_qwen):

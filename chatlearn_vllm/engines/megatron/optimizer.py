@@ -27,7 +27,8 @@ def wrap_data_parallel(
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
-        check_for_nan_in_grad=True,
+        # Of fp16 the optimizer looks: infinity lowers the loss scale, and the step is left out.
+        check_for_nan_in_grad=not config.fp16,
     )
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
