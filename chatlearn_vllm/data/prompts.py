@@ -59,6 +59,19 @@ def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> li
     return [{**fields, **record} for record in chosen]
 
 
+def require_records(prompts: Any) -> None:
+    """Check that records were given, not the name of their file.
+
+    Raises:
+        ValueError: it is the name: each of its letters would be a prompt.
+    """
+    if isinstance(prompts, str | Path):
+        raise ValueError(
+            f"set_dataset({str(prompts)!r}) takes prompts; load them first: "
+            f"set_dataset(load_prompts({str(prompts)!r}))"
+        )
+
+
 def _read_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")

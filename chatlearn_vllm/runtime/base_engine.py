@@ -10,7 +10,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
-from chatlearn_vllm.data.prompts import PromptSampler, check_prompt_order, load_prompts
+from chatlearn_vllm.data.prompts import (
+    PromptSampler,
+    check_prompt_order,
+    load_prompts,
+    require_records,
+)
 from chatlearn_vllm.job.placement import place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
@@ -79,7 +84,11 @@ class BaseEngine(ABC):
 
         Returns:
             This engine.
+
+        Raises:
+            ValueError: it is a path.
         """
+        require_records(prompts)
         self._records = prompts
         return self
 

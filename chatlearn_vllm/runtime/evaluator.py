@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from chatlearn_vllm.data.batch import Batch, batch_size
-from chatlearn_vllm.data.prompts import load_prompts
+from chatlearn_vllm.data.prompts import load_prompts, require_records
 from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, Handle, record
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -106,8 +106,9 @@ class Evaluator:
             This evaluator.
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or it is a path.
         """
+        require_records(prompts)
         if not prompts:
             raise ValueError("Evaluator needs at least one prompt")
         self._prompts = prompts

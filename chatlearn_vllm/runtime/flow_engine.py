@@ -125,9 +125,16 @@ class Engine(RolloutEngine):
             evaluator: evaluates as the yaml says when; may call models that no other flow calls.
 
         Raises:
-            FlowError: the flows are of different jobs.
+            FlowError: something else is given, or the flows are of different jobs.
             ValueError: keys of the yaml do not fit together, or not to flows.
         """
+        kinds = (environment, Environment), (trainer, Trainer), (evaluator, Evaluator | None)
+        for given, kind in kinds:
+            if not isinstance(given, kind):
+                raise FlowError(
+                    "Engine(Environment(env_flow), Trainer(trainer_flow), Evaluator(eval_flow)) "
+                    f"takes flows in this form and order, got a {type(given).__name__}"
+                )
         self.environment, self.trainer = environment, trainer
         flows = [environment.flow, trainer.flow] + ([evaluator.flow] if evaluator else [])
         modules = tuple(dict.fromkeys(module for flow in flows for module in flow.modules))

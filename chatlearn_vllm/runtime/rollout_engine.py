@@ -96,6 +96,7 @@ class RolloutEngine(BaseEngine):
         drafts = {} if draft_trainer is None else {draft_trainer: policy}
         others = {**drafts, **(trained or {})}
         self._targets = {**others, policy_trainer: policy}
+        self._check_roles([policy, *self.rewards, *scorers])
         # The policy comes last: vLLM sizes its KV cache by what the others left free.
         super().__init__(policy_trainer, *others, *scorers, *self.rewards, policy)
         self.samples_per_prompt = policy.model_args.responses_per_prompt
@@ -119,6 +120,27 @@ class RolloutEngine(BaseEngine):
         else:
             check_draft_trainer(policy, draft_trainer)
         self.check_policy_and_trainer()
+
+    def _check_roles(self, frozen: Sequence[BaseModule]) -> None:
+        """Check that those are trained, by the yaml, whom this engine trains.
+
+        Raises:
+            ValueError: says who is not, and who is without being trained here.
+        """
+        name = type(self).__name__
+        problems = [
+            f"models.{module.name}: {name} trains it; set trainable: True"
+            for module in self._targets
+            if not module.module_args.trainable
+        ]
+        problems += [
+            f"models.{module.name}: trainable: True, but {name} does not train it; set it to False"
+            for module in frozen
+            if module.module_args.trainable
+        ]
+        if problems:
+            problems.append(f"or give {name} its models in the order of its arguments")
+            raise ValueError("\n".join(problems))
 
     def set_relay_sample_fn(self, function: RelaySampleFn) -> None:
         """Say what is trained on; without it, all samples of the episodes that are kept.

@@ -98,6 +98,23 @@ def test_keys_that_do_not_fit_the_algorithm_are_refused(path, engine, overrides,
         engine(path, *overrides)
 
 
+def test_models_in_the_wrong_order_are_told(path):
+    session.init(str(path))
+    roles = map(BaseModule, ("policy_trainer", "reference", "reward", "policy"))
+    with pytest.raises(ValueError) as error:
+        GRPOEngine(*roles)
+    assert str(error.value).splitlines() == [
+        "models.policy: GRPOEngine trains it; set trainable: True",
+        "models.policy_trainer: trainable: True, but GRPOEngine does not train it; set it to False",
+        "or give GRPOEngine its models in the order of its arguments",
+    ]
+
+
+def test_a_path_is_no_data_set(path):
+    with pytest.raises(ValueError, match=r"set_dataset\(load_prompts\('train.jsonl'\)\)"):
+        grpo(path).set_dataset("train.jsonl")
+
+
 def test_all_of_them_are_told_at_once(path):
     overrides = [ONE_RESPONSE, f"{TRAINER}overlong_buffer_len=9"]
 

@@ -417,6 +417,14 @@ def test_keys_of_other_engines_are_refused(tmp_path, override, message):
     refused(message, lambda: make_engine(actor_critic_modules()), ValueError)
 
 
+def test_an_engine_takes_flows_in_their_classes_and_order(models):
+    env_flow, trainer_flow, eval_flow = actor_critic_flows(models)
+    environment, trainer = Environment(env_flow), Trainer(trainer_flow)
+    refused("in this form and order, got a function", lambda: Engine(env_flow, trainer))
+    refused("in this form and order, got a Trainer", lambda: Engine(trainer, environment))
+    refused("got a function", lambda: Engine(environment, trainer, eval_flow))
+
+
 def test_flows_of_an_engine_are_of_one_job(models, tmp_path):
     env_flow, _, _ = actor_critic_flows(models)
     session.init(str(tmp_path / "job.yaml"))
