@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Carried:
     """Empty if none of them has been begun."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+        """As plain values; lists of tokens are not copied, nobody changes them on the driver."""
+        return {**vars(self), "responses": [dict(vars(begun)) for begun in self.responses]}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Carried:

@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +32,7 @@ from chatlearn_vllm.runtime.checkpoint import (
 )
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
-from chatlearn_vllm.runtime.stop_request import StopRequest
+from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
 logger = get_logger(__name__)
@@ -148,8 +147,12 @@ class BaseEngine(ABC):
         return {}
 
     @abstractmethod
-    def save_all(self, episode: int) -> None:
-        """Save everything that is trained, between two episodes, before the job ends."""
+    def save_all(self, state: DriverState) -> None:
+        """Save everything that is trained before the job ends; other models have ended.
+
+        Args:
+            state: to be given to `save`.
+        """
 
     def model_is_built(self, module: BaseModule) -> None:
         """Called after the ranks of `module` are set up and before those of the next one."""
@@ -164,7 +167,10 @@ class BaseEngine(ABC):
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes down of this kind of training; JSON."""
+        """What a checkpoint notes down of this kind of training; JSON.
+
+        The next episode may have begun when it is written: it does not change afterwards.
+        """
         return {}
 
     def state_batches(self) -> Any:
@@ -315,14 +321,19 @@ class BaseEngine(ABC):
                 progress.update(0, before)
                 history.append({"episode": 0, **before})
             for episode in range(done + 1, total + 1):
-                metrics = self._run_timed_episode(episode)
+                before_it = self._driver_state(episode - 1)
+                try:
+                    metrics = self._run_timed_episode(episode)
+                except AbandonedError:
+                    self._end_early(before_it)
+                    break
                 writer.write(episode, metrics)
                 self._confirm_checkpoint(wait=False)
                 history.append({"episode": episode, **metrics})
                 if episode % self.args.log_interval == 0 or episode == total:
                     progress.update(episode, metrics)
                 if self._stop.is_made:
-                    self._end_early(episode)
+                    self._end_early(self._driver_state(episode))
                     break
             self._confirm_checkpoint()
         return history
@@ -354,8 +365,22 @@ class BaseEngine(ABC):
         if interval is not None and (episode % interval == 0 or episode == self.args.num_episode):
             self.save(trainer, episode, is_last=is_last)
 
-    def save(self, trainer: WorkerGroup, episode: int, *, is_last: bool = True) -> None:
-        """Save a trainer now; see `save_if_due`."""
+    def save(
+        self,
+        trainer: WorkerGroup,
+        episode: int,
+        *,
+        is_last: bool = True,
+        state: DriverState | None = None,
+    ) -> None:
+        """Save a trainer now; see `save_if_due`.
+
+        Args:
+            trainer: one of the models that are trained.
+            episode: number of the episode.
+            is_last: see `save_if_due`.
+            state: of the driver after that episode; None: as it is now.
+        """
         with self.timers.phase("save"):
             if self._unconfirmed is not None:
                 self._confirm_checkpoint()
@@ -363,15 +388,18 @@ class BaseEngine(ABC):
             remove_states(self._state_dir, [episode])
             trainer.call("save_checkpoint", episode)
             if is_last:
-                # A copy: the next episode may have begun when it is written.
-                self._unconfirmed = DriverState(
-                    episode,
-                    self.weight_version,
-                    deepcopy(self.sampler.state_dict()),
-                    deepcopy(self.state_dict()),
-                    self.state_batches(),
-                    type(self).__name__,
-                )
+                self._unconfirmed = state or self._driver_state(episode)
+
+    def _driver_state(self, episode: int) -> DriverState:
+        """What a checkpoint of an episode notes down, as it is now."""
+        return DriverState(
+            episode,
+            self.weight_version,
+            self.sampler.state_dict(),
+            self.state_dict(),
+            self.state_batches(),
+            type(self).__name__,
+        )
 
     def _confirm_checkpoint(self, *, wait: bool = True) -> None:
         """Say that the checkpoint of a finished episode is complete; remove what it replaces.
@@ -425,17 +453,30 @@ class BaseEngine(ABC):
             if module.module_args.trainable and isinstance(module, MegatronModule)
         ]
 
+    def _end_frozen_models(self) -> None:
+        """What they still work on is not needed, and their device memory is."""
+        frozen = [module.name for module in self.modules if not module.module_args.trainable]
+        self._cluster.end(frozen)
+        self.groups = {name: group for name, group in self.groups.items() if name not in frozen}
+
     def _can_go_on(self) -> bool:
         return self._cluster is not None and self._cluster.outlives_signal()
 
-    def _end_early(self, episode: int) -> None:
-        """Save, unless that has been done, or nothing is to be saved."""
+    def _end_early(self, state: DriverState) -> None:
+        """Save, unless that has been done, or nothing is to be saved.
+
+        Args:
+            state: of the last episode that is finished.
+        """
+        episode = state.episode
         self._confirm_checkpoint()
-        if self.args.save_episode_interval is not None and self._saved_episode != episode:
-            self.save_all(episode)
+        is_saved = episode in (self._saved_episode, self.finished_episodes)
+        if self.args.save_episode_interval is not None and not is_saved:
+            self._end_frozen_models()
+            self.save_all(state)
             self._confirm_checkpoint()
+        saved = self._saved_episode or self.finished_episodes
         logger.warning(
             "ended by SIGTERM after episode %d of %d%s", episode, self.args.num_episode,
-            "" if self._saved_episode is None
-            else f"; enable_resume_training: True goes on after episode {self._saved_episode}",
+            f"; enable_resume_training: True goes on after episode {saved}" if saved else "",
         )  # fmt: skip

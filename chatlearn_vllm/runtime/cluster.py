@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Cluster:
         self._started_ray = False
         self._ray_processes: list[int] = []
         """Of a Ray that was started here."""
+        self._ended_queues: set[Path] = set()
+        """`_queues` of ranks that `end` has ended."""
         self._previous_handler: Any = None
         """Of SIGTERM, if `start` set its own."""
 
@@ -128,7 +130,7 @@ class Cluster:
                 a Ray that this job started.
         """
         with _uninterrupted():
-            queues = self._queues()
+            queues = self._queues() | self._ended_queues
             if ray.is_initialized() and not self._started_ray:
                 self._remove_ranks()
             if self._connected_here:
@@ -145,6 +147,23 @@ class Cluster:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
             self._previous_handler = None
+
+    def end(self, names: Collection[str]) -> None:
+        """End the ranks of some models, whatever they work on, and wait for their memory.
+
+        Ranks of other hosts are not waited for.
+        """
+        ending = [rank for rank in self._ranks if rank.id.module in names]
+        self._ended_queues |= self._queues()
+        for rank in ending:
+            ray.kill(rank.actor)
+        deadline = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
+        for rank in self._ranks_here():
+            while rank in ending and _is_running(rank.location.pid):
+                if time.monotonic() > deadline:
+                    os.kill(rank.location.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.05)
 
     def outlives_signal(self) -> bool:
         """Whether Ray goes on running after this process has got a signal.

@@ -14,6 +14,7 @@ from chatlearn_vllm.modules.vllm_module import VLLMModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.observability.metrics import MetricWriter
 from chatlearn_vllm.runtime.base_engine import BaseEngine
+from chatlearn_vllm.runtime.checkpoint import DriverState
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.memory import ScorerMemory
 
@@ -125,7 +126,7 @@ class EvalEngine(BaseEngine):
         """Evaluate, while the models run."""
         return self.evaluator.evaluate(self.groups, episode, self.run_dir, self.in_memory)
 
-    def save_all(self, episode: int) -> None:
+    def save_all(self, state: DriverState) -> None:
         """Nothing is trained, so nothing is saved."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from chatlearn_vllm.data.balance import balanced
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.base_engine import BaseEngine
+from chatlearn_vllm.runtime.checkpoint import DriverState
 from chatlearn_vllm.runtime.episode_metrics import train_metrics
 from chatlearn_vllm.runtime.scatter import train_rows
 
@@ -58,9 +59,9 @@ class RecordEngine(BaseEngine):
         self.save_if_due(group, episode)
         return train_metrics(stats)
 
-    def save_all(self, episode: int) -> None:
+    def save_all(self, state: DriverState) -> None:
         """Save the model that is trained."""
-        self.save(self.groups[self.trainer.name], episode)
+        self.save(self.groups[self.trainer.name], state.episode, state=state)
 
 
 def num_characters(record: Any) -> int:

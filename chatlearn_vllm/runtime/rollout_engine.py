@@ -18,6 +18,7 @@ from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.receives_weights import DRAFT, MODEL
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.base_engine import BaseEngine
+from chatlearn_vllm.runtime.checkpoint import DriverState
 from chatlearn_vllm.runtime.draft_training import check_draft_trainer, check_draft_without_trainer
 from chatlearn_vllm.runtime.episode_metrics import (
     reward_metrics,
@@ -314,8 +315,9 @@ class RolloutEngine(BaseEngine):
 
     def run_episode(self, episode: int) -> dict[str, float]:
         """Prompts, rollouts, rewards, training, weight sync, evaluation."""
-        batch, metrics = self.collect(episode)
-        batch, prepared = self.prepare(batch, episode)
+        with self._stop.abandons():
+            batch, metrics = self.collect(episode)
+            batch, prepared = self.prepare(batch, episode)
         metrics |= prepared
         batch = self._relay_sample_fn(self._relay.add(episode, batch))
         for trainer, target in self._targets.items():
@@ -326,13 +328,12 @@ class RolloutEngine(BaseEngine):
             metrics |= self._evaluate(episode)
         return metrics
 
-    def save_all(self, episode: int) -> None:
-        """Save all trainers; the policy makes room and does not come back."""
-        self._memory[self.policy.name].offload()
+    def save_all(self, state: DriverState) -> None:
+        """Save all trainers, one after the other in memory."""
         for trainer in self._targets:
             self._memory[trainer.name].onload()
             is_last = trainer is self.policy_trainer
-            self.save(self.groups[trainer.name], episode, is_last=is_last)
+            self.save(self.groups[trainer.name], state.episode, is_last=is_last, state=state)
             self._memory[trainer.name].offload()
 
     def roll_out(self, episode: int) -> Batch:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from chatlearn_vllm.observability.logging import get_logger
 
 logger = get_logger(__name__)
+
+
+class AbandonedError(BaseException):
+    """SIGTERM came while a job did what can be done again: see `StopRequest.abandons`."""
 
 
 class StopRequest:
@@ -22,7 +27,9 @@ class StopRequest:
     Example:
         with StopRequest() as stop:
             while not stop.is_made:
-                work()
+                with stop.abandons():
+                    data = prepare()
+                learn(data)
     """
 
     def __init__(self, can_go_on: Callable[[], bool] = lambda: True) -> None:
@@ -35,7 +42,27 @@ class StopRequest:
         self.is_made = False
         """Whether SIGTERM has come."""
         self._can_go_on = can_go_on
+        self._abandons = False
         self._before: Any = None
+
+    @contextmanager
+    def abandons(self) -> Iterator[None]:
+        """Within the block, which changes nothing that lasts, SIGTERM does not wait for its end.
+
+        Raises:
+            AbandonedError: SIGTERM has come, now or before.
+        """
+        self._abandons = True
+        try:
+            if self.is_made:
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            if not self.is_made:
+                raise
+            raise AbandonedError from None
+        finally:
+            self._abandons = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -60,4 +87,7 @@ class StopRequest:
                 "Send it to the driver's process alone (timeout --foreground; kill PID)"
             )
             raise SystemExit(128 + number)
-        logger.warning("SIGTERM: the job saves and ends as soon as this step is over")
+        if self._abandons:
+            logger.warning("SIGTERM: the job leaves this episode, saves the last one and ends")
+            raise KeyboardInterrupt  # while it waits, Ray lets no exception of ours through
+        logger.warning("SIGTERM: the job saves and ends as soon as this episode is over")
