@@ -6,6 +6,7 @@ GRPO, Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE++: docs/algorithms/grpo.md says whic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
@@ -79,9 +80,10 @@ class GRPOEngine(RolloutEngine):
         wanted = self.args.sample_per_episode
         kept: list[Batch] = []
         left_out: list[Batch] = []
+        of_rewards: list[dict[str, float]] = []
         for _ in range(self.args.max_num_gen_batches):
             batch = self.roll_out(episode)
-            metrics = self.add_rewards(batch, episode)
+            of_rewards.append(self.add_rewards(batch, episode))
             values = torch.as_tensor(batch.get("accuracy", batch["rewards"])).float()
             is_informative = informative_groups(values, batch["prompt_index"])
             kept.append(select(batch, is_informative.nonzero().flatten()))
@@ -98,7 +100,9 @@ class GRPOEngine(RolloutEngine):
                 episode, num_kept, wanted, len(kept),
             )  # fmt: skip
         everything = concat([*kept, *left_out])
-        metrics |= {
+        metrics = {
+            # All rollouts of an episode are equally large.
+            **{name: fmean(one[name] for one in of_rewards) for name in of_rewards[0]},
             **self.sample_metrics(everything),
             "rollout/num_gen_batches": len(kept),
             "rollout/informative_fraction": num_kept / batch_size(everything),

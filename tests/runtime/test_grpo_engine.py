@@ -119,6 +119,7 @@ def test_prompts_are_drawn_until_enough_groups_have_right_and_wrong_answers(dyna
     assert rows["sample_index"].tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
     assert metrics["rollout/num_gen_batches"] == 2
     assert metrics["rollout/informative_fraction"] == 10 / 16
+    assert metrics["rollout/rewards/style_mean"] == 150 / 16  # of all samples, 0 to 15
 
 
 def test_after_the_last_rollout_an_episode_is_filled_up_with_a_warning(dynamic_job):
