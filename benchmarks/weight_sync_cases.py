@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from chatlearn_vllm.bench.workload import make_model
 from chatlearn_vllm.config import JobConfig, load_config
 
 _LLAMA_8B = {
@@ -21,7 +22,7 @@ _QWEN3_30B_A3B = {
     "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
 }  # fmt: skip
 _TINY = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
 _TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -80,7 +81,7 @@ CASES = {
 
 
 def make_job(case: Case, size: str, directory: Path) -> JobConfig:
-    """Write config.json and the job's yaml, and read them as a job does.
+    """Write config.json, a tokenizer and the job's yaml, and read them as a job does.
 
     Args:
         case: what to spread how.
@@ -88,7 +89,7 @@ def make_job(case: Case, size: str, directory: Path) -> JobConfig:
         directory: existing and empty.
     """
     config = SIZES[size][case.model_type]
-    _write_config_json(case.model_type, config, directory)
+    _make_model(case.model_type, config, directory)
     common = {"load": str(directory), "dtype": "bfloat16", "seq_length": 256, "max_new_tokens": 128}
     names = {
         "tp": "tensor_model_parallel_size",
@@ -98,7 +99,6 @@ def make_job(case: Case, size: str, directory: Path) -> JobConfig:
     trainer = {names[name]: value for name, value in case.trainer.items()}
     engine = {
         "tensor_model_parallel_size": case.rollout_tp, "max_num_seqs": 8, "enforce_eager": True,
-        "skip_tokenizer_init": True,
     }  # fmt: skip
     if size == "real":
         engine |= {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 2**30}
@@ -121,7 +121,8 @@ def make_job(case: Case, size: str, directory: Path) -> JobConfig:
     return load_config(path)
 
 
-def _write_config_json(model_type: str, sizes: dict[str, int], directory: Path) -> None:
+def _make_model(model_type: str, sizes: dict[str, int], directory: Path) -> None:
+    """Write config.json and a tokenizer."""
     from transformers import LlamaConfig, Qwen3MoeConfig
 
     common: dict[str, Any] = {
@@ -133,4 +134,6 @@ def _write_config_json(model_type: str, sizes: dict[str, int], directory: Path) 
     else:
         config = Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], **common, **sizes)
     config.save_pretrained(directory)
-    assert json.loads((directory / "config.json").read_text())["model_type"] == model_type
+    written = json.loads((directory / "config.json").read_text())
+    assert written["model_type"] == model_type
+    make_model(written, directory)
