@@ -356,4 +356,6 @@ def threads_after_training(path, **settings):
 @pytest.mark.parametrize("settings", [{"ep": 2}, {"lora_r": 2, "target_modules": ["linear_qkv"]}])
 def test_a_shut_down_engine_leaves_no_polling_threads(ranks, models, settings):
     first = ranks[2].run(threads_after_training, models["mixtral"], **settings)
-    assert ranks[2].run(threads_after_training, models["mixtral"], **settings) == first
+    second = ranks[2].run(threads_after_training, models["mixtral"], **settings)
+    # A process group that is left has two at least; PyTorch may start one of its own late.
+    assert all(now - before < 2 for before, now in zip(first, second, strict=True))
