@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from chatlearn_vllm.engines.live_model import LiveModel
     from chatlearn_vllm.engines.speculation import SpeculationStats
     from chatlearn_vllm.engines.vllm_executor import Step
-    from chatlearn_vllm.layouts import ModelShape
     from chatlearn_vllm.modules.policy_weights import PolicyWeights
 
 logger = get_logger(__name__)
@@ -274,91 +272,10 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def _build_engine(self) -> GenerationEngine:
         if self._engine is None:
-            from chatlearn_vllm.engines.vllm_arguments import sampling_arguments
-            from chatlearn_vllm.layouts import ModelShape
+            from chatlearn_vllm.modules.policy_engine import make_engine
 
-            sampling_arguments(self.model_args, is_eval=False)
-            model_dir = Path(self.model_args.load or self._tokenizer_dir())
-            shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
-            make = {
-                "vllm": self._vllm_engine,
-                "transformers": self._transformers_engine,
-                "server": self._server_engine,
-            }
-            self._engine = make[self.model_args.inference_engine](model_dir, shape)
+            self._engine = make_engine(self, Path(self.model_args.load or self._tokenizer_dir()))
         return self._engine
-
-    def _vllm_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
-        import torch
-
-        from chatlearn_vllm.config.engine_support import cpu_problem
-        from chatlearn_vllm.engines.vllm_arguments import engine_arguments
-        from chatlearn_vllm.engines.vllm_engine import VLLMEngine
-
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu and (problem := cpu_problem(self.module_args, self.runtime_args)):
-            raise ValueError(problem)
-        arguments, notices = engine_arguments(
-            self.model_args,
-            model_dir,
-            shape,
-            seed=self.model_args.seed + self.replica_id,
-            on_gpu=on_gpu,
-        )
-        if self.rank == 0 and self.replica_id == 0:
-            for notice in notices:
-                logger.info("%s: %s", self.name, notice)
-        own = self.model_args.seed_per_response
-        own = not on_gpu if own is None else own
-        engine = VLLMEngine(arguments, shape, owner=self, seed_per_response=own)
-        drafting = engine.speculation
-        if drafting is not None and not drafting.can_stop and self.rank == self.replica_id == 0:
-            logger.info(
-                "%s: no effect of speculative_min_gain: this model runner of vLLM goes on making "
-                "drafts that nobody asks for; VLLM_USE_V2_MODEL_RUNNER=0 chooses the other one",
-                self.name,
-            )
-        return engine
-
-    def _transformers_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
-        import torch
-
-        from chatlearn_vllm.engines.hf_engine import HFEngine
-        from chatlearn_vllm.engines.vllm_arguments import resolve_dtype
-
-        args = self.model_args
-        return HFEngine(
-            model_dir,
-            shape,
-            self.tokenizer.tokenizer,
-            self,
-            dtype=resolve_dtype(args, on_gpu=torch.cuda.is_available()),
-            max_num_seqs=args.max_num_seqs,
-            max_model_len=args.seq_length,
-            load_format=args.load_format,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.engine_args.get("trust_remote_code", False),
-            seed=args.seed + self.replica_id,
-        )
-
-    def _server_engine(self, model_dir: Path, shape: ModelShape) -> GenerationEngine:
-        from chatlearn_vllm.engines.server_start import make_server_engine
-
-        def tokenize(text: str) -> list[int]:
-            return self.tokenizer.tokenizer.encode(text, add_special_tokens=False)
-
-        return make_server_engine(
-            self.model_args,
-            name=self.name,
-            replica=self.replica_id,
-            rank=self.rank,
-            seed=self.model_args.seed + self.replica_id,
-            log_dir=self.runtime_args.run_dir / "vllm_server",
-            model_dir=model_dir,
-            shape=shape,
-            tokenize=tokenize,
-            owner=self,
-        )
 
     def _tokenizer_dir(self) -> str:
         directory = self.model_args.tokenizer or self.model_args.load
