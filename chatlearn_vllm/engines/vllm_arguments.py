@@ -102,10 +102,13 @@ def engine_arguments(
 def _cuda_graphs(args: ModelArgs) -> dict[str, Any]:
     """Have CUDA graphs for steps in which all of many sequences are decoded.
 
-    Without one a step of an 8 B model launches some 400 kernels from Python.
+    Without one a step of an 8 B model launches some 400 kernels from Python. An engine that drafts
+    has sizes of vLLM's own choice, which it makes only if no other is named.
     """
     of_user = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
-    if args.enforce_eager or args.max_num_seqs <= 512 or args.engine_args.keys() & set(of_user):
+    if args.enforce_eager or args.speculative_config or args.engine_args.keys() & set(of_user):
+        return {}
+    if args.max_num_seqs <= 512:
         return {}
     largest = math.ceil(args.max_num_seqs / CAPTURE_STEP) * CAPTURE_STEP
     return {"max_cudagraph_capture_size": min(largest, MOST_CAPTURED_TOKENS)}

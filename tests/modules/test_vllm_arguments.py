@@ -9,6 +9,8 @@ from chatlearn_vllm.layouts import ModelShape
 from tests.helpers.engines import policy_job
 from tests.helpers.tiny_llama import save_tiny_llama
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
@@ -31,6 +33,7 @@ def arguments(model_dir, job_dir, on_gpu, **model_args):
         ({"max_num_seqs": 1024}, 1024),
         ({"max_num_seqs": 4096}, 1024),
         ({"max_num_seqs": 1024, "enforce_eager": True}, None),
+        ({"max_num_seqs": 1024, "speculative_config": NGRAM}, None),
         ({"max_num_seqs": 1024, "max_cudagraph_capture_size": 256}, 256),
         ({"max_num_seqs": 1024, "cudagraph_capture_sizes": [1, 2]}, None),
         ({"max_num_seqs": 1024, "compilation_config": {"level": 0}}, None),
