@@ -242,8 +242,8 @@ class Cluster:
         self, placement: RankPlacement, bundle_order: Sequence[int], has_gpu: bool
     ) -> RankHandle:
         on_gpu = has_gpu and placement.bundle is not None
-        of_role = self._modules[placement.model].gpu_environment if on_gpu else {}
-        environment = process_environment(on_gpu, _python_path(), self._job_id) | of_role
+        of_role = self._modules[placement.model].gpu_environment
+        environment = process_environment(on_gpu, _python_path(), self._job_id, of_role)
         options = {"runtime_env": {"env_vars": environment}}
         if placement.bundle is None:
             options["num_cpus"] = placement.num_cpu

@@ -68,6 +68,7 @@ class OnlineDPOEngine(RolloutEngine):
             policy, reward, policy_trainer, scorers=[reference], draft_trainer=draft_trainer
         )
         check_preference_keys(policy_trainer, self.args)
+        self._count_steps_by_pairs()
         warn_of_temperatures(reference, policy_trainer)
         self._unit = 2 * policy_trainer.module_args.data_parallel_size
         what = f"2 x data parallel size of models.{policy_trainer.name}"
@@ -80,13 +81,12 @@ class OnlineDPOEngine(RolloutEngine):
                 f"multiple of {self._unit} = {what}: rows are trained in pairs"
             )
 
-    def check_policy_and_trainer(self) -> None:
-        """See `RolloutEngine`; also lets learning rates follow the steps that pairs make.
+    def _count_steps_by_pairs(self) -> None:
+        """Have learning rates fall over the steps that pairs make, instead of all responses.
 
         Raises:
-            ValueError: keys do not fit together.
+            ValueError: a warm-up is longer than that.
         """
-        super().check_policy_and_trainer()
         num_prompts = self.args.sample_per_episode // self.samples_per_prompt
         # As many as if each prompt gave a pair: how many will, nobody knows.
         num_steps = num_optimizer_steps(self.args, 2 * num_prompts)

@@ -7,6 +7,7 @@ import random
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,9 @@ class Worker:
         return RankError(self._rank, failure, details)
 
 
-def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[str, str]:
+def process_environment(
+    has_gpu: bool, python_path: str, job_id: str, gpu_environment: Mapping[str, str]
+) -> dict[str, str]:
     """Variables that a rank's process starts with: libraries read them while being loaded.
 
     Args:
@@ -136,6 +139,7 @@ def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[st
         python_path: the driver's, so that the user's classes can be imported.
         job_id: part of the name of everything a rank makes in shared memory, so that it can be
             removed after a crash.
+        gpu_environment: what the role's libraries need where there is a GPU.
     """
     environment = {
         **UPSTREAM_ENV,
@@ -151,6 +155,7 @@ def process_environment(has_gpu: bool, python_path: str, job_id: str) -> dict[st
     if has_gpu:
         # Every rank sees every GPU of its host: the weight sync reads peers' memory.
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+        environment |= gpu_environment
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # ours stays as it is

@@ -5,8 +5,10 @@ import pytest
 from chatlearn_vllm.config import load_config
 from chatlearn_vllm.runtime.cluster import check_servers_on_one_host, existing_cluster
 from chatlearn_vllm.runtime.errors import RankId
-from chatlearn_vllm.runtime.worker import RankLocation
+from chatlearn_vllm.runtime.worker import RankLocation, process_environment
 from chatlearn_vllm.runtime.worker_group import RankHandle
+from examples.megatron.models.policy_trainer import PolicyTrainer
+from examples.megatron.models.vllm_policy_inference import VLLMPolicyInference
 
 
 @pytest.fixture
@@ -40,6 +42,14 @@ def test_the_user_can_ask_for_a_cluster_or_for_none(noted_cluster, monkeypatch):
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert not existing_cluster()
+
+
+def test_only_ranks_of_megatron_core_put_all_work_for_their_gpu_in_one_line():
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    of_trainer, of_policy = PolicyTrainer.gpu_environment, VLLMPolicyInference.gpu_environment
+    assert process_environment(True, "", "job", of_trainer)[name] == "1"
+    assert name not in process_environment(True, "", "job", of_policy)
+    assert name not in process_environment(False, "", "job", of_trainer)
 
 
 def test_a_server_that_the_job_starts_has_its_devices_on_one_host(tmp_path):
