@@ -248,7 +248,7 @@ class TrainingKeys(Section):
     """Levels above which it ends."""
     validate_param_sync: bool = True
     """Compare digests of every weight, as sent and as it arrived, in every weight sync."""
-    validate_param_sync_stride: Positive = 16
+    validate_param_sync_stride: Positive = 32
     """Of every weight digest one of so many parts of 64 KiB, another one in each sync; 1 = every
     byte in every sync. The first sync of a job takes every byte whatever this says."""
 

@@ -74,7 +74,7 @@ def _check(rows: Sequence[tuple[Any, Any]], stops: np.ndarray, seq_length: int) 
 
 def _flat(parts: Iterator[Sequence[Any]], dtype: type) -> np.ndarray:
     """The elements of all parts, one after the other."""
-    return np.array(list(chain.from_iterable(parts)), dtype=dtype)
+    return np.fromiter(chain.from_iterable(parts), dtype=dtype)
 
 
 def _sampled(entries: Sequence[dict[int, Any]], tokens: Sequence[int]) -> Sequence[float]:

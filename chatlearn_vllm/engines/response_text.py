@@ -2,16 +2,25 @@
 
 vLLM makes text token by token, and with log-probabilities of every sampled token, too: some 40 us a
 token of the one thread that also schedules, more than the GPU needs for it in a small model. Here a
-finished response is decoded in one go.
+finished prompt's responses are decoded in one go.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain
 from typing import Any
+
+Decode = Callable[[list[list[int]]], list[str]]
+"""Makes texts of lists of token ids."""
 
 _CONTEXT = 8
 """Tokens of the prompt that are decoded with a response: the first characters of a response may
 depend on what comes before (a space at the beginning of a text is dropped)."""
+
+_MOST_THREADS = 8
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -39,25 +48,64 @@ def without_text(sampling: dict[str, Any]) -> tuple[dict[str, Any], TextKeys | N
     return sampling | {"flat_logprobs": True, "detokenize": False}, keys
 
 
-def response_text(
-    decode: Callable[[list[int]], str], prompt_token_ids: Sequence[int], token_ids: Sequence[int]
-) -> str:
-    """The text that a response adds to its prompt's.
+def decoder_of(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
+    """What makes texts of lists of token ids as `tokenizer.decode` does, where possible faster.
+
+    transformers looks at every token in Python before it calls the `tokenizers` library, which
+    takes as long as that does; where it would add nothing, that library is called at once.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    # vLLM's own classes in front of a tokenizer's lend it to one thread at a time, and cache.
+    kind = next(k for k in type(tokenizer).__mro__ if not k.__module__.startswith("vllm."))
+    is_plain = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerFast.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and not tokenizer.clean_up_tokenization_spaces
+    )
+    if is_plain:
+        decode_batch = tokenizer.backend_tokenizer.decode_batch
+        return partial(_in_threads, partial(decode_batch, skip_special_tokens=skip_special_tokens))
+    return lambda lists: [
+        tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in lists
+    ]
+
+
+def _in_threads(decode: Decode, lists: list[list[int]]) -> list[str]:
+    """Decode parts at the same time: the library lets go of Python's lock while it works."""
+    num_parts = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))
+    if num_parts == 1:
+        return decode(lists)
+    size = -(-len(lists) // num_parts)
+    parts = [lists[first : first + size] for first in range(0, len(lists), size)]
+    return list(chain.from_iterable(_threads().map(decode, parts)))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST_THREADS, "response-text")
+
+
+def response_texts(
+    decode: Decode, prompt_token_ids: Sequence[int], responses: Sequence[list[int]]
+) -> list[str]:
+    """The text that each response of a prompt adds to the prompt's.
 
     A character of which the last bytes are missing is left out, as vLLM does.
 
     Args:
-        decode: makes text of token ids.
+        decode: makes texts of lists of token ids.
         prompt_token_ids: of the prompt.
-        token_ids: of the response, without the token that ended it.
+        responses: their token ids, without the token that ended them.
     """
-    if not token_ids:
-        return ""
     context = list(prompt_token_ids[-_CONTEXT:])
-    before = decode(context)
-    whole = decode([*context, *token_ids])
-    if before.endswith(_UNFINISHED) or not whole.startswith(before):
-        text = decode(list(token_ids))
-    else:
-        text = whole[len(before) :]
-    return text.rstrip(_UNFINISHED)
+    before, *wholes = decode([context, *([*context, *ids] for ids in responses)])
+    texts = []
+    for ids, whole in zip(responses, wholes, strict=True):
+        if before.endswith(_UNFINISHED) or not whole.startswith(before):
+            (text,) = decode([ids])
+        else:
+            text = whole[len(before) :]
+        texts.append(text.rstrip(_UNFINISHED) if ids else "")
+    return texts

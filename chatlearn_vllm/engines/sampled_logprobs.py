@@ -2,24 +2,53 @@
 
 The model executor hands them over once per step, as one array for all requests. vLLM would cut it
 into a slice per request, and each slice into further objects: some 10 us a token, on the thread
-that schedules. Here the array is taken on its way from the executor to the scheduler, and what
-belongs to a response is put together when that is finished.
+that schedules. Here the array is taken on its way from the executor to the scheduler and written
+into a table with a row for each running response; what belongs to a response is cut out of it when
+that is finished.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from chatlearn_vllm.engines.vllm_compat import split_request_id
 
+_ENTRY = np.dtype([("token", np.int32), ("logprob", np.float32), ("rank", np.int32)])
+"""What is kept of a token."""
+_GONE = -1
+"""Row of a request whose tokens nobody waits for."""
 
-@dataclass
-class _Response:
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
+
+class TokenLogprobs(Sequence):
+    """`CompletionOutput.logprobs` of a response: vLLM's dicts, made of an array when read."""
+
+    def __init__(self, entries: np.ndarray) -> None:
+        self._entries = entries
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Those of all tokens at once, as in vLLM's `FlatLogprobs`."""
+        return self._entries["logprob"].tolist()
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of all tokens, 1 for the likeliest."""
+        return self._entries["rank"].tolist()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return TokenLogprobs(self._entries[index])
+        from vllm.logprobs import Logprob
+
+        token, logprob, rank = self._entries[index].item()
+        return {token: Logprob(logprob, rank)}
 
 
 class SampledLogprobs:
@@ -27,9 +56,18 @@ class SampledLogprobs:
 
     def __init__(self) -> None:
         self._num_responses: dict[str, int] = {}
-        self._responses: dict[tuple[str, int], _Response] = {}
-        self._of_vllm: dict[str, _Response | None] = {}
-        """By vLLM's own request ids; None for requests that are gone."""
+        self._table = np.empty((0, 0), dtype=_ENTRY)
+        """[rows, tokens] of running responses; a row is given away again when it was read."""
+        self._lengths = np.empty(0, dtype=np.int64)
+        """[rows], how much of each is filled."""
+        self._free: list[int] = []
+        self._row_of: dict[tuple[str, int], int] = {}
+        """By request and number of the response."""
+        self._row_of_vllm: dict[str, int] = {}
+        """By vLLM's own request ids, of all that were seen."""
+        self._vllm_id_of: dict[int, str] = {}
+        self._last: tuple[list[str], np.ndarray] | None = None
+        """vLLM's ids of the last step, and their rows."""
 
     def expect(self, request_id: str, num_responses: int) -> None:
         """A request is about to be added under this id."""
@@ -49,22 +87,20 @@ class SampledLogprobs:
         if getattr(output, "logprobs", None) is None:
             return output
         lists, output.logprobs = output.logprobs, None
-        rows = zip(
-            output.req_ids,
-            output.sampled_token_ids,
-            lists.logprobs[:, 0].tolist(),
-            lists.sampled_token_ranks.tolist(),
-            strict=True,
-        )
-        for vllm_id, token_ids, logprob, rank in rows:
-            response = self._of_vllm.get(vllm_id)
-            if response is None:
-                response = self._first_seen(vllm_id)
-            if token_ids and response is not None:
-                (token,) = token_ids
-                response.token_ids.append(token)
-                response.logprobs.append(logprob)
-                response.ranks.append(rank)
+        ids = output.req_ids
+        counts = np.fromiter(map(len, output.sampled_token_ids), dtype=np.int64, count=len(ids))
+        if counts.size and counts.max() > 1:
+            raise RuntimeError("vLLM has sampled several tokens of a request in one step")
+        rows = self._rows(ids)
+        came = (counts > 0) & (rows != _GONE)
+        rows = rows[came]
+        places = self._lengths[rows]
+        if places.size and places.max() >= self._table.shape[1]:
+            self._resize(len(self._table), 2 * self._table.shape[1])
+        self._table["token"][rows, places] = lists.logprob_token_ids[came, 0]
+        self._table["logprob"][rows, places] = lists.logprobs[came, 0]
+        self._table["rank"][rows, places] = lists.sampled_token_ranks[came]
+        self._lengths[rows] += 1
         return output
 
     def fill(self, output: Any) -> None:
@@ -73,20 +109,10 @@ class SampledLogprobs:
         Raises:
             RuntimeError: a token's never came.
         """
-        from vllm.logprobs import FlatLogprobs
-
         for completion in output.outputs:
             kept = self._take(output.request_id, completion.index, list(completion.token_ids))
-            count = len(kept.token_ids)
-            completion.cumulative_logprob = sum(kept.logprobs)
-            completion.logprobs = FlatLogprobs(
-                start_indices=list(range(count)),
-                end_indices=list(range(1, count + 1)),
-                token_ids=kept.token_ids,
-                logprobs=kept.logprobs,
-                ranks=kept.ranks,
-                decoded_tokens=[None] * count,
-            )
+            completion.cumulative_logprob = float(kept["logprob"].sum(dtype=np.float64))
+            completion.logprobs = TokenLogprobs(kept)
 
     def take(self, request_id: str, token_ids: list[int]) -> list[float]:
         """The log-probabilities of the tokens of a request with one response, which is over.
@@ -94,47 +120,78 @@ class SampledLogprobs:
         Raises:
             RuntimeError: a token's never came.
         """
-        return self._take(request_id, 0, token_ids).logprobs
+        return self._take(request_id, 0, token_ids)["logprob"].tolist()
 
-    def _take(self, request_id: str, index: int, token_ids: list[int]) -> _Response:
-        found = self._responses.pop((request_id, index), _Response())
+    def _take(self, request_id: str, index: int, token_ids: list[int]) -> np.ndarray:
+        row = self._row_of.pop((request_id, index), None)
+        found = np.empty(0, dtype=_ENTRY)
+        if row is not None:
+            found = self._table[row, : self._lengths[row]].copy()
+            self._give_away(row)
         kept = _matching(found, token_ids)
         if kept is None:
             raise RuntimeError(
                 f"request {request_id}: vLLM answers with {len(token_ids)} tokens, of which the "
-                f"executor has handed over {len(found.token_ids)}"
+                f"executor has handed over {len(found)}"
             )
         return kept
 
-    def _first_seen(self, vllm_id: str) -> _Response | None:
-        if vllm_id in self._of_vllm:
-            return None
-        name = split_request_id(vllm_id, self._num_responses)
-        response = _Response() if name else None
-        if name:  # a request of this id that was dropped before may still have had a token coming
-            self._responses[name] = response
-        self._of_vllm[vllm_id] = response
-        return response
+    def _rows(self, vllm_ids: list[str]) -> np.ndarray:
+        """Row of each request of a step; most steps have the requests of the last one."""
+        if self._last is None or self._last[0] != vllm_ids:
+            rows = [
+                self._first_seen(one) if (row := self._row_of_vllm.get(one)) is None else row
+                for one in vllm_ids
+            ]
+            self._last = list(vllm_ids), np.array(rows, dtype=np.int64)
+        return self._last[1]
+
+    def _first_seen(self, vllm_id: str) -> int:
+        row = _GONE
+        if name := split_request_id(vllm_id, self._num_responses):
+            # A request of this id that was dropped before may still have had a token coming.
+            if (before := self._row_of.pop(name, None)) is not None:
+                self._give_away(before)
+            if not self._free:
+                self._resize(2 * len(self._table), self._table.shape[1])
+            row = self._row_of[name] = self._free.pop()
+            self._vllm_id_of[row] = vllm_id
+            self._lengths[row] = 0
+        self._row_of_vllm[vllm_id] = row
+        return row
+
+    def _give_away(self, row: int) -> None:
+        """Let another response have a row; tokens still in flight for this one go nowhere."""
+        self._row_of_vllm[self._vllm_id_of.pop(row)] = _GONE
+        self._free.append(row)
+        self._last = None
+
+    def _resize(self, num_rows: int, num_tokens: int) -> None:
+        old = self._table
+        self._table = np.zeros((max(num_rows, 16), max(num_tokens, 64)), dtype=_ENTRY)
+        self._table[: old.shape[0], : old.shape[1]] = old
+        lengths = np.zeros(len(self._table), dtype=np.int64)
+        lengths[: len(old)] = self._lengths
+        self._lengths = lengths
+        self._free += range(len(old), len(self._table))
 
 
-def _matching(found: _Response, token_ids: list[int]) -> _Response | None:
+def _matching(found: np.ndarray, token_ids: list[int]) -> np.ndarray | None:
     """Of what was sampled, that which the answer is made of; None if something is missing.
 
     vLLM drops tokens that were sampled after a response had ended, or before it was computed anew.
     """
     count = len(token_ids)
-    if found.token_ids[:count] == token_ids:
-        return _Response(token_ids, found.logprobs[:count], found.ranks[:count])
-    kept = _Response()
-    sampled = iter(zip(found.token_ids, found.logprobs, found.ranks, strict=True))
+    if found["token"][:count].tolist() == token_ids:
+        return found[:count]
+    kept = []
+    sampled = enumerate(found["token"].tolist())
     for token in token_ids:
-        entry = next((one for one in sampled if one[0] == token), None)
-        if entry is None:
+        place = next((place for place, one in sampled if one == token), None)
+        if place is None:
             return None
-        kept.token_ids.append(entry[0])
-        kept.logprobs.append(entry[1])
-        kept.ranks.append(entry[2])
-    return kept
+        kept.append(place)
+    return found[kept]
 
 
 class _Taken(Future):

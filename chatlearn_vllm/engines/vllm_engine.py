@@ -21,7 +21,12 @@ from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.beam_search import BeamSearch, BeamSearchKeys
 from chatlearn_vllm.engines.draft_model import DraftModel
 from chatlearn_vllm.engines.generation_engine import EngineStateError, GenerationEngine, Weights
-from chatlearn_vllm.engines.response_text import TextKeys, response_text, without_text
+from chatlearn_vllm.engines.response_text import (
+    TextKeys,
+    decoder_of,
+    response_texts,
+    without_text,
+)
 from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
 from chatlearn_vllm.engines.speculation import Speculation, bind_step_counter
 from chatlearn_vllm.engines.vllm_executor import Step, StepOwner, bind_executor
@@ -313,12 +318,15 @@ class VLLMEngine(GenerationEngine):
         tokenizer = self._engine.get_tokenizer()
         if keys is None or tokenizer is None:
             return
-        decode = partial(tokenizer.decode, skip_special_tokens=keys.skip_special_tokens)
+        responses = []
         for completion in output.outputs:
             ids = list(completion.token_ids)
-            if completion.finish_reason == "stop" and not keys.include_stop_str_in_output:
-                ids = ids[:-1]
-            completion.text = response_text(decode, output.prompt_token_ids, ids)
+            is_cut = completion.finish_reason == "stop" and not keys.include_stop_str_in_output
+            responses.append(ids[:-1] if is_cut else ids)
+        decode = decoder_of(tokenizer, skip_special_tokens=keys.skip_special_tokens)
+        texts = response_texts(decode, output.prompt_token_ids, responses)
+        for completion, text in zip(output.outputs, texts, strict=True):
+            completion.text = text
 
     def _finished_partial(
         self, names: list[str], decode: Callable[[list[int]], str] | None
