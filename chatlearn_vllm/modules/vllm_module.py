@@ -84,6 +84,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         self._step: Step | None = None
         self._iteration = 0
         self._is_eval = False
+        self._has_told_no_logprobs = False
         self._asking: list[_Asked] = []
         """What the prompts that `_add_request` gets stand for."""
         self._asked: dict[str, _Asked] = {}
@@ -411,6 +412,15 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 f"models.{self.name}: what {type(self).__name__}.decode_internal() made of "
                 f"{sum(counts)} responses {error}"
             ) from None
+        if "logprobs" not in batch and not self._is_eval and not self._has_told_no_logprobs:
+            self._has_told_no_logprobs = True
+            logger.warning(
+                "%s: what %s.decode_internal() made has no `logprobs`: no trainer compares these "
+                "rollouts with its own weights, nor gets `old_logprobs`; keep what "
+                "super().decode_internal() returns",
+                self.name,
+                type(self).__name__,
+            )
         rows = [
             (one, number)
             for one, count in zip(asked, counts, strict=True)

@@ -89,11 +89,15 @@ class OpenedExport:
         self.addresses: dict[str, int] = {}
         """On CUDA: addresses of the tensors' first elements, in this process."""
         flats: list[torch.Tensor] = []
-        for memory in export.memories:
-            if isinstance(memory, np.ndarray):
-                flats.append(_from_read_only(memory))
-            else:
-                self._mappings.append(cuda_ipc.Mapping(memory))
+        try:
+            for memory in export.memories:
+                if isinstance(memory, np.ndarray):
+                    flats.append(_from_read_only(memory))
+                else:
+                    self._mappings.append(cuda_ipc.Mapping(memory))
+        except RuntimeError:  # one cannot be opened: those before it must not stay mapped
+            self.close()
+            raise
         for name, memory, offset in zip(export.names, memories, offsets, strict=True):
             if flats:
                 dtype, shape, stride = self.forms[name]

@@ -1,9 +1,11 @@
 """Are log-probabilities that are taken out of vLLM's steps put to the right tokens?"""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
@@ -51,6 +53,57 @@ def test_each_response_gets_the_logprobs_of_its_own_tokens() -> None:
     assert first.cumulative_logprob == -0.75
     assert second.logprobs.logprobs == [-1.5]
     assert nine.outputs[0].logprobs.logprobs == [-2.5]
+
+
+def test_responses_that_come_and_go_in_any_order_keep_their_own_tokens() -> None:
+    """More responses than rows at first, longer than the table; rows are given away meanwhile."""
+    pick = random.Random(0)
+    sampled = SampledLogprobs()
+    running: dict[str, tuple[str, list[int], list[float]]] = {}
+    ended: list[str] = []
+    number = checked = 0
+    for _ in range(600):
+        while len(running) < 40 and number < 200:
+            sampled.expect(str(number), 1)
+            running[f"{number}-{pick.getrandbits(32):08x}"] = (str(number), [], [])
+            number += 1
+        tokens, logprobs = {}, []
+        for vllm_id in pick.sample([*running], len(running)):
+            came = [pick.randrange(128_000)] if pick.random() < 0.9 else []
+            tokens[vllm_id] = came
+            logprobs.append(pick.randrange(-64, 0) / 4)
+            if came:
+                running[vllm_id][1].append(came[0])
+                running[vllm_id][2].append(logprobs[-1])
+        for vllm_id in ended:  # a token that was in flight when the response ended
+            tokens[vllm_id] = [7]
+            logprobs.append(-1000.0)
+        sampled.take_from(step(tokens, logprobs))
+        ended = []
+        for vllm_id in [one for one in running if pick.random() < 0.01]:
+            name, ids, expected = running.pop(vllm_id)
+            output = answer(name, ids)
+            sampled.fill(output)
+            assert output.outputs[0].logprobs.logprobs == expected
+            assert output.outputs[0].cumulative_logprob == sum(expected)
+            ended.append(vllm_id)
+            checked += 1
+    assert checked > 150
+
+
+def test_logprobs_read_as_those_of_vllm() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("a", 1)
+    for token, logprob in ((5, -1.0), (8, -2.0), (6, -3.0)):
+        sampled.take_from(step({"a": [token]}, [logprob]))
+    output = answer("a", [5, 8, 6])
+    sampled.fill(output)
+    logprobs = output.outputs[0].logprobs
+    assert [*logprobs] == [{5: Logprob(-1.0, 1)}, {8: Logprob(-2.0, 1)}, {6: Logprob(-3.0, 1)}]
+    assert logprobs[-1] == {6: Logprob(-3.0, 1)} and logprobs[1:].logprobs == [-2.0, -3.0]
+    assert logprobs.ranks == [1, 1, 1]
+    with pytest.raises(IndexError):
+        logprobs[3]
 
 
 def test_a_token_that_vllm_dropped_in_the_middle_is_left_out() -> None:

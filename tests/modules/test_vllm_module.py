@@ -88,7 +88,10 @@ class VLLMPolicyInference(VLLMModule):
 
     def decode_internal(self, batched_outputs):
         self.request_ids = [output.request_id for output in batched_outputs]
-        return super().decode_internal(batched_outputs)
+        batch = super().decode_internal(batched_outputs)
+        if self.misbehave == "drop logprobs":
+            del batch["logprobs"]
+        return batch
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +385,14 @@ def test_a_broken_forward_step_is_named_and_the_engine_stays_usable(
         ready.generate([0, 1], first_sample=0)
     ready.misbehave = None
     assert torch.equal(ready.generate([0], first_sample=0)["all_tokens"], want["all_tokens"])
+
+
+def test_rollouts_without_logprobs_are_told_once(ready, caplog) -> None:
+    ready.misbehave = "drop logprobs"
+    for _ in range(2):
+        assert "logprobs" not in ready.generate([0], first_sample=0)
+    (told,) = [record.message for record in caplog.records if "logprobs" in record.message]
+    assert "VLLMPolicyInference.decode_internal() made has no `logprobs`" in told
 
 
 def test_a_prompt_without_room_for_a_response_is_refused(ready) -> None:
