@@ -5,6 +5,7 @@ after loading, so that there are no plain parameters to copy new weights into.
 `unpacked_cpu_weights` keeps them plain (CPU and float32 only).
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -391,9 +392,12 @@ def keep_process_groups(engine: Any) -> None:
 def undisturbed_process() -> Iterator[None]:
     """Undo what building an engine changes in this process besides making the engine.
 
-    vLLM seeds the global random generators, freezes the garbage collector's objects and, on CPU,
-    replaces `torch.set_num_threads` by a function that does nothing.
+    vLLM seeds the global random generators and, on CPU, replaces `torch.set_num_threads` by a
+    function that does nothing. What it freezes stays frozen until the next engine: a full
+    collection that looked through an engine would take half a second.
     """
+    gc.unfreeze()  # vLLM collects, before it freezes, what an earlier engine has left
+    atexit.register(gc.unfreeze)  # else libraries would complain about what is left at the end
     rng = RandomState.capture()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
@@ -401,7 +405,6 @@ def undisturbed_process() -> Iterator[None]:
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
-        gc.unfreeze()
         rng.restore()
 
 

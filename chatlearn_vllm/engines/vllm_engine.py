@@ -273,7 +273,8 @@ class VLLMEngine(GenerationEngine):
         wanted = len(self._order) if min_finished is None else min(min_finished, len(self._order))
         outer = vllm_compat.RandomState.capture()
         self._rng.restore()
-        gc.freeze()  # what is here stays: a full collection would take longer than many steps
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*thresholds[:2], 2**30)  # a full collection takes longer than many steps
         steps = 0
         try:
             outputs = self._finished_partial(list(self._partial), decode)
@@ -305,7 +306,7 @@ class VLLMEngine(GenerationEngine):
             raise
         finally:
             self._error_in_step = None
-            gc.unfreeze()
+            gc.set_threshold(*thresholds)
             self._rng = vllm_compat.RandomState.capture()
             outer.restore()
         finished = [outputs[request_id] for request_id in self._order if request_id in outputs]
@@ -513,7 +514,8 @@ class VLLMEngine(GenerationEngine):
         return values
 
     def close(self) -> None:
-        """Remove the shared memory that vLLM's CPU communicator leaves behind."""
+        """Remove the shared memory that vLLM's CPU communicator leaves behind, free what froze."""
+        gc.unfreeze()
         for leftover in Path("/dev/shm").glob(f"*{self._distributed_id}*"):
             leftover.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """Does a policy generate as documented? One real vLLM engine serves all tests of this file."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -385,6 +386,27 @@ def test_a_broken_forward_step_is_named_and_the_engine_stays_usable(
         ready.generate([0, 1], first_sample=0)
     ready.misbehave = None
     assert torch.equal(ready.generate([0], first_sample=0)["all_tokens"], want["all_tokens"])
+
+
+def test_full_collections_leave_out_the_engine_and_do_not_interrupt_a_rollout(ready) -> None:
+    steps_before = []
+
+    def note(phase, info):
+        if info["generation"] == 2:
+            steps_before.append(len(ready.steps))
+
+    gc.collect()
+    assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note)
+    try:
+        gc.set_threshold(1, 1, 1)
+        ready.generate([0, 1], first_sample=0)
+        assert gc.get_threshold() == (1, 1, 1)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note)
+    assert set(steps_before) - {0} == {len(ready.steps)}  # after the last step, perhaps before any
 
 
 def test_rollouts_without_logprobs_are_told_once(ready, caplog) -> None:
