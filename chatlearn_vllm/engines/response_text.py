@@ -5,12 +5,9 @@ token of the one thread that also schedules, more than the GPU needs for it in a
 finished prompt's responses are decoded in one go.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import chain
+from functools import partial
 from typing import Any
 
 Decode = Callable[[list[list[int]]], list[str]]
@@ -19,8 +16,6 @@ Decode = Callable[[list[list[int]]], list[str]]
 _CONTEXT = 8
 """Tokens of the prompt that are decoded with a response: the first characters of a response may
 depend on what comes before (a space at the beginning of a text is dropped)."""
-
-_MOST_THREADS = 8
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -52,7 +47,8 @@ def decoder_of(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
     """What makes texts of lists of token ids as `tokenizer.decode` does, where possible faster.
 
     transformers looks at every token in Python before it calls the `tokenizers` library, which
-    takes as long as that does; where it would add nothing, that library is called at once.
+    takes three times as long as that does; where it would add nothing, that library is called at
+    once.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -66,25 +62,10 @@ def decoder_of(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
     )
     if is_plain:
         decode_batch = tokenizer.backend_tokenizer.decode_batch
-        return partial(_in_threads, partial(decode_batch, skip_special_tokens=skip_special_tokens))
+        return partial(decode_batch, skip_special_tokens=skip_special_tokens)
     return lambda lists: [
         tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in lists
     ]
-
-
-def _in_threads(decode: Decode, lists: list[list[int]]) -> list[str]:
-    """Decode parts at the same time: the library lets go of Python's lock while it works."""
-    num_parts = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))
-    if num_parts == 1:
-        return decode(lists)
-    size = -(-len(lists) // num_parts)
-    parts = [lists[first : first + size] for first in range(0, len(lists), size)]
-    return list(chain.from_iterable(_threads().map(decode, parts)))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MOST_THREADS, "response-text")
 
 
 def response_texts(
