@@ -29,6 +29,13 @@ class TokenLogprobs(Sequence):
     def __init__(self, entries: np.ndarray) -> None:
         self._entries = entries
 
+    @classmethod
+    def of(cls, token_ids: list[int], logprobs: list[float]) -> TokenLogprobs:
+        """Of tokens whose ranks nobody kept."""
+        entries = np.zeros(len(token_ids), dtype=_ENTRY)
+        entries["token"], entries["logprob"] = token_ids, logprobs
+        return cls(entries)
+
     @property
     def logprobs(self) -> list[float]:
         """Those of all tokens at once, as in vLLM's `FlatLogprobs`."""
@@ -36,7 +43,7 @@ class TokenLogprobs(Sequence):
 
     @property
     def ranks(self) -> list[int]:
-        """Of all tokens, 1 for the likeliest."""
+        """Of all tokens, 1 for the likeliest; 0 where it is not known."""
         return self._entries["rank"].tolist()
 
     def __len__(self) -> int:
@@ -48,7 +55,7 @@ class TokenLogprobs(Sequence):
         from vllm.logprobs import Logprob
 
         token, logprob, rank = self._entries[index].item()
-        return {token: Logprob(logprob, rank)}
+        return {token: Logprob(logprob, rank or None)}
 
 
 class SampledLogprobs:

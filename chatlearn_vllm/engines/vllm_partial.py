@@ -8,12 +8,10 @@ that a response can be cut off at any step; their log-probabilities when it is o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatlearn_vllm.data.carried import Begun
-
-if TYPE_CHECKING:
-    from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
+from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs, TokenLogprobs
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """Odd, so that no two lengths below 2**63 give a response the same seed."""
@@ -128,7 +126,6 @@ class PartialRequest:
 
     def _completion(self, index: int, decode: Callable[[list[int]], str]) -> Any:
         from vllm import CompletionOutput
-        from vllm.logprobs import Logprob
 
         begun = self.begun[index]
         text = decode(begun.token_ids)
@@ -142,10 +139,7 @@ class PartialRequest:
             text=text,
             token_ids=begun.token_ids,
             cumulative_logprob=sum(begun.logprobs),
-            logprobs=[
-                {token: Logprob(logprob)}
-                for token, logprob in zip(begun.token_ids, begun.logprobs, strict=True)
-            ],
+            logprobs=TokenLogprobs.of(begun.token_ids, begun.logprobs),
             finish_reason=begun.finish_reason,
             stop_reason=begun.stop_reason,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.seeds import sample_seed
+from chatlearn_vllm.engines.response_text import decoder_of
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.receives_weights import DRAFT, IncomingWeights, ReceivesWeights
 from chatlearn_vllm.observability.logging import get_logger
@@ -379,7 +380,8 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def _decode(self, token_ids: list[int]) -> str:
         skip = self.model_args.skip_special_tokens
-        return self.tokenizer.tokenizer.decode(token_ids, skip_special_tokens=skip)
+        (text,) = decoder_of(self.tokenizer.tokenizer, skip_special_tokens=skip)([token_ids])
+        return text
 
     def _ask(self, asking: list[_Asked], is_eval: bool) -> None:
         """Pass prompts to the engine, and remember which request stands for which of them."""

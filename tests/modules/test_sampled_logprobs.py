@@ -9,7 +9,7 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
-from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs
+from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs, TokenLogprobs
 from chatlearn_vllm.engines.vllm_compat import split_request_id
 
 
@@ -104,6 +104,7 @@ def test_logprobs_read_as_those_of_vllm() -> None:
     assert logprobs.ranks == [1, 1, 1]
     with pytest.raises(IndexError):
         logprobs[3]
+    assert TokenLogprobs.of([5], [-1.0])[0] == {5: Logprob(-1.0, None)}
 
 
 def test_a_token_that_vllm_dropped_in_the_middle_is_left_out() -> None:
