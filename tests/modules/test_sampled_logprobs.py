@@ -55,38 +55,38 @@ def test_each_response_gets_the_logprobs_of_its_own_tokens() -> None:
     assert nine.outputs[0].logprobs.logprobs == [-2.5]
 
 
-def test_responses_that_come_and_go_in_any_order_keep_their_own_tokens() -> None:
+def test_responses_that_come_and_go_keep_their_own_tokens() -> None:
     """More responses than rows at first, longer than the table; rows are given away meanwhile."""
     pick = random.Random(0)
     sampled = SampledLogprobs()
     running: dict[str, tuple[str, list[int], list[float]]] = {}
+    order: list[str] = []  # of vLLM's batch
     ended: list[str] = []
     number = checked = 0
     for _ in range(600):
         while len(running) < 40 and number < 200:
             sampled.expect(str(number), 1)
-            running[f"{number}-{pick.getrandbits(32):08x}"] = (str(number), [], [])
+            order.append(f"{number}-{pick.getrandbits(32):08x}")
+            running[order[-1]] = (str(number), [], [])
             number += 1
-        tokens, logprobs = {}, []
-        for vllm_id in pick.sample([*running], len(running)):
-            came = [pick.randrange(128_000)] if pick.random() < 0.9 else []
-            tokens[vllm_id] = came
-            logprobs.append(pick.randrange(-64, 0) / 4)
-            if came:
-                running[vllm_id][1].append(came[0])
-                running[vllm_id][2].append(logprobs[-1])
-        for vllm_id in ended:  # a token that was in flight when the response ended
-            tokens[vllm_id] = [7]
-            logprobs.append(-1000.0)
+        if pick.random() < 0.1:
+            pick.shuffle(order)
+        # Those that ended in the last step have a token in flight.
+        tokens = {one: [pick.randrange(4)] if pick.random() < 0.9 else [] for one in order}
+        logprobs = [pick.randrange(-64, 0) / 4 for _ in order]
         sampled.take_from(step(tokens, logprobs))
-        ended = []
-        for vllm_id in [one for one in running if pick.random() < 0.01]:
+        for (vllm_id, came), logprob in zip(tokens.items(), logprobs, strict=True):
+            if vllm_id in running and came:
+                running[vllm_id][1].append(came[0])
+                running[vllm_id][2].append(logprob)
+        order = [one for one in order if one not in ended]
+        ended = [one for one in running if pick.random() < 0.01]
+        for vllm_id in ended:
             name, ids, expected = running.pop(vllm_id)
             output = answer(name, ids)
             sampled.fill(output)
             assert output.outputs[0].logprobs.logprobs == expected
             assert output.outputs[0].cumulative_logprob == sum(expected)
-            ended.append(vllm_id)
             checked += 1
     assert checked > 150
 
