@@ -139,6 +139,18 @@ class MortalPolicy(Mortal, Policy):
         return arrival
 
 
+class TrainerThatDiesPlanning(SplitTrainer):
+    def plan_weight_sync(self, *args):
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().plan_weight_sync(*args)
+
+
+class PolicyThatDiesPlanning(Policy):
+    def plan_weight_sync(self, *args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @contextmanager
 def ready_to_sync(directory, *overrides, classes=(SplitTrainer, Policy)):
     """A trainer and a policy that are not colocated, and what copies between them."""
@@ -238,6 +250,20 @@ def test_engines_keep_what_they_had_if_a_trainer_dies_before_it_shows_its_weight
 ):
     expected = [0.0] * 4 + [1.0] * 4
     assert check_death(tmp_path, "policy_trainer", "export_weights") == [(expected, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "name, classes",
+    [
+        ("policy_trainer", (TrainerThatDiesPlanning, Policy)),
+        ("policy", (SplitTrainer, PolicyThatDiesPlanning)),
+    ],
+)
+def test_a_rank_that_dies_while_it_plans_is_named(existing_cluster, tmp_path, name, classes):
+    died = rf"\[{name}, .*\] process .* died during plan_weight_sync"
+    with pytest.raises(RankDiedError, match=died), ready_to_sync(tmp_path, classes=classes):
+        pass
+    assert left_after(30, rank_processes, existing_cluster) == {}
 
 
 @pytest.fixture(scope="module")
