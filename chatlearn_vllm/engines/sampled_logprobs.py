@@ -146,14 +146,16 @@ class SampledLogprobs:
     def _rows(self, vllm_ids: list[str]) -> np.ndarray:
         """Row of each request of a step; most steps have the requests of the last one."""
         if self._last is None or self._last[0] != vllm_ids:
-            rows = [
-                self._first_seen(one) if (row := self._row_of_vllm.get(one)) is None else row
-                for one in vllm_ids
-            ]
-            self._last = list(vllm_ids), np.array(rows, dtype=np.int64)
+            for vllm_id in vllm_ids:
+                if vllm_id not in self._row_of_vllm:
+                    self._note_first(vllm_id)
+            # Now, because a new request may have taken over the row of one that is gone.
+            rows = np.array([self._row_of_vllm[one] for one in vllm_ids], dtype=np.int64)
+            self._last = list(vllm_ids), rows
         return self._last[1]
 
-    def _first_seen(self, vllm_id: str) -> int:
+    def _note_first(self, vllm_id: str) -> None:
+        """Give a request that is seen for the first time a row."""
         row = _GONE
         if name := split_request_id(vllm_id, self._num_responses):
             # A request of this id that was dropped before may still have had a token coming.
@@ -165,7 +167,6 @@ class SampledLogprobs:
             self._vllm_id_of[row] = vllm_id
             self._lengths[row] = 0
         self._row_of_vllm[vllm_id] = row
-        return row
 
     def _give_away(self, row: int) -> None:
         """Let another response have a row; tokens still in flight for this one go nowhere."""

@@ -91,6 +91,18 @@ def test_responses_that_come_and_go_keep_their_own_tokens() -> None:
     assert checked > 150
 
 
+def test_a_request_added_again_gets_nothing_of_the_one_that_was_dropped() -> None:
+    sampled = SampledLogprobs()
+    sampled.expect("a", 1)
+    sampled.take_from(step({"a-0123abcd": [5]}, [-5.0]))
+    sampled.expect("a", 1)  # the first one was dropped; a token of it is in flight
+    sampled.take_from(step({"a-0123abcd": [9], "a-89efabcd": []}, [-7.0, -8.0]))
+    sampled.take_from(step({"a-89efabcd": [9]}, [-1.0]))
+    output = answer("a", [9])
+    sampled.fill(output)
+    assert output.outputs[0].logprobs.logprobs == [-1.0]
+
+
 def test_logprobs_read_as_those_of_vllm() -> None:
     sampled = SampledLogprobs()
     sampled.expect("a", 1)
