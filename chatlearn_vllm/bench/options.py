@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.bench.cases import DEFAULT_CASES, Case, OptionError, parse_case
+from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 """What vLLM takes a dtype's name for."""
@@ -35,6 +36,10 @@ class BenchOptions:
     )
     num_speculative_tokens: int = _option(
         5, "tokens proposed per step", variable="VLLM_NUM_SPECULATIVE_TOKENS"
+    )
+    draft_sample_method: str = _option(
+        "greedy",
+        "vLLM: how --draft proposes tokens: greedy, or probabilistic = drawn at the temperature",
     )
     dtype: str = _option(
         "auto",
@@ -115,6 +120,11 @@ class BenchOptions:
             value = getattr(self, name)
             if not math.isfinite(value):
                 yield f"{_flag(name)}={value} must be a finite number"
+        if self.draft_sample_method not in DRAFT_SAMPLE_METHODS:
+            yield (
+                f"--draft-sample-method={self.draft_sample_method} must be one of "
+                f"{', '.join(DRAFT_SAMPLE_METHODS)}"
+            )
         if self.case_timeout <= 0:
             yield f"--case-timeout={self.case_timeout} must be more than 0"
         if self.seed >= 2**31:

@@ -14,6 +14,7 @@ import yaml
 from chatlearn_vllm.bench.options import DTYPES
 from chatlearn_vllm.bench.workload import has_weights, model_config
 from chatlearn_vllm.config import JobConfig, load_config
+from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,8 @@ def make_job(task: Task) -> JobConfig:
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "enforce_eager": options.enforce_eager,
     }
+    if options.max_model_len is not None:
+        policy["max_model_len"] = options.max_model_len
     if options.max_num_batched_tokens is not None:
         policy["max_num_batched_tokens"] = options.max_num_batched_tokens
     if case.speculative:
@@ -72,7 +75,10 @@ def speculative_config(task: Task) -> dict[str, Any]:
     if options.draft is not None:
         # The kind of draft is read from its config.json.
         draft = str(Path(options.draft).resolve())
-        return {"model": draft, "num_speculative_tokens": options.num_speculative_tokens}
+        config = {"model": draft, "num_speculative_tokens": options.num_speculative_tokens}
+        if options.draft_sample_method != DRAFT_SAMPLE_METHODS[0]:
+            config["draft_sample_method"] = options.draft_sample_method
+        return config
     return {
         "method": "ngram",
         "num_speculative_tokens": options.num_speculative_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def measure(task: Task) -> dict[str, Any]:
     arguments = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
     from vllm import LLM
 
-    llm = LLM(**arguments)
+    llm = LLM(**copy.deepcopy(arguments))  # vLLM 0.25 writes objects into its maps
     if needs_dummy_batch(pipeline_parallel_size=task.case.pipeline_parallel_size):
         llm.collective_rpc("execute_dummy_batch")
     load_s = time.perf_counter() - start

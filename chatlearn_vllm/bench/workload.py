@@ -13,6 +13,7 @@ from typing import Any
 
 from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.config.model_files import read_json_object
 
 NUM_SPECIAL = 3
 """<pad>=0, <s>=1, </s>=2 of a made tokenizer."""
@@ -97,7 +98,8 @@ def config_of(options: BenchOptions) -> dict[str, Any]:
     """The config.json of the model that is given, or will be made."""
     if options.model is not None:
         return model_config(Path(options.model))
-    return made_config(options.shape, max(options.seq_length, 2 * options.max_tokens))
+    drafts = 2 * (options.num_speculative_tokens + 1)  # room behind the longest sequence
+    return made_config(options.shape, max(options.seq_length + drafts, 2 * options.max_tokens))
 
 
 @contextlib.contextmanager
@@ -123,7 +125,7 @@ def has_weights(directory: Path) -> bool:
 
 def model_config(directory: Path) -> dict[str, Any]:
     """The parsed config.json."""
-    return json.loads((directory / "config.json").read_text())
+    return read_json_object(directory / "config.json")
 
 
 def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:

@@ -15,7 +15,8 @@ from chatlearn_vllm.config.model_args import (
     RetiredArgs,
     UnusedArgs,
 )
-from chatlearn_vllm.config.parallel_checks import check_experts, check_layers, read_config_json
+from chatlearn_vllm.config.model_files import read_config_json
+from chatlearn_vllm.config.parallel_checks import check_experts, check_layers
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys

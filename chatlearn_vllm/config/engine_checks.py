@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 from chatlearn_vllm.config.engine_support import (
     CHECKPOINT_QUANTIZATION,
     DRAFT_DIR_METHODS,
+    DRAFT_SAMPLE_METHODS,
     METHODS,
     conflicts,
+    draws_drafts,
 )
-from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.sampling_checks import sampling_problems
 from chatlearn_vllm.config.upstream_fields import speculative_fields, upstream_names
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.checks import Reporter
+    from chatlearn_vllm.config.model_args import ModelArgs
     from chatlearn_vllm.config.problems import Key
     from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
 
@@ -138,6 +141,7 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         "synthetic accepts drafts without looking at the model, so that responses and their "
         "log-probabilities are not the model's; leave it out",
     )
+    _check_draft_sampling(args, inside, report)
     report.require(
         not args.engine_args.get("disable_log_stats"),
         (*at, "disable_log_stats"),
@@ -175,6 +179,32 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
     )
     if method in DRAFT_DIR_METHODS:
         _check_draft(model, config, at_key("model"), inside, report)
+
+
+def _check_draft_sampling(args: ModelArgs, inside: Key, report: Reporter) -> None:
+    """Check how a draft chooses the tokens that it proposes."""
+    config = args.speculative_config or {}
+    key = (*inside, "draft_sample_method")
+    chosen = config.get("draft_sample_method", "greedy")
+    report.require(
+        chosen in DRAFT_SAMPLE_METHODS,
+        key,
+        f"must be one of vLLM's: {', '.join(DRAFT_SAMPLE_METHODS)}"
+        + _nearest(str(chosen), DRAFT_SAMPLE_METHODS),
+    )
+    report.require(
+        not draws_drafts(args) or not config.get("use_heterogeneous_vocab"),
+        key,
+        "must be greedy with use_heterogeneous_vocab: True, where vLLM compares no probabilities; "
+        "leave it out",
+    )
+    report.require(
+        not draws_drafts(args) or not args.seed_per_response,
+        key,
+        "must be greedy with seed_per_response: True, because vLLM draws drafts without the "
+        "responses' seeds; set seed_per_response: False, with which whole rollouts repeat",
+        given=[(*inside[:-1], "seed_per_response")],
+    )
 
 
 def _check_ngrams(config: Mapping[str, Any], inside: Key, report: Reporter) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.server_checks import START
 from chatlearn_vllm.config.transformers_checks import unknown_engine_args
 
@@ -24,8 +24,15 @@ NGRAM_METHODS = ("ngram", "ngram_gpu", "suffix")
 """Methods that draft from the tokens so far."""
 DRAFT_DIR_METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash")
 """Methods whose drafts come from weights in a directory of their own."""
+DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
+"""A draft proposes what it finds most probable, or draws; vLLM's default is the first."""
 METHODS = (*NGRAM_METHODS, *DRAFT_DIR_METHODS, "mtp", "dspark", "custom_class")
 """Of speculative decoding; vLLM's `extract_hidden_states` drafts nothing."""
+
+
+def draws_drafts(args: ModelArgs) -> bool:
+    """Whether drafts are drawn from the draft's own distribution."""
+    return (args.speculative_config or {}).get("draft_sample_method") == "probabilistic"
 
 
 _OF_VLLM = (

@@ -307,7 +307,8 @@ class SamplingArgs(Section):
     seed_per_response: bool | None = None
     """Draw every response with a seed of its own, so that it does not depend on what else is being
     generated. False: one seed per rollout, which is faster on GPUs: with seeds of their own, vLLM
-    draws the tokens of a step one after the other. None = True on CPUs, False on GPUs."""
+    draws the tokens of a step one after the other. None = True on CPUs, False on GPUs and with
+    drafts that are drawn (draft_sample_method: probabilistic)."""
     apply_replica_id_to_seed: bool = True
     """Give every replica its own seed. Must be True: equal seeds give equal samples."""
 

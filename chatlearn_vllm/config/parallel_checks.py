@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from chatlearn_vllm.config.model_files import read_config_json
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.checks import Reporter
     from chatlearn_vllm.config.problems import Key
     from chatlearn_vllm.config.schema import ModelConfig
-
-
-def read_config_json(load: str | None) -> dict[str, Any]:
-    """The config.json in a checkpoint's directory; empty without the file."""
-    path = Path(load or "", "config.json")
-    if load is None or not path.is_file():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_layers(model: ModelConfig, layers: int | None, report: Reporter) -> None:

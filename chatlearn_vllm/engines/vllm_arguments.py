@@ -10,7 +10,7 @@ import torch
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization_of_checkpoint
-from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.model_files import read_config_json, read_json_object
 from chatlearn_vllm.layouts import ModelShape
 
 MOST_CAPTURED_TOKENS = 1024
@@ -58,7 +58,7 @@ def engine_arguments(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "load_format": args.load_format,
-        "max_model_len": args.seq_length,
+        "max_model_len": _max_model_len(args, model_dir),
         "max_num_seqs": args.max_num_seqs,
         "block_size": args.block_size,
         "gpu_memory_utilization": args.gpu_memory_utilization,
@@ -99,6 +99,29 @@ def engine_arguments(
     return kwargs, notices
 
 
+def _max_model_len(args: ModelArgs, model_dir: Path) -> int:
+    """`seq_length`, and room behind it for drafts, as far as the model has positions.
+
+    When one sequence of a step is so near to the end that drafts after its drafts would not fit,
+    vLLM drafts nothing for any of them.
+    """
+    drafted = (args.speculative_config or {}).get("num_speculative_tokens") or 0
+    if not drafted:
+        return args.seq_length
+    config = read_config_json(str(model_dir))
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    limits = [
+        config.get("max_position_embeddings"),
+        read_json_object(model_dir / "tokenizer_config.json").get("model_max_length"),
+    ]
+    # Beyond that length some models turn their positions in another way (longrope).
+    original = rope.get("original_max_position_embeddings")
+    if original is not None and original >= args.seq_length:
+        limits.append(original)
+    longest = min((int(limit) for limit in limits if limit is not None), default=0)
+    return max(args.seq_length, min(args.seq_length + 2 * (drafted + 1), longest))
+
+
 def _cuda_graphs(args: ModelArgs) -> dict[str, Any]:
     """Have CUDA graphs for steps in which all of many sequences are decoded.
 
@@ -132,9 +155,8 @@ def _adapt_to_cpu(kwargs: dict[str, Any], args: ModelArgs, shape: ModelShape) ->
         notices.append(f"dtype: {args.dtype} becomes {kwargs['dtype']} (CPU)")
     if args.engine_args.get("kv_cache_memory_bytes") is None:
         # Room for max_num_seqs full sequences, at most a quarter of the host's memory.
-        tokens, token_bytes = args.seq_length, _kv_token_bytes(shape, args)
+        tokens, token_bytes = kwargs["max_model_len"], _kv_token_bytes(shape, args)
         if speculative := args.speculative_config:
-            tokens += speculative.get("num_speculative_tokens") or 0
             if speculative["method"] in DRAFT_DIR_METHODS:
                 token_bytes += _draft_kv_token_bytes(read_config_json(speculative["model"]))
         blocks = args.max_num_seqs * math.ceil(tokens / block_size) + 1

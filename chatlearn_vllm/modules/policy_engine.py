@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatlearn_vllm.config.engine_support import cpu_problem
+from chatlearn_vllm.config.engine_support import cpu_problem, draws_drafts
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, resolve_dtype
 from chatlearn_vllm.layouts import ModelShape
 from chatlearn_vllm.observability.logging import get_logger
@@ -48,7 +48,9 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
     if is_first:
         for notice in notices:
             logger.info("%s: %s", policy.name, notice)
-    own = not on_gpu if args.seed_per_response is None else args.seed_per_response
+    # Numbers that drafts are drawn with come from the rollout's seed.
+    default = not on_gpu and not draws_drafts(args)
+    own = default if args.seed_per_response is None else args.seed_per_response
     engine = VLLMEngine(arguments, shape, owner=policy, seed_per_response=own)
     if is_first and engine.speculation is not None and not engine.speculation.can_stop:
         logger.info(

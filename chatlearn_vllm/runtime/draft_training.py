@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatlearn_vllm.config.parallel_checks import read_config_json
+from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.layouts import ModelShape
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.draft_module import DraftModule

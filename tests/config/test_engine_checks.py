@@ -147,6 +147,14 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
+            ["speculative_config={method: ngram, num_speculative_tokens: 2, "
+             "draft_sample_method: probabilistc}"],
+            [
+                "speculative_config.draft_sample_method='probabilistc': must be one of vLLM's: "
+                "greedy, probabilistic; did you mean probabilistic?"
+            ],
+        ),
+        (
             ["quantization=gptq"],
             [
                 "quantization='gptq': is how the checkpoint in `load` is quantised, but "
@@ -186,6 +194,22 @@ def test_a_draft_must_be_there_and_know_the_same_tokens(job, models) -> None:
         "use_heterogeneous_vocab: True in speculative_config"
     ]
     policy_args(job, f"load={models}/target", f"speculative_model={models}/draft", tokens)
+
+
+def test_drafts_that_are_drawn_take_no_seed_of_a_response(job, models) -> None:
+    config = f"{{model: {models}/draft, num_speculative_tokens: 3}}"
+    keys = (f"load={models}/target", f"speculative_config={config}")
+    drawn = (*keys, "speculative_config.draft_sample_method=probabilistic")
+    assert problems_of(job, *drawn, "seed_per_response=True") == [
+        "speculative_config.draft_sample_method='probabilistic': must be greedy with "
+        "seed_per_response: True, because vLLM draws drafts without the responses' seeds; set "
+        "seed_per_response: False, with which whole rollouts repeat"
+    ]
+    policy_args(job, *drawn, "seed_per_response=False")
+    assert problems_of(job, *drawn, "speculative_config.use_heterogeneous_vocab=True") == [
+        "speculative_config.draft_sample_method='probabilistic': must be greedy with "
+        "use_heterogeneous_vocab: True, where vLLM compares no probabilities; leave it out"
+    ]
 
 
 def test_a_draft_needs_room_in_a_step(job, models) -> None:

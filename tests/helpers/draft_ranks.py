@@ -79,6 +79,10 @@ def build(root: Path) -> None:
         "draft_model": {
             "method": "draft_model", "model": str(root / "draft"), "num_speculative_tokens": 3,
         },
+        "drawn_drafts": {
+            "method": "draft_model", "model": str(root / "draft"), "num_speculative_tokens": 3,
+            "draft_sample_method": "probabilistic",
+        },
         "eagle": {"method": "eagle", "model": str(root / "eagle"), "num_speculative_tokens": 2},
         "ngram": NGRAM,
     }  # fmt: skip
@@ -412,3 +416,32 @@ def measure(name: str) -> SpeculationStats:
     engine.speculation.measures = True
     engine.run()
     return take_stats(name)
+
+
+def drawn_at_one(name: str) -> tuple[list[list[int]], float]:
+    """Responses drawn at temperature 1 in a rollout of its own; the share of accepted drafts."""
+    policy = _policies[name]
+    take_stats(name)
+    for row, ids in enumerate(_prompt_ids()):
+        request = {"temperature": 1.0, "max_tokens": 80, "ignore_eos": True, "n": 4}
+        policy.engine.add_request(str(row), None, ids[:8], request | {"seed": row + 3})
+    responses = [list(one.token_ids) for output in policy.engine.run() for one in output.outputs]
+    stats = take_stats(name)
+    assert stats is not None
+    return responses, stats.acceptance_rate
+
+
+def up_to_the_longest_sequence(name: str) -> SpeculationStats:
+    """Greedy responses that end at seq_length, one after the other; what drafting did."""
+    policy = _policies[name]
+    take_stats(name)
+    seq_length = policy.model_args.seq_length
+    for row, ids in enumerate(_prompt_ids() * 2):
+        ids = ids[:4] * (1 + 2 * row)  # those with longer prompts end earlier
+        request = {"temperature": 0.0, "max_tokens": seq_length - len(ids), "ignore_eos": True}
+        policy.engine.add_request(str(row), None, ids, request)
+    lengths = [len(output.outputs[0].token_ids) for output in policy.engine.run()]
+    assert len(set(lengths)) == 2 * len(PROMPTS)
+    stats = take_stats(name)
+    assert stats is not None
+    return stats

@@ -14,7 +14,7 @@ from tests.helpers import draft_ranks
 from tests.helpers.draft_ranks import MAX_NEW_TOKENS, PROMPTS
 from tests.helpers.ranks import Ranks
 
-DRAFTING = ("draft_model", "eagle", "ngram")
+DRAFTING = ("draft_model", "drawn_drafts", "eagle", "ngram")
 P_VALUE = 1e-4
 """A right engine is found odd once in so many tests; seeds are fixed, so always or never."""
 
@@ -67,6 +67,7 @@ def test_drafts_do_not_change_what_is_drawn_how_often(rank) -> None:
     cases = {
         "ngram": ([*allowed, 31, 30, 33, 32, 30, 32], {"allowed_token_ids": allowed}),
         "draft_model": ([20, 21, 14, 22, 23], {"top_k": 4}),
+        "drawn_drafts": ([20, 21, 14, 22, 23], {"top_k": 4}),
     }
     for name, (prompt, restriction) in cases.items():
         sampling = {"temperature": 1.5, **restriction}
@@ -84,6 +85,12 @@ def test_a_seed_gives_the_same_response_again_whatever_else_is_in_the_batch(rank
         assert rank(draft_ranks.sample, name, [0, 1, 2], 5) == together
         assert rank(draft_ranks.sample, name, [2], 7) == together[2:]
         assert rank(draft_ranks.sample, name, [0, 1, 2], 50) != together
+
+
+def test_drafts_that_are_drawn_are_accepted_more_often_and_a_rollout_repeats(rank) -> None:
+    responses, rate = rank(draft_ranks.drawn_at_one, "drawn_drafts")
+    assert rate > 2 * rank(draft_ranks.drawn_at_one, "draft_model")[1]
+    assert rank(draft_ranks.drawn_at_one, "drawn_drafts") == (responses, rate)
 
 
 def test_a_draft_outlives_sleep_wake_and_sync(rank) -> None:
@@ -105,6 +112,13 @@ def test_a_draft_is_read_from_its_directory_and_another_can_take_its_place(rank)
     assert (responses, stats.acceptance_rate) == (before, 1)
     rank(draft_ranks.take_over_draft, "draft_model", rank.root / "draft")
     assert rank(draft_ranks.greedy, "draft_model")[0] == before
+
+
+def test_a_response_near_its_end_stops_no_drafts_of_others(rank, frozen_again) -> None:
+    rank(draft_ranks.take_over_draft, "draft_model", rank.root / "model")
+    stats = rank(draft_ranks.up_to_the_longest_sequence, "draft_model")
+    assert stats.acceptance_rate == 1
+    assert stats.num_drafts > 50
 
 
 @pytest.fixture

@@ -47,6 +47,32 @@ def test_steps_of_many_sequences_have_cuda_graphs_unless_the_yaml_says_otherwise
     assert found.get("max_cudagraph_capture_size") == largest
 
 
+@pytest.mark.parametrize(
+    ("seq_length", "of_files", "longest"),
+    [
+        (100, {}, 108),
+        (254, {}, 256),  # the model has 256 positions
+        (256, {}, 256),
+        (100, {"tokenizer_config.json": {"model_max_length": 103}}, 103),
+        (100, {"tokenizer_config.json": {"model_max_length": 1e30}}, 108),
+        (100, {"config.json": {"rope_scaling": {"original_max_position_embeddings": 100}}}, 100),
+        (100, {"config.json": {"rope_scaling": {"original_max_position_embeddings": 50}}}, 108),
+    ],
+)  # fmt: skip
+def test_behind_the_longest_sequence_there_is_room_for_drafts(
+    tmp_path, seq_length, of_files, longest
+) -> None:
+    model_dir = tmp_path / "model"
+    save_tiny_llama(model_dir)
+    for name, changes in of_files.items():
+        content = json.loads((model_dir / name).read_text())
+        (model_dir / name).write_text(json.dumps(content | changes))
+    keys = {"seq_length": seq_length, "speculative_config": NGRAM}
+    assert arguments(model_dir, tmp_path, on_gpu=True, **keys)[0]["max_model_len"] == longest
+    plain, _ = arguments(model_dir, tmp_path, on_gpu=True, seq_length=seq_length)
+    assert plain["max_model_len"] == seq_length
+
+
 def test_on_cpu_a_step_takes_whole_prompts(model_dir, tmp_path) -> None:
     args = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "enable_chunked_prefill": True}
     found, notices = arguments(model_dir, tmp_path, on_gpu=False, **args)
