@@ -165,7 +165,7 @@ class _MeasuredPolicy:
             )
         seen = dict.fromkeys(responses, 0)
         while engine.requests:
-            engine.run(max_steps=1, decode=lambda token_ids: "")
+            engine.run(max_steps=1)
             for key, one in responses.items():
                 if (length := len(one.token_ids)) > seen[key]:
                     watch.tokens(key, length - seen[key])

@@ -5,7 +5,6 @@ the attributes of `vllm.RequestOutput`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +73,6 @@ class GenerationEngine(LiveModel, ABC):
         self,
         min_finished: int | None = None,
         max_steps: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[Any]:
         """Work on requests until some are done.
 
@@ -82,7 +80,6 @@ class GenerationEngine(LiveModel, ABC):
             min_finished: return as soon as so many requests are done; the others go on with the
                 next call. None: all of them.
             max_steps: return after so many steps in any case. None: no limit.
-            decode: makes text of token ids; needed for partial requests.
 
         Returns:
             One `vllm.RequestOutput` per finished request, in the order in which they were added.

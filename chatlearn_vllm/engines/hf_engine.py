@@ -7,7 +7,7 @@ with its longest. What the requests ask for, and what they get, has vLLM's names
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,6 @@ class HFEngine(GenerationEngine):
         self,
         min_finished: int | None = None,
         max_steps: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[RequestOutput]:
         """See GenerationEngine; a step is a batch of whole responses."""
         self.require_ready()

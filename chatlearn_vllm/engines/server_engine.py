@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -144,7 +144,6 @@ class ServerEngine(ServerRank):
         self,
         min_finished: int | None = None,
         max_steps: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[Any]:
         """Send what is queued and wait until requests are answered.
 
@@ -152,7 +151,6 @@ class ServerEngine(ServerRank):
             min_finished: return as soon as so many are; the server goes on with the others
                 meanwhile. None: all of them.
             max_steps: of no effect; the steps are the server's.
-            decode: of no effect; the server makes the text.
 
         Returns:
             One `RequestOutput` per answered request, in the order in which they were added.

@@ -8,7 +8,7 @@ per replica each rank runs its own engine and, given the same requests, the iden
 import gc
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -221,12 +221,12 @@ class VLLMEngine(GenerationEngine):
             ValueError: vLLM refuses it.
         """
         self._take_logprobs(request.takes_sampled_logprobs and self.speculation is None)
-        self._order.append(request.request_id)
-        self._partial[request.request_id] = request
         for request_id, token_ids, sampling in request.requests():
+            self._add(request_id, None, token_ids, without_text(sampling)[0], "DELTA")
             if self._sampled is not None:
                 self._sampled.expect(request_id, 1)
-            self._add(request_id, None, token_ids, without_text(sampling)[0], "DELTA")
+        self._order.append(request.request_id)
+        self._partial[request.request_id] = request
 
     def _add(
         self,
@@ -266,7 +266,6 @@ class VLLMEngine(GenerationEngine):
         self,
         min_finished: int | None = None,
         max_steps: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[Any]:
         """See GenerationEngine; a step is one of vLLM's scheduler."""
         self.require_ready()
@@ -277,7 +276,7 @@ class VLLMEngine(GenerationEngine):
         gc.set_threshold(*thresholds[:2], 2**30)  # a full collection takes longer than many steps
         steps = 0
         try:
-            outputs = self._finished_partial(list(self._partial), decode)
+            outputs = self._finished_partial(list(self._partial))
             # step() may return nothing while batches are in flight.
             while len(outputs) < wanted and steps != max_steps:
                 if not self._engine.has_unfinished_requests():
@@ -293,7 +292,7 @@ class VLLMEngine(GenerationEngine):
                     if name in self._partial:
                         self._partial[name].note(output, self.state.version)
                         if output.finished:
-                            outputs |= self._finished_partial([name], decode)
+                            outputs |= self._finished_partial([name])
                     elif name in self._searches:
                         outputs |= self._note_beam(self._searches[name], output)
                     elif output.finished:
@@ -329,12 +328,16 @@ class VLLMEngine(GenerationEngine):
         for completion, text in zip(output.outputs, texts, strict=True):
             completion.text = text
 
-    def _finished_partial(
-        self, names: list[str], decode: Callable[[list[int]], str] | None
-    ) -> dict[str, Any]:
+    def _finished_partial(self, names: list[str]) -> dict[str, Any]:
         """Those of some partial requests that are finished, by their ids; each once."""
-        finished = [name for name in names if self._partial[name].is_finished]
-        return {name: self._closed(self._partial.pop(name)).output(decode) for name in finished}
+        outputs = {}
+        for name in names:
+            if self._partial[name].is_finished:
+                request = self._closed(self._partial.pop(name))
+                skip = request.skip_special_tokens
+                decode = decoder_of(self._engine.get_tokenizer(), skip_special_tokens=skip)
+                outputs[name] = request.output(decode)
+        return outputs
 
     def _closed(self, request: PartialRequest) -> PartialRequest:
         """A partial request that gets no more tokens, with all log-probabilities."""

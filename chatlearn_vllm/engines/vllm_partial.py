@@ -7,10 +7,11 @@ that a response can be cut off at any step; their log-probabilities when it is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from chatlearn_vllm.data.carried import Begun
+from chatlearn_vllm.engines.response_text import Decode, response_texts
 from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs, TokenLogprobs
 
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -107,12 +108,13 @@ class PartialRequest:
             if new := begun.token_ids[len(begun.logprobs) :]:
                 begun.logprobs += sampled.take(self._id_of(index), new)
 
-    def output(self, decode: Callable[[list[int]], str]) -> Any:
-        """The finished responses as one `vllm.RequestOutput`.
+    @property
+    def skip_special_tokens(self) -> bool:
+        """Whether texts are made without special tokens."""
+        return self._sampling.get("skip_special_tokens", True)
 
-        Args:
-            decode: makes text of token ids.
-        """
+    def output(self, decode: Decode) -> Any:
+        """The finished responses as one `vllm.RequestOutput`; their texts are what vLLM makes."""
         from vllm import RequestOutput
 
         return RequestOutput(
@@ -124,25 +126,36 @@ class PartialRequest:
             finished=True,
         )
 
-    def _completion(self, index: int, decode: Callable[[list[int]], str]) -> Any:
+    def _completion(self, index: int, decode: Decode) -> Any:
         from vllm import CompletionOutput
 
         begun = self.begun[index]
-        text = decode(begun.token_ids)
-        if isinstance(begun.stop_reason, str) and not self._sampling.get(
-            "include_stop_str_in_output"
-        ):
-            end = text.rfind(begun.stop_reason)
-            text = text if end < 0 else text[:end]
         return CompletionOutput(
             index=index,
-            text=text,
+            text=self._text(begun, decode),
             token_ids=begun.token_ids,
             cumulative_logprob=sum(begun.logprobs),
             logprobs=TokenLogprobs.of(begun.token_ids, begun.logprobs),
             finish_reason=begun.finish_reason,
             stop_reason=begun.stop_reason,
         )
+
+    def _text(self, begun: Begun, decode: Decode) -> str:
+        """What a response says, without what ended it unless that is asked for."""
+        ids, stop = begun.token_ids, begun.stop_reason
+        keeps_end = self._sampling.get("include_stop_str_in_output", False)
+        if not isinstance(stop, str):
+            if begun.finish_reason == "stop" and not keeps_end:
+                ids = ids[:-1]
+            (text,) = response_texts(decode, self._prompt_token_ids, [ids])
+            return text
+        text, before = response_texts(decode, self._prompt_token_ids, [ids, ids[:-1]])
+        # The last token made it whole, or one of those that were accepted with the last one.
+        end = text.find(stop, max(0, len(before) - len(stop) + 1))
+        end = text.rfind(stop) if end < 0 else end
+        if end < 0:
+            return text
+        return text[: end + len(stop)] if keeps_end else text[:end]
 
     def _id_of(self, index: int) -> str:
         return f"{self.request_id}#{index}"

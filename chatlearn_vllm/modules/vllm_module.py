@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.seeds import sample_seed
-from chatlearn_vllm.engines.response_text import decoder_of
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.receives_weights import DRAFT, IncomingWeights, ReceivesWeights
 from chatlearn_vllm.observability.logging import get_logger
@@ -348,7 +347,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             if (speculation := self.engine.speculation) is not None:
                 measures = self.model_args.speculative_min_gain > 0
                 speculation.begin(is_eval=is_eval, measures=measures)
-            outputs = self.engine.run(min_finished, max_steps, self._decode)
+            outputs = self.engine.run(min_finished, max_steps)
         except BaseException:
             self.engine.abort()
             raise
@@ -377,11 +376,6 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def _is_partial(self, is_eval: bool) -> bool:
         return not is_eval and self.runtime_args.max_rollout_round > 1
-
-    def _decode(self, token_ids: list[int]) -> str:
-        skip = self.model_args.skip_special_tokens
-        (text,) = decoder_of(self.tokenizer.tokenizer, skip_special_tokens=skip)([token_ids])
-        return text
 
     def _ask(self, asking: list[_Asked], is_eval: bool) -> None:
         """Pass prompts to the engine, and remember which request stands for which of them."""

@@ -381,7 +381,7 @@ def greedy_in_parts(name: str, num_steps: int) -> tuple[list[list[int]], int]:
             if str(row) not in done:
                 request = PartialRequest(str(row), None, ids, keys, begun[row])
                 policy.engine.add_partial_request(request)
-        finished = policy.engine.run(max_steps=max_steps, decode=str)
+        finished = policy.engine.run(max_steps=max_steps)
         done |= {output.request_id: output for output in finished}
         policy.engine.cut()
         cut_at = cut_at or sum(len(responses[0].token_ids) for responses in begun)

@@ -9,12 +9,13 @@ import torch
 
 from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.data.batch import check_batch, concat, select
-from chatlearn_vllm.data.carried import Carried
+from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.prompts import PromptPipeline
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.vllm_executor import Step
+from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
 from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
@@ -510,6 +511,37 @@ def test_a_response_that_was_cut_goes_on_with_later_weights(partial, hf_model) -
             want = hf_logprobs(model, batch["all_tokens"][row, :end], 0.7)[length - 1 :]
             got = batch["logprobs"][row, length - 1 : end - 1]
             torch.testing.assert_close(got[part], want[part], atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"skip_special_tokens": False},
+        {"sampling_args": {"stop_token_ids": [*range(3, 60)]}},
+        {"sampling_args": {"stop_token_ids": [*range(3, 60)], "include_stop_str_in_output": True}},
+        {"stop": ["e", "1", "ab"]},
+    ],
+    ids=str,
+)
+def test_partial_rollouts_say_what_whole_ones_say(ready, monkeypatch, sampling) -> None:
+    args = ready.model_args.model_copy(update=sampling | {"max_new_tokens": 24})
+    monkeypatch.setattr(type(ready), "model_args", args)
+    whole = ready.generate([0, 1, 2, 3], first_sample=30)
+    runtime = ready.runtime_args.model_copy(update={"max_rollout_round": 2})
+    monkeypatch.setattr(ready, "job", ready.job.model_copy(update={"runtime": runtime}))
+    parts = ready.generate([0, 1, 2, 3], first_sample=30)
+    assert torch.equal(whole["all_tokens"], parts["all_tokens"])
+    assert whole["str_outputs"] == parts["str_outputs"]
+
+
+def test_a_prompt_that_vllm_refuses_leaves_nothing_of_a_partial_request(ready) -> None:
+    sampling = {"n": 1, "max_tokens": 4, "seed": 1}
+    too_long = PartialRequest("x", None, [5] * 2 * SEQ_LENGTH, sampling, [Begun()])
+    with pytest.raises(ValueError, match="request x#0: "):
+        ready.engine.add_partial_request(too_long)
+    assert ready.engine.requests == ()
+    assert ready.generate([0], first_sample=0)["sample_index"].tolist() == [0, 1, 2]
 
 
 def test_partial_rollouts_that_are_not_cut_give_the_samples_of_whole_ones(

@@ -1,5 +1,7 @@
 """What does vLLM get to see of responses that were begun earlier?"""
 
+import pytest
+
 from chatlearn_vllm.data.carried import Begun
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 
@@ -45,18 +47,47 @@ def test_finished_responses_are_not_asked_for_again_and_full_ones_are_finished()
     assert not request.is_finished
 
 
-def test_a_stop_string_is_cut_off_the_text_as_vllm_does():
-    begun = [
-        Begun([8], [-0.5], [1], "stop", "~"),
-        Begun([9], [-0.25], [1], "length"),
-    ]
-    request = PartialRequest("7", "ab", [1, 2], {**SAMPLING, "n": 2}, begun)
+@pytest.mark.parametrize(
+    ("begun", "sampling", "text"),
+    [
+        (Begun([8], [-0.5], [1], "stop", "~"), {}, "yes"),
+        (Begun([8], [-0.5], [1], "stop", "~"), {"include_stop_str_in_output": True}, "yes~"),
+        (Begun([9], [-0.5], [1], "length"), {}, "no~"),
+        (Begun([7, 4, 6], [-0.5] * 3, [1] * 3, "stop", "aa"), {}, "x"),
+        # Tokens that were accepted together with what made the stop string whole.
+        (Begun([7, 6, 9], [-0.5] * 3, [1] * 3, "stop", "aa"), {}, "x"),
+        (
+            Begun([7, 6, 9], [-0.5] * 3, [1] * 3, "stop", "aa"),
+            {"include_stop_str_in_output": True},
+            "xaa",
+        ),
+        (Begun([9, 8], [-0.5] * 2, [1] * 2, "stop", 8), {}, "no~"),
+        (
+            Begun([9, 8], [-0.5] * 2, [1] * 2, "stop"),
+            {"include_stop_str_in_output": True},
+            "no~yes~",
+        ),
+        (Begun([9, 5], [-0.5] * 2, [1] * 2, "length"), {}, "no~"),  # half a character
+    ],
+)  # fmt: skip
+def test_the_text_is_cut_where_vllm_does(begun, sampling, text):
+    request = PartialRequest("7", "ab", [1, 2], {**SAMPLING, "n": 1, **sampling}, [begun])
     output = request.output(_decode)
 
-    assert [one.text for one in output.outputs] == ["yes", "no~"]
-    assert [one.cumulative_logprob for one in output.outputs] == [-0.5, -0.25]
+    assert output.outputs[0].text == text
+    assert output.outputs[0].cumulative_logprob == -0.5 * len(begun.token_ids)
     assert output.finished and output.request_id == "7"
 
 
-def _decode(token_ids):
-    return {8: "yes~", 9: "no~"}[token_ids[0]]
+def _decode(lists):
+    words = {
+        1: "P",
+        2: "Q",
+        4: "a",
+        5: "\N{REPLACEMENT CHARACTER}",
+        6: "aa",
+        7: "x",
+        8: "yes~",
+        9: "no~",
+    }
+    return ["".join(words[token] for token in token_ids) for token_ids in lists]
