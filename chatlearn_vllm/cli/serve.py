@@ -26,6 +26,7 @@ _RETIRED_FLAGS = {
 }
 """Flags of older vLLM versions -> what stands in their place."""
 
+_KV_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 HELP = "serve a trainer's checkpoint, or a Hugging Face directory, with an OpenAI API"
 USER_ERROR = 2
 
@@ -116,6 +117,7 @@ def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from chatlearn_vllm.engines.server_process import weight_update_arguments
+    from chatlearn_vllm.engines.vllm_arguments import cpu_kv_cache_bytes
 
     chosen = {
         "host": arguments.host,
@@ -127,6 +129,9 @@ def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         # On CPU vLLM's engine fails where a step ends inside the prompt of a request with a seed.
         chosen["enable_chunked_prefill"] = False
+        is_given = any(_is_given(flag, arguments.flags) for flag in _KV_CACHE_FLAGS)
+        if not is_given and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            chosen["kv_cache_memory_bytes"] = cpu_kv_cache_bytes()
     if arguments.weight_updates:
         chosen |= weight_update_arguments()
         chosen["host"] = arguments.host or "127.0.0.1"

@@ -7,7 +7,7 @@ docs/configuration.md. Names are ChatLearn's, which are Megatron's and vLLM's.
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator
 
 from chatlearn_vllm.config.section import (
     Count,
@@ -345,7 +345,7 @@ class SchedulerArgs(Section):
     weight_sync_path: Literal["auto", "direct", "load_weights"] = "auto"
     """How new weights enter the engine. direct: copied into its parameters. load_weights: whole
     tensors through vLLM's loader, which quantises them again. auto: direct where possible."""
-    quantization: str | None = None
+    quantization: Annotated[str, Field(min_length=1), AfterValidator(str.lower)] | None = None
     """fp8: vLLM quantises weights as they come, again at each weight sync. awq, gptq, or another of
     vLLM's names: how the checkpoint in `load` is quantised, for models that no trainer sends
     weights to; docs/engines.md."""
@@ -421,7 +421,7 @@ class ModuleArgs(Section):
     """Your own module"""
 
     user_args: dict[str, Any] = {}
-    """Free-form map, unchecked: `self.model_args.user_args["my_setting"]`."""
+    """Free-form map, unchecked: `self.model_args.user_args["my_setting"]`. Its keys are text."""
 
 
 class MegatronArgs(Section):
@@ -712,6 +712,16 @@ class ModelArgs(
     """The same for megatron-core's TransformerConfig."""
 
     PASS_THROUGH: ClassVar[tuple[str, ...]] = ("engine_args", "sampling_args", "transformer_args")
+
+    @field_validator("sampling_args")
+    @classmethod
+    def _token_ids_are_numbers(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Keys of a map are text where it was read from a file."""
+        biases = given.get("logit_bias")
+        if not isinstance(biases, dict):
+            return given
+        ids = {int(key) if str(key).isdecimal() else key: bias for key, bias in biases.items()}
+        return given | {"logit_bias": ids}
 
     @property
     def responses_per_prompt(self) -> int:

@@ -196,6 +196,15 @@ def test_a_draft_must_be_there_and_know_the_same_tokens(job, models) -> None:
     policy_args(job, f"load={models}/target", f"speculative_model={models}/draft", tokens)
 
 
+@pytest.mark.parametrize("name", ["gptq", "GPTQ", "Gptq_Marlin"])
+def test_capital_letters_in_a_quantization_mean_the_same(job, name) -> None:
+    (problem,) = problems_of(job, f"quantization={name}")
+    assert problem.startswith(f"quantization='{name}': is how the checkpoint in `load` is")
+    assert policy_args(job, "quantization=FP8").quantization == "fp8"
+    (problem,) = problems_of(job, "quantization=''")
+    assert problem.startswith("quantization='': ")
+
+
 def test_drafts_that_are_drawn_take_no_seed_of_a_response(job, models) -> None:
     config = f"{{model: {models}/draft, num_speculative_tokens: 3}}"
     keys = (f"load={models}/target", f"speculative_config={config}")

@@ -46,6 +46,12 @@ def test_what_vllm_would_refuse_is_refused_with_its_rule(job, keys, rule) -> Non
     assert rule in str(problem) and str(problem).startswith(f"command line: {AT}.")
 
 
+def test_token_ids_in_a_file_are_numbers(job, write) -> None:
+    write("policy.yaml", "seq_length: 64\nmax_new_tokens: 32\nlogit_bias: {5: 1.0, 7: -2}\n")
+    args = load_config(job).models["policy"].model_args
+    assert args.sampling_args["logit_bias"] == {5: 1.0, 7: -2}
+
+
 def test_what_vllm_takes_is_passed_on(job) -> None:
     given = {
         "stop_token_ids": [],
