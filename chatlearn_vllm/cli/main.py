@@ -19,11 +19,11 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Without `argv`, the process's own arguments."""
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    from chatlearn_vllm.config import ConfigError
+    from chatlearn_vllm.config import UserError
 
     try:
         return arguments.run(arguments)
-    except ConfigError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
 

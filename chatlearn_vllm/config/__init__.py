@@ -2,7 +2,7 @@
 
 from chatlearn_vllm.config.loader import load_config
 from chatlearn_vllm.config.model_args import ModelArgs
-from chatlearn_vllm.config.problems import ConfigError, Problem
+from chatlearn_vllm.config.problems import ConfigError, Problem, UserError
 from chatlearn_vllm.config.schema import (
     BatchGenerationConfig,
     JobConfig,
@@ -22,5 +22,6 @@ __all__ = [
     "Problem",
     "RuntimeConfig",
     "RuntimeEnvConfig",
+    "UserError",
     "load_config",
 ]

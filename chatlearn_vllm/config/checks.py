@@ -360,6 +360,13 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
                 ("models", model.name, "model_args", name),
                 f"no such directory: {directory}",
             )
+        load = model.model_args.load
+        if model.trainable and load is not None and Path(load).is_dir():
+            report.require(
+                Path(load, "config.json").is_file(),
+                ("models", model.name, "model_args", "load"),
+                f"no config.json in {load}; name a directory in Hugging Face form",
+            )
         check_draft_directory(model, report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +36,16 @@ _SET_BY_VLLM = {
 """Fields of SpeculativeConfig that are none of the user's -> what is."""
 _REFUSED = {
     "skip_tokenizer_init": (
-        True,
+        (True,),
         "leaves responses without text, stop strings and the tokenizer's end-of-sequence token "
         "without effect; leave it out",
     ),
     "scheduling_policy": (
-        "priority",
+        ("priority",),
         "must be fcfs: no request has a priority here, and ranks of a replica, which schedule for "
         "themselves, would order equal ones differently; leave it out",
     ),
+    "runner": (("pooling", "draft"), "must be generate, for responses; leave it out"),
 }
 """Values of vLLM's EngineArgs with which responses would silently be others."""
 _MUST_NAME_NUM_TOKENS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
@@ -59,12 +61,29 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
         report.require(False, key, rule)
     for key, rule in sampling_problems(model):
         report.require(False, key, rule)
-    for name, (value, rule) in _REFUSED.items():
+    for name, (values, rule) in _REFUSED.items():
         key = ("models", model.name, "model_args", name)
-        report.require(model.model_args.engine_args.get(name) != value, key, rule)
+        report.require(model.model_args.engine_args.get(name) not in values, key, rule)
+    _check_positions(model, report)
     _check_quantization(model, report)
     if model.model_args.speculative_config is not None:
         _check_speculation(model, report)
+
+
+def _check_positions(model: ModelConfig, report: Reporter) -> None:
+    """Check that the model has positions for the longest sequence, unless it stretches them."""
+    args = model.model_args
+    config = read_config_json(args.load)
+    positions = config.get("max_position_embeddings")
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    is_stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
+    is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
+    if args.inference_engine == "vllm" and not (is_stretched or is_allowed):
+        report.require(
+            not isinstance(positions, int) or args.seq_length <= positions,
+            ("models", model.name, "model_args", "seq_length"),
+            f"must be at most {positions}: {args.load}/config.json says max_position_embeddings",
+        )
 
 
 def _check_quantization(model: ModelConfig, report: Reporter) -> None:

@@ -21,7 +21,7 @@ from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, 
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.strategies import ROLES
 from chatlearn_vllm.config.tree import BROKEN, Tree
-from chatlearn_vllm.config.upstream_fields import upstream_fields, upstream_scalars
+from chatlearn_vllm.config.upstream_fields import engine_choices, upstream_fields, upstream_scalars
 
 _SECTIONS: dict[str, type[Section]] = {"runtime_env": RuntimeEnvConfig, "runtime": RuntimeConfig}
 _SET_BY_OUR_KEY = {
@@ -168,6 +168,13 @@ class _Validation:
             if kind is not None and value is not None and not _is_kind(value, kind):
                 self._report_unreadable(key, f"must be {_KINDS[kind]}")
                 return []
+        choices = engine_choices().get(key[-1]) if "engine_args" in targets else None
+        if choices and value is not None and value not in choices:
+            nearest = difflib.get_close_matches(str(value), map(str, choices), n=1)
+            rule = f"must be one of vLLM's: {', '.join(map(str, choices))}"
+            self._report(key, rule, nearest[0] if nearest else None)
+            self._unreadable.add(key)
+            return []
         return targets
 
     def _report_unknown(self, key: Key, valid: Sequence[str] | Mapping[str, Any]) -> None:

@@ -37,7 +37,11 @@ class Problem:
         return ": ".join(part for part in (self.file, given, self.rule) if part) + hint
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """Something that a user can set right; the message is all that they need for it."""
+
+
+class ConfigError(UserError):
     """The job cannot run as described; the message has one line per problem."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:

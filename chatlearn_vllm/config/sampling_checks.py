@@ -6,9 +6,11 @@ vLLM looks at them when the first prompt comes, with everything built.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.server_checks import START
 from chatlearn_vllm.config.upstream_fields import sampling_map_fields
 
@@ -55,7 +57,10 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logprob_token_ids": (_are_tokens, _TOKENS),
     "bad_words": (_are_texts, "must be a list of texts"),
     "logit_bias": (_are_biases, "must be a map from token ids to numbers"),
+    "extra_args": (lambda value: isinstance(value, dict), "must be a map of keys"),
+    "min_tokens": (_is_count, "must be a number of tokens, 0 or more"),
 }
+_OF_TOKENS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
 """Fields that hold more than one value: how these must look."""
 
 
@@ -66,6 +71,12 @@ def sampling_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
     for name, (holds, rule) in _FORMS.items():
         if name in given and not holds(given[name]):
             yield (*at, name), rule
+    num_tokens = read_config_json(args.load).get("vocab_size")
+    for name in _OF_TOKENS:
+        if name in given and _FORMS[name][0](given[name]):
+            largest = max(given[name], default=0)
+            if isinstance(num_tokens, int) and largest >= num_tokens:
+                yield (*at, name), f"token {largest} is none of the {num_tokens} of {args.load}"
     for name in ("structured_outputs", "repetition_detection"):
         if name in given and (rule := _map_problem(name, given[name])):
             yield (*at, name), rule
@@ -92,11 +103,33 @@ def _map_problem(name: str, value: Any) -> str | None:
         and sum(value.get(one) is not None for one in _CONSTRAINTS) != 1
     ):
         return f"must hold one of {', '.join(_CONSTRAINTS)}"
+    if name == "structured_outputs":
+        return _constraint_problem(value)
     if name == "repetition_detection":
         if not all(map(_is_count, value.values())):
             return "must hold whole numbers"
         if value.get("max_pattern_size", 0) and value.get("min_count", 0) < 2:
             return "needs min_count, of at least 2"
+    return None
+
+
+def _constraint_problem(given: dict[str, Any]) -> str | None:
+    """What is wrong with what responses are to be like."""
+    choice, schema = given.get("choice"), given.get("json")
+    for name in ("regex", "grammar", "structural_tag"):
+        if given.get(name) is not None and not isinstance(given[name], str):
+            return f"{name} in it must be text"
+    if choice is not None and not (choice and _are_texts(choice)):
+        return "choice in it must be a list of texts"
+    if given.get("json_object") is False:
+        return "json_object in it must be True; leave it out for other responses"
+    if isinstance(schema, str):
+        try:
+            json.loads(schema)
+        except ValueError as error:
+            return f"json in it is no JSON: {error}"
+    elif schema is not None and not isinstance(schema, dict):
+        return "json in it must be a JSON schema, as a map or text"
     return None
 
 

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 _SPECULATIVE_CONFIG = ("vllm/config/speculative.py", "SpeculativeConfig")
 _SOURCES = {
@@ -79,6 +80,43 @@ def upstream_scalars() -> Mapping[str, Mapping[str, type]]:
 
 
 @functools.cache
+def engine_choices() -> Mapping[str, tuple[Any, ...]]:
+    """Fields of vLLM's EngineArgs that take one of a few values; empty without vLLM.
+
+    Some of them also take None.
+    """
+    literals: dict[str, ast.expr] = {}
+    for path in _files("vllm/config"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() as value):
+                    literals[name] = value
+    choices = {}
+    for name, annotation in _fields(*_SOURCES["engine_args"][0]).items():
+        kind = ast.parse(annotation.removesuffix(" | None"), mode="eval").body
+        if found := _values(kind, literals):
+            choices[name] = found
+    return MappingProxyType(choices)
+
+
+def _values(kind: ast.expr, literals: Mapping[str, ast.expr]) -> tuple[Any, ...]:
+    """What a `Literal`, or a name of one, allows; literals may hold others."""
+    match kind:
+        case ast.Name(id=name) if name in literals:
+            return _values(literals[name], literals)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            return tuple(
+                value
+                for part in parts
+                for value in (
+                    [part.value] if isinstance(part, ast.Constant) else _values(part, literals)
+                )
+            )
+    return ()
+
+
+@functools.cache
 def upstream_names(key: str) -> tuple[str, ...]:
     """The values of `load_format` or `quantization` that vLLM knows; empty without vLLM."""
     path, name = _NAMES[key]
@@ -122,11 +160,20 @@ def _fields(path: str, class_name: str) -> Mapping[str, str]:
 
 def _source(path: str) -> str:
     """A source file under an installed package; empty where that is not installed."""
-    package, _, rest = path.partition("/")
-    # find_spec of the top-level package runs none of its code; of a submodule it would.
-    spec = importlib.util.find_spec(package)
-    for location in (spec and spec.submodule_search_locations) or ():
-        source = Path(location, rest)
+    for source in _installed(path):
         if source.is_file():
             return source.read_text(encoding="utf-8")
     return ""
+
+
+def _files(path: str) -> list[Path]:
+    """The source files of a directory under an installed package, none where that is not there."""
+    return [file for directory in _installed(path) for file in sorted(directory.glob("*.py"))]
+
+
+def _installed(path: str) -> list[Path]:
+    """Where a path under a package may be."""
+    package, _, rest = path.partition("/")
+    # find_spec of the top-level package runs none of its code; of a submodule it would.
+    spec = importlib.util.find_spec(package)
+    return [Path(location, rest) for location in (spec and spec.submodule_search_locations) or ()]

@@ -178,7 +178,7 @@ class ServerClient:
                 if answer.status < 400:
                     is_json = answer.content_type == "application/json"
                     return await _json(answer, place) if is_json else None
-                text = (await answer.text())[:_SHOWN_CHARACTERS]
+                text = _shown(await answer.text())
                 raise _refusal(place, answer.status, text, answer.headers, is_repeatable)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             reason = getattr(error, "strerror", None) or f"nothing in {_CONNECT_TIMEOUT_S:g} s"
@@ -204,6 +204,11 @@ async def _json(answer: aiohttp.ClientResponse, place: str) -> Any:
         return await answer.json()
     except ValueError as error:
         raise ServerError(f"{place}: the answer is no JSON: {error}") from error
+
+
+def _shown(text: str) -> str:
+    """The beginning of an answer; of a web page only that it is one."""
+    return "a web page" if text.lstrip().startswith("<") else text[:_SHOWN_CHARACTERS]
 
 
 class _PassingError(Exception):

@@ -214,20 +214,7 @@ def inspect_server(
     Raises:
         ServerError: it is not there, or not fit; says the remedy.
     """
-    try:
-        client.get("/health")
-    except ServerError as error:
-        raise ServerError(
-            f"{error}; is it running? `chatlearn-vllm serve DIR` starts one, "
-            "vllm_server: start has the job do so"
-        ) from error
-    version = _version(client)
-    model, max_model_len = _model(client)
-    if max_model_len < seq_length:
-        raise ServerError(
-            f"{client.url} serves sequences of at most {max_model_len} tokens, seq_length is "
-            f"{seq_length}; start it with --max-model-len {seq_length}, or lower seq_length"
-        )
+    version, model, max_model_len = find_server(client, seq_length)
     _check_tokenizer(client, model, tokenize)
     workers = _workers(client)
     if workers is None:
@@ -260,6 +247,33 @@ def inspect_server(
         boot_ids=tuple(one["boot_id"] for one in workers),
         dtype=worker["dtype"],
     )
+
+
+def find_server(client: ServerClient, seq_length: int) -> tuple[str, str, int]:
+    """Ask a server for vLLM's version, its model's name and longest sequence.
+
+    Args:
+        client: calls it.
+        seq_length: longest sequence of the job.
+
+    Raises:
+        ServerError: it is not there, asks for another key, or its sequences are shorter.
+    """
+    try:
+        client.get("/health")
+    except ServerError as error:
+        raise ServerError(
+            f"{error}; is it running? `chatlearn-vllm serve DIR` starts one, "
+            "vllm_server: start has the job do so"
+        ) from error
+    version = _version(client)
+    model, max_model_len = _model(client)
+    if max_model_len < seq_length:
+        raise ServerError(
+            f"{client.url} serves sequences of at most {max_model_len} tokens, seq_length is "
+            f"{seq_length}; start it with --max-model-len {seq_length}, or lower seq_length"
+        )
+    return version, model, max_model_len
 
 
 def _version(client: ServerClient) -> str:

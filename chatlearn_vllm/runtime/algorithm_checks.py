@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from chatlearn_vllm.config.model_args import AlgorithmArgs
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.schema import RuntimeConfig
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -23,7 +24,7 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
     """Check the keys of GRPO and its relatives, and warn of a KL penalty without effect.
 
     Raises:
-        ValueError: says all that does not fit.
+        UserError: says all that does not fit.
     """
     args, of_policy = trainer.model_args, policy.model_args
     problems = []
@@ -64,7 +65,7 @@ def check_ppo_keys(trainer: BaseModule, runtime: RuntimeConfig, *, has_reference
         has_reference: whether there is a KL whose coefficient can adapt.
 
     Raises:
-        ValueError: says all that does not fit.
+        UserError: says all that does not fit.
     """
     args = trainer.model_args
     problems = list(_of_grpo("RLHFEngine", trainer, runtime))
@@ -86,7 +87,7 @@ def check_preference_keys(trainer: BaseModule, runtime: RuntimeConfig) -> None:
     """Check the keys of Online DPO.
 
     Raises:
-        ValueError: says all that does not fit.
+        UserError: says all that does not fit.
     """
     args = trainer.model_args
     problems = list(_of_grpo("OnlineDPOEngine", trainer, runtime))
@@ -123,4 +124,4 @@ def _of_grpo(engine: str, trainer: BaseModule, runtime: RuntimeConfig) -> Iterab
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.prompts import (
     PromptSampler,
     check_prompt_order,
@@ -30,8 +31,9 @@ from chatlearn_vllm.runtime.checkpoint import (
     save_state,
     saved_episodes,
 )
-from chatlearn_vllm.runtime.cluster import Cluster
+from chatlearn_vllm.runtime.cluster import Cluster, existing_cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
+from chatlearn_vllm.runtime.named_servers import check_named_servers
 from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
@@ -85,7 +87,7 @@ class BaseEngine(ABC):
             This engine.
 
         Raises:
-            ValueError: it is a path.
+            UserError: it is a path.
         """
         require_records(prompts)
         self._records = prompts
@@ -95,11 +97,11 @@ class BaseEngine(ABC):
         """Evaluate as `runtime.eval_episode_interval` and `enable_eval_before_training` say.
 
         Raises:
-            ValueError: the evaluator uses a module that is not part of this engine.
+            UserError: the evaluator uses a module that is not part of this engine.
         """
         for module in evaluator.modules:
             if module not in self.modules:
-                raise ValueError(
+                raise UserError(
                     f"the evaluator's module {module.name!r} is not one of this engine's: "
                     + ", ".join(own.name for own in self.modules)
                 )
@@ -214,7 +216,7 @@ class BaseEngine(ABC):
         """Check what can be checked of a checkpoint before anything starts.
 
         Raises:
-            ValueError: it is damaged, or of a job with another order of prompts.
+            UserError: it is damaged, or of a job with another order of prompts.
         """
         check_prompt_order(state.sampler, seed=self.args.seed, shuffle=self.args.data_shuffle)
         directories = [trainer.checkpoint_dir for trainer in self._megatron_trainers()]
@@ -230,7 +232,8 @@ class BaseEngine(ABC):
         """Start all ranks, build the models in order, hand out the evaluation's prompts.
 
         Raises:
-            ValueError: the evaluator has no prompts; nothing is started then.
+            UserError: the evaluator has no prompts, or a server that the yaml names is not there;
+                nothing is started then.
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
@@ -238,6 +241,8 @@ class BaseEngine(ABC):
         if idle := [f"models.{name}" for name in self.job.models if name not in names]:
             engine = type(self).__name__
             logger.warning("not started, as this %s has no use for it: %s", engine, ", ".join(idle))
+        if not existing_cluster():
+            check_named_servers(self.modules)
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()
         imports = [call for group in self.groups.values() for call in group.start("preload")]
@@ -282,10 +287,10 @@ class BaseEngine(ABC):
         records = self._records
         if records is None:
             if self.args.data_path is None:
-                raise ValueError("no training data: call set_dataset() or set runtime.data_path")
+                raise UserError("no training data: call set_dataset() or set runtime.data_path")
             records = load_prompts(self.args.data_path, self.args.training_data_num_limit)
         if not records:
-            raise ValueError("no training data: the dataset is empty")
+            raise UserError("no training data: the dataset is empty")
         return records
 
     def _build_model(self, module: BaseModule) -> None:

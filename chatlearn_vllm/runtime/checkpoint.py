@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.engines.megatron import checkpoint_files
 
 _NAME = re.compile(r"episode_(\d{8,})\.json")
@@ -73,11 +74,11 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
         The state; None if `episode` is None and nothing was saved.
 
     Raises:
-        ValueError: `episode` was not saved, or its files are broken.
+        UserError: `episode` was not saved, or its files are broken.
     """
     episodes = saved_episodes(directory)
     if episode is not None and episode not in episodes:
-        raise ValueError(
+        raise UserError(
             f"runtime.load_data_checkpoint_iteration={episode}: {directory} has no such episode; "
             f"it has {', '.join(map(str, episodes)) or 'none'}"
         )
@@ -89,15 +90,15 @@ def load_state(directory: Path, episode: int | None = None) -> DriverState | Non
     try:
         state = DriverState(**json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
+        raise UserError(f"{path}: is not JSON ({error}). {remedy}") from None
     except TypeError as error:  # JSON of something else
-        raise ValueError(f"{path}: is no state of a job ({error}). {remedy}") from None
+        raise UserError(f"{path}: is no state of a job ({error}). {remedy}") from None
     if not state.batches:
         return replace(state, batches=None)
     try:
         return replace(state, batches=torch.load(_batches_path(path), weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{_batches_path(path)}: cannot be read ({error}). {remedy}") from None
+        raise UserError(f"{_batches_path(path)}: cannot be read ({error}). {remedy}") from None
 
 
 def saved_episodes(directory: Path) -> list[int]:
@@ -124,7 +125,7 @@ def check_trainers(directory: Path, episode: int, trainers: Collection[Path]) ->
             it may be on the hosts of the ranks only, which look for themselves.
 
     Raises:
-        ValueError: names the files that are not, and the checkpoints that can be resumed from.
+        UserError: names the files that are not, and the checkpoints that can be resumed from.
     """
 
     def problems(number: int) -> list[str]:
@@ -140,7 +141,7 @@ def check_trainers(directory: Path, episode: int, trainers: Collection[Path]) ->
         complete = [
             other for other in saved_episodes(directory) if other != episode and not problems(other)
         ]
-        raise ValueError(
+        raise UserError(
             f"the checkpoint of episode {episode} cannot be read: {' '.join(found)}. "
             f"{checkpoint_files.remedy(directory, complete)}"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.config.model_files import read_config_json
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.layouts import ModelShape
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.draft_module import DraftModule
@@ -16,7 +17,7 @@ def check_draft_trainer(policy: BaseModule, trainer: BaseModule) -> None:
     """Check that a policy drafts with the model that a trainer trains.
 
     Raises:
-        ValueError: it does not; lists why.
+        UserError: it does not; lists why.
     """
     problems = [
         *_problems_of_trainer(trainer),
@@ -24,18 +25,18 @@ def check_draft_trainer(policy: BaseModule, trainer: BaseModule) -> None:
         *_problems_of_shapes(policy, trainer),
     ]
     if problems:
-        raise ValueError("draft_trainer: " + "\n  ".join(problems))
+        raise UserError("draft_trainer: " + "\n  ".join(problems))
 
 
 def check_draft_without_trainer(policy: BaseModule) -> None:
     """Check that a policy's draft does not wait for weights that nobody sends.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     config = policy.model_args.speculative_config or {}
     if (config.get("draft_load_config") or {}).get("load_format") == "dummy":
-        raise ValueError(
+        raise UserError(
             f"models.{policy.name}: speculative_config.draft_load_config: load_format: dummy waits "
             "for the weights of a draft_trainer, and the engine was given none; leave it out to "
             f"read those in {config.get('model')}"

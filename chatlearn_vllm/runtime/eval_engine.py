@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from chatlearn_vllm.config import JobConfig
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.job.flow import FlowError, FlowFunction
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.vllm_module import VLLMModule
@@ -48,7 +49,7 @@ class EvalEngine(BaseEngine):
 
         Raises:
             FlowError: neither or both are given, or the flow cannot be an evaluation.
-            ValueError: the policy has no weights to load.
+            UserError: the policy has no weights to load.
         """
         if (eval_flow is None) == (evaluator is None):
             raise FlowError("EvalEngine takes a flow or an evaluator, one of the two")
@@ -70,7 +71,7 @@ class EvalEngine(BaseEngine):
             This engine.
 
         Raises:
-            ValueError: there is no prompt.
+            UserError: there is no prompt.
         """
         self.evaluator.set_dataset(prompts)
         return self
@@ -138,7 +139,7 @@ def _loading_weights(job: JobConfig, policy: BaseModule) -> JobConfig:
     if args.load is None or not any(
         found for pattern in WEIGHT_FILES for found in Path(args.load).glob(pattern)
     ):
-        raise ValueError(
+        raise UserError(
             f"models.{policy.name}: load={args.load} must be a Hugging Face directory with weights "
             f"({', '.join(WEIGHT_FILES)}): in an evaluation no trainer sends any"
         )

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.data.prompts import load_prompts, require_records
 from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, Handle, record
@@ -106,11 +107,11 @@ class Evaluator:
             This evaluator.
 
         Raises:
-            ValueError: there is no prompt, or it is a path.
+            UserError: there is no prompt, or it is a path.
         """
         require_records(prompts)
         if not prompts:
-            raise ValueError("Evaluator needs at least one prompt")
+            raise UserError("Evaluator needs at least one prompt")
         self._prompts = prompts
         return self
 
@@ -118,12 +119,12 @@ class Evaluator:
         """The prompts; read from `runtime.eval_data_path` if none were set.
 
         Raises:
-            ValueError: there is neither.
+            UserError: there is neither.
         """
         if self._prompts is None:
             args = self.policy.runtime_args
             if args.eval_data_path is None:
-                raise ValueError(
+                raise UserError(
                     "no evaluation data: call set_dataset() or set runtime.eval_data_path"
                 )
             self.set_dataset(load_prompts(args.eval_data_path, args.eval_data_num_limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, Self, runtime_checkable
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, record
 from chatlearn_vllm.modules.base import BaseModule
@@ -126,7 +127,7 @@ class Engine(RolloutEngine):
 
         Raises:
             FlowError: something else is given, or the flows are of different jobs.
-            ValueError: keys of the yaml do not fit together, or not to flows.
+            UserError: keys of the yaml do not fit together, or not to flows.
         """
         kinds = (environment, Environment), (trainer, Trainer), (evaluator, Evaluator | None)
         for given, kind in kinds:
@@ -171,23 +172,23 @@ class Engine(RolloutEngine):
             This engine.
 
         Raises:
-            ValueError: they are not, or have a partner already.
+            UserError: they are not, or have a partner already.
         """
         pair = f"set_parameter_sync(models.{source.name}, models.{target.name})"
         trained = self.trainer.models
         if source not in trained:
             names = ", ".join(one.name for one in trained)
-            raise ValueError(f"{pair}: {self.trainer.flow.name} trains {names}, not {source.name}")
+            raise UserError(f"{pair}: {self.trainer.flow.name} trains {names}, not {source.name}")
         if target not in self.modules or target in trained:
-            raise ValueError(f"{pair}: models.{target.name} is no frozen model of the flows")
+            raise UserError(f"{pair}: models.{target.name} is no frozen model of the flows")
         if not isinstance(target, TakesWeights):
-            raise ValueError(
+            raise UserError(
                 f"{pair}: {type(target).__name__} takes no weights; the target is a VLLMModule or "
                 "a WeightTargetModule such as ValueModule"
             )
         for known_source, known_target in self._pairs.items():
             if source is known_source or target is known_target:
-                raise ValueError(
+                raise UserError(
                     f"{pair}: models.{known_source.name} and models.{known_target.name} are a pair "
                     "already; each model has one partner"
                 )
@@ -200,7 +201,7 @@ class Engine(RolloutEngine):
         """Settle whose weights go where, then start and build everything.
 
         Raises:
-            ValueError: it is in doubt; nothing is started then.
+            UserError: it is in doubt; nothing is started then.
         """
         self._settle_targets()
         super().check_policy_and_trainer()
@@ -216,13 +217,13 @@ class Engine(RolloutEngine):
         sources = {target: source for source, target in pairs.items()}
         if self.policy not in sources:
             names = " or ".join(one.name for one in trained)
-            raise ValueError(
+            raise UserError(
                 f"whose weights does models.{self.policy.name} get, those of {names}? Call "
                 f"engine.set_parameter_sync(TRAINER, {self.policy.name}) before learn()"
             )
         for module in trained:
             if module not in pairs and module not in self.environment.flow.modules:
-                raise ValueError(
+                raise UserError(
                     f"models.{module.name} is trained, but nobody gets its weights: call "
                     f"engine.set_parameter_sync({module.name}, TARGET), or let it score in "
                     f"{self.environment.flow.name} itself"
@@ -299,12 +300,12 @@ def _check_keys(frozen: Sequence[BaseModule]) -> None:
     for module in frozen:
         weight = module.module_args.reward_weight
         if weight != 1:
-            raise ValueError(
+            raise UserError(
                 f"models.{module.name}: reward_weight={weight} has no effect in a flow; leave it "
                 "out and multiply in a function given to apply"
             )
         if module.runtime_args.dynamic_sampling:
-            raise ValueError(
+            raise UserError(
                 "runtime.dynamic_sampling has no effect in a flow; leave it out and choose rows in "
                 "a function given to apply, or use GRPOEngine"
             )

@@ -18,6 +18,7 @@ from chatlearn_vllm.algorithms.advantages import (
 from chatlearn_vllm.algorithms.dapo import informative_groups, overlong_penalty
 from chatlearn_vllm.algorithms.gae import moments, token_rewards, whiten
 from chatlearn_vllm.algorithms.kl import kl_penalty
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size, concat, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -60,7 +61,7 @@ class GRPOEngine(RolloutEngine):
                 if nothing drafts, or a draft is frozen.
 
         Raises:
-            ValueError: the reference is missing, or keys of the yaml do not fit together.
+            UserError: the reference is missing, or keys of the yaml do not fit together.
         """
         reference = needed_reference(self, policy_trainer, reference)
         self.reference = reference
@@ -157,7 +158,7 @@ class GRPOEngine(RolloutEngine):
             if reward.module_args.num_gpu and gives_memory_back(
                 reward.module_args, self.shares_devices(reward)
             ):
-                raise ValueError(
+                raise UserError(
                     f"runtime.dynamic_sampling: models.{reward.name} shares its devices and gives "
                     "their memory back, but has to score while the policy is awake; set its "
                     "free_memory: False or give it devices of its own"
@@ -170,11 +171,11 @@ def needed_reference(
     """The reference model if the KL penalty asks for one.
 
     Raises:
-        ValueError: it asks for one that is not there.
+        UserError: it asks for one that is not there.
     """
     kl_coef = policy_trainer.model_args.init_kl_coef
     if kl_coef > 0 and reference is None:
-        raise ValueError(
+        raise UserError(
             f"models.{policy_trainer.name}: init_kl_coef={kl_coef} needs a reference model; "
             f"give {type(engine).__name__} one or set init_kl_coef: 0"
         )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from chatlearn_vllm.algorithms.preference import best_and_worst
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size, select
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import num_optimizer_steps
@@ -54,10 +55,10 @@ class OnlineDPOEngine(RolloutEngine):
                 the responses of the pairs; None if nothing drafts, or a draft is frozen.
 
         Raises:
-            ValueError: a prompt gets one response, or keys of the yaml do not fit together.
+            UserError: a prompt gets one response, or keys of the yaml do not fit together.
         """
         if policy.model_args.responses_per_prompt < 2:
-            raise ValueError(
+            raise UserError(
                 f"models.{policy.name}: num_inference_per_prompt="
                 f"{policy.model_args.num_inference_per_prompt} gives one response per prompt, and "
                 "Online DPO compares at least two; set num_inference_per_prompt: 2 or more"
@@ -76,7 +77,7 @@ class OnlineDPOEngine(RolloutEngine):
             self._unit = math.lcm(self._unit, draft_trainer.module_args.data_parallel_size)
             what += f", or a multiple for that of models.{draft_trainer.name}"
         if self.args.train_global_batch_size % self._unit:
-            raise ValueError(
+            raise UserError(
                 f"runtime.train_global_batch_size={self.args.train_global_batch_size} must be a "
                 f"multiple of {self._unit} = {what}: rows are trained in pairs"
             )
@@ -85,7 +86,7 @@ class OnlineDPOEngine(RolloutEngine):
         """Have learning rates fall over the steps that pairs make, instead of all responses.
 
         Raises:
-            ValueError: a warm-up is longer than that.
+            UserError: a warm-up is longer than that.
         """
         num_prompts = self.args.sample_per_episode // self.samples_per_prompt
         # As many as if each prompt gave a pair: how many will, nobody knows.
@@ -96,7 +97,7 @@ class OnlineDPOEngine(RolloutEngine):
             if args.lr_decay_iters is not None or args.lr_decay_style == "constant":
                 continue
             if args.lr_warmup_iters >= num_steps:
-                raise ValueError(
+                raise UserError(
                     f"models.{trainer.name}: lr_warmup_iters={args.lr_warmup_iters} must be less "
                     f"than {num_steps}, the most optimizer steps that the pairs of this job make"
                 )

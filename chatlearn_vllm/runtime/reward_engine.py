@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.preferences import preference_pairs
 from chatlearn_vllm.data.prompts import load_prompts
 from chatlearn_vllm.modules.base import BaseModule
@@ -35,7 +36,7 @@ class RewardEngine(RecordEngine):
             reward_trainer: a `RewardModule` with the two methods above.
 
         Raises:
-            ValueError: keys of the yaml do not fit together.
+            UserError: keys of the yaml do not fit together.
         """
         check_room_for_pairs(reward_trainer)
         super().__init__(reward_trainer)
@@ -49,7 +50,7 @@ class RewardEngine(RecordEngine):
         """See `preference_pairs`."""
         pairs = preference_pairs(records)
         if not pairs:
-            raise ValueError("no training data: no record has a better and a worse response")
+            raise UserError("no training data: no record has a better and a worse response")
         return pairs
 
     def setup(self) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from chatlearn_vllm.algorithms.gae import gae, moments, token_rewards, whiten
 from chatlearn_vllm.algorithms.kl import AdaptiveKL, FixedKL, kl_penalty
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.algorithm_checks import check_ppo_keys, warn_of_temperatures
@@ -56,7 +57,7 @@ class RLHFEngine(RolloutEngine):
                 if nothing drafts, or a draft is frozen.
 
         Raises:
-            ValueError: the reference is missing, or keys of the yaml do not fit together.
+            UserError: the reference is missing, or keys of the yaml do not fit together.
         """
         self.reference = needed_reference(self, ppo_policy, reference)
         self.value, self.ppo_value = value, ppo_value
@@ -75,7 +76,7 @@ class RLHFEngine(RolloutEngine):
         args = ppo_policy.model_args
         frequency = 1 if value is None else value.module_args.sync_frequency
         if frequency != 1:
-            raise ValueError(
+            raise UserError(
                 f"models.{value.name}: sync_frequency={frequency} must be 1: the values of an "
                 "episode are those of the weights that its training starts from"
             )

@@ -7,6 +7,7 @@ which module plays which role.
 from __future__ import annotations
 
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
     sampling_keys_of_whole_responses,
@@ -23,11 +24,11 @@ def check_beam_search(policy: BaseModule, trainer: BaseModule) -> None:
     """Check that searched responses are trained on by what does not need their probabilities.
 
     Raises:
-        ValueError: they are not.
+        UserError: they are not.
     """
     width = policy.model_args.beam_width(is_eval=False)
     if width > 1 and not isinstance(trainer, PreferenceModule):
-        raise ValueError(
+        raise UserError(
             f"models.{policy.name}: num_beams={width} searches responses, and "
             f"{type(trainer).__name__} trains on the probability with which they were sampled; "
             "set num_beams: 1 and use_beam_search: False, for greedy responses temperature: 0, "
@@ -43,11 +44,11 @@ def check_sleep_level(policy: BaseModule, *, sleeps: bool) -> None:
         sleeps: whether it gives its memory back.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     sleep_level, sync_frequency = policy.model_args.sleep_level, policy.module_args.sync_frequency
     if sleeps and sync_frequency != 1 and sleep_level != 1:
-        raise ValueError(
+        raise UserError(
             f"models.{policy.name}: sync_frequency={sync_frequency} leaves episodes without a "
             f"weight sync, and sleep_level={sleep_level} drops the weights in between; set "
             "sleep_level: 1"
@@ -58,11 +59,11 @@ def check_quantization(target: BaseModule) -> None:
     """Check that the checkpoint of a model which gets a trainer's weights holds such weights.
 
     Raises:
-        ValueError: it is quantised.
+        UserError: it is quantised.
     """
     how = quantization_of_checkpoint(target.model_args)
     if how is not None:
-        raise ValueError(
+        raise UserError(
             f"models.{target.name}: the checkpoint in `load` is quantised ({how}), and the "
             "weights that a trainer sends are not; load the model that is trained, with "
             "quantization: fp8 where its responses should come from quantised weights"
@@ -73,19 +74,19 @@ def check_partial_rollouts(policy: BaseModule, trainer: BaseModule, runtime: Run
     """Check that responses can go on in a later episode, if they are to.
 
     Raises:
-        ValueError: they cannot.
+        UserError: they cannot.
     """
     if runtime.max_rollout_round == 1:
         return
     key = f"runtime.max_rollout_round={runtime.max_rollout_round}"
     if runtime.dynamic_sampling:
-        raise ValueError(
+        raise UserError(
             f"{key} and runtime.dynamic_sampling: True both decide when an episode has enough "
             "samples; leave one of them out"
         )
     sampling = sampling_keys_of_whole_responses(policy.model_args)
     if sampling:
-        raise ValueError(
+        raise UserError(
             f"models.{policy.name}: {sampling} would count anew where a response goes on "
             f"({key}); leave it out, or set runtime.max_rollout_round: 1"
         )
@@ -107,7 +108,7 @@ def with_levels_that_mean_something(
     Told once, not in every episode.
 
     Raises:
-        ValueError: mismatch_stop is set in such a job.
+        UserError: mismatch_stop is set in such a job.
     """
     reasons = incomparable_logprobs(policy.model_args, trainer.model_args)
     if not reasons:
@@ -117,7 +118,7 @@ def with_levels_that_mean_something(
         f"even with equal weights ({'; '.join(reasons)})"
     )
     if stop := runtime.mismatch_stop.set_levels():
-        raise ValueError(
+        raise UserError(
             f"runtime.mismatch_stop={stop} means nothing here: {why}; sample from the whole "
             "softmax at the trainer's temperature, or leave mismatch_stop out"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.balance import balanced, row_lengths
 from chatlearn_vllm.data.batch import Batch, select
 from chatlearn_vllm.data.carried import Carried, carried_metrics
@@ -84,14 +85,14 @@ class RolloutEngine(BaseEngine):
                 ones. None if nothing drafts, or a draft is frozen.
 
         Raises:
-            ValueError: keys of the yaml do not fit together.
+            UserError: keys of the yaml do not fit together.
         """
         if reward is None:
             self.rewards: tuple[BaseModule, ...] = ()
         else:
             self.rewards = (reward,) if isinstance(reward, BaseModule) else tuple(reward)
             if not self.rewards:
-                raise ValueError("an engine needs at least one reward module")
+                raise UserError("an engine needs at least one reward module")
         self.policy, self.policy_trainer = policy, policy_trainer
         self.draft_trainer = draft_trainer
         drafts = {} if draft_trainer is None else {draft_trainer: policy}
@@ -126,7 +127,7 @@ class RolloutEngine(BaseEngine):
         """Check that those are trained, by the yaml, whom this engine trains.
 
         Raises:
-            ValueError: says who is not, and who is without being trained here.
+            UserError: says who is not, and who is without being trained here.
         """
         name = type(self).__name__
         problems = [
@@ -141,7 +142,7 @@ class RolloutEngine(BaseEngine):
         ]
         if problems:
             problems.append(f"or give {name} its models in the order of its arguments")
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     def set_relay_sample_fn(self, function: RelaySampleFn) -> None:
         """Say what is trained on; without it, all samples of the episodes that are kept.
@@ -257,7 +258,7 @@ class RolloutEngine(BaseEngine):
         """Check what the policy's keys mean for the model whose weights it gets, and the reverse.
 
         Raises:
-            ValueError: they do not fit together.
+            UserError: they do not fit together.
         """
         both = self.policy, self.policy_trainer
         check_partial_rollouts(*both, self.args)
@@ -378,7 +379,7 @@ class RolloutEngine(BaseEngine):
             Of several modules the mean reward of each, before its weight.
 
         Raises:
-            ValueError: a module returned no `rewards` [B], or such that are not finite.
+            UserError: a module returned no `rewards` [B], or such that are not finite.
         """
         metrics = {}
         total: torch.Tensor | float = 0.0
@@ -410,7 +411,7 @@ class RolloutEngine(BaseEngine):
         """Add `ref_logprobs` [B, S-1] to the batch.
 
         Raises:
-            ValueError: the reference returned none, or some that are not finite.
+            UserError: the reference returned none, or some that are not finite.
         """
         with self.timers.phase("reference"):
             scores = self.forward(reference, batch, episode)

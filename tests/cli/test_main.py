@@ -41,6 +41,16 @@ def test_launch_runs_the_script_as_python_would(job):
     ]  # fmt: skip
 
 
+def test_launch_tells_what_the_user_can_set_right_in_a_line(job, capsys):
+    script = job.parent / "entry/run.py"
+    script.write_text("from chatlearn_vllm.config import UserError; raise UserError('set n: 2')")
+    assert main(["launch", str(job)]) == 2
+    assert capsys.readouterr().err == "set n: 2\n"
+    script.write_text("raise ValueError('a fault of the script')")
+    with pytest.raises(ValueError, match="a fault of the script"):
+        main(["launch", str(job)])
+
+
 def test_launch_finds_the_script_in_the_current_directory(job, monkeypatch, tmp_path):
     (tmp_path / "sub").mkdir()
     moved = job.rename(tmp_path / "sub/job.yaml")

@@ -125,6 +125,17 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
+            ["runner=pooling"],
+            ["runner='pooling': must be generate, for responses; leave it out"],
+        ),
+        (
+            ["logprobs_mode=raw_logprob", "enforce_eager=True"],
+            [
+                "logprobs_mode='raw_logprob': must be one of vLLM's: raw_logits, raw_logprobs, "
+                "processed_logits, processed_logprobs; did you mean raw_logprobs?"
+            ],
+        ),
+        (
             ["speculative_config={method: ngram}"],
             [
                 "speculative_config={'method': 'ngram'}: num_speculative_tokens must say how many "
@@ -179,6 +190,25 @@ def test_problems(job, keys, lines) -> None:
 def test_vllms_flags_for_drafts_have_one_place(job) -> None:
     assert problems_of(job, "spec_model=/draft") == [
         "spec_model='/draft': is set by speculative_config; leave it out"
+    ]
+
+
+def test_a_model_has_positions_and_tokens_for_what_is_asked_of_it(job, write) -> None:
+    config = {"vocab_size": 100, "max_position_embeddings": 48}
+    load = f"load={write('model/config.json', json.dumps(config)).parent}"
+    (problem,) = problems_of(job, load)
+    assert problem.endswith(
+        "seq_length=64: must be at most 48: "
+        f"{load.removeprefix('load=')}/config.json says max_position_embeddings"
+    )
+    for rope in ({"rope_type": "linear"}, {"type": "yarn"}):
+        write("model/config.json", json.dumps(config | {"rope_scaling": rope}))
+        policy_args(job, load)
+    write("model/config.json", json.dumps({"vocab_size": 100}))
+    policy_args(job, load, "stop_token_ids=[99]")
+    assert problems_of(job, load, "stop_token_ids=[99, 100]", "logit_bias={200: 1.0}") == [
+        f"stop_token_ids=[99, 100]: token 100 is none of the 100 of {load.removeprefix('load=')}",
+        f"logit_bias={{200: 1.0}}: token 200 is none of the 100 of {load.removeprefix('load=')}",
     ]
 
 

@@ -43,6 +43,23 @@ def test_types_and_names_are_those_of_the_installed_libraries():
     assert upstream.upstream_names("load_format") == typing.get_args(LoadFormats)
 
 
+def test_choices_are_those_of_vllm():
+    from vllm.engine import arg_utils
+
+    def allowed(annotation) -> list:
+        if typing.get_origin(annotation) is typing.Literal:
+            parts = typing.get_args(annotation)
+            return [one for part in parts for one in (allowed(part) or [part])]
+        return [one for part in typing.get_args(annotation) for one in allowed(part)]
+
+    choices = upstream.engine_choices()
+    assert {"kv_cache_dtype", "runner", "logprobs_mode", "moe_backend"} <= choices.keys()
+    for name, values in choices.items():
+        annotation = arg_utils.EngineArgs.__annotations__[name]
+        kind = eval(annotation, vars(arg_utils)) if isinstance(annotation, str) else annotation
+        assert list(values) == allowed(kind), name
+
+
 def test_only_what_transformers_reads_passes_through_without_the_libraries(monkeypatch):
     installed = upstream.upstream_fields()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -11,11 +11,11 @@ import torch
 from ray import cloudpickle
 from vllm import EngineArgs, SamplingParams
 
-from chatlearn_vllm.config import load_config
+from chatlearn_vllm.config import UserError, load_config
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
 from chatlearn_vllm.engines.vllm_compat import undisturbed_process
 from chatlearn_vllm.layouts import ModelShape
-from examples.megatron.entry.train_rlvr import reward_class
+from examples.megatron.entry.train_rlvr import check_tags, reward_class
 from examples.megatron.models.arithmetic_reward import ArithmeticReward
 from examples.megatron.models.tagged_reward import for_tags
 from tests.helpers.tiny_llama import save_tiny_llama
@@ -109,6 +109,14 @@ def test_a_reward_scores_the_records_of_its_tags_and_evaluations_add_up(tmp_path
     none_of_them = {**data, "tag": ["x", "x", "x"]}
     torch.testing.assert_close(reward.forward_step(none_of_them)["rewards"], torch.zeros(3))
     assert for_tags(ArithmeticReward).__name__ == "TaggedArithmeticReward"
+
+
+def test_records_without_the_tag_that_a_reward_chooses_by_are_told():
+    job = load_config(EXAMPLE, ["rewards.math_rule.tag_included=[sum]"])
+    check_tags(job, [{"prompt": "1+1=", "tag": "sum"}])
+    with pytest.raises(UserError, match=r"math_rule.tag_included=\['sum'\]: record 2 of .* `tag`"):
+        check_tags(job, [{"prompt": "1+1=", "tag": "sum"}, {"prompt": "1+2="}])
+    check_tags(load_config(EXAMPLE), [{"prompt": "1+2="}])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from chatlearn_vllm import (
     RLHFEngine,
     load_prompts,
 )
-from chatlearn_vllm.config import ModelConfig
+from chatlearn_vllm.config import JobConfig, ModelConfig, UserError
 from examples.megatron.models.policy_reference import PolicyReference
 from examples.megatron.models.policy_trainer import PolicyTrainer
 from examples.megatron.models.tagged_reward import for_tags
@@ -56,18 +56,38 @@ def main() -> None:
         return answers
 
     args = job.runtime
-    engine.set_dataset(load_prompts(args.data_path, args.training_data_num_limit))
+    prompts = load_prompts(args.data_path, args.training_data_num_limit)
+    check_tags(job, prompts)
+    engine.set_dataset(prompts)
     if args.eval_data_path:
         eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit)
         engine.set_evaluator(Evaluator(eval_flow, prompts=eval_prompts))
     engine.learn()
 
 
+def check_tags(job: JobConfig, prompts: list[dict[str, Any]]) -> None:
+    """Check that records say what rewards for some of them choose by.
+
+    Raises:
+        UserError: one has no tag.
+    """
+    for name, model in job.models.items():
+        args = model.model_args.user_args
+        tag = args.get("tag", "tag")
+        number = next((row for row, record in enumerate(prompts) if tag not in record), None)
+        if args.get("tag_included") and number is not None:
+            raise UserError(
+                f"rewards.{name.removeprefix('reward_')}.tag_included={args['tag_included']}: "
+                f"record {number + 1} of {job.runtime.data_path} has no `{tag}`; say in "
+                "actor_train.data_args.tag which field it is, or leave tag_included out"
+            )
+
+
 def reward_class(model: ModelConfig) -> type[BaseModule]:
     """The class of an entry of `rewards`: its worker_cls, else that of its strategy.
 
     Raises:
-        ValueError: it names no class, or one that cannot score here.
+        UserError: it names no class, or one that cannot score here.
     """
     args = model.model_args.user_args
     role = f"rewards.{model.name.removeprefix('reward_')}"
@@ -80,15 +100,15 @@ def reward_class(model: ModelConfig) -> type[BaseModule]:
     if name is None:
         found = OWN_CLASSES.get(args.get("strategy_name", ""))
         if found is None:
-            raise ValueError(f"{role}: no worker_cls says how it scores; {remedy}")
+            raise UserError(f"{role}: no worker_cls says how it scores; {remedy}")
     else:
         module, _, class_name = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), class_name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{role}.worker_cls={name}: {error}; {remedy}") from None
+            raise UserError(f"{role}.worker_cls={name}: {error}; {remedy}") from None
         if not (isinstance(found, type) and issubclass(found, BaseModule)):
-            raise ValueError(f"{role}.worker_cls={name} is no BaseModule; {remedy}")
+            raise UserError(f"{role}.worker_cls={name} is no BaseModule; {remedy}")
     return for_tags(found) if args.get("tag_included") else found
 
 
