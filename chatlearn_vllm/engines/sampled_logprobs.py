@@ -96,18 +96,24 @@ class SampledLogprobs:
         lists, output.logprobs = output.logprobs, None
         ids = output.req_ids
         counts = np.fromiter(map(len, output.sampled_token_ids), dtype=np.int64, count=len(ids))
-        if counts.size and counts.max() > 1:
-            raise RuntimeError("vLLM has sampled several tokens of a request in one step")
         rows = self._rows(ids)
         came = (counts > 0) & (rows != _GONE)
-        rows = rows[came]
-        places = self._lengths[rows]
-        if places.size and places.max() >= self._table.shape[1]:
+        # Where each request's tokens begin: several of one may have come, those that were drafted.
+        begins = lists.cu_num_generated_tokens
+        first = np.arange(len(ids)) if begins is None else np.array(begins[: len(ids)])
+        rows, first, counts = rows[came], first[came], counts[came]
+        if not rows.size:
+            return output
+        lengths = self._lengths[rows]
+        while (lengths + counts).max() > self._table.shape[1]:
             self._resize(len(self._table), 2 * self._table.shape[1])
-        self._table["token"][rows, places] = lists.logprob_token_ids[came, 0]
-        self._table["logprob"][rows, places] = lists.logprobs[came, 0]
-        self._table["rank"][rows, places] = lists.sampled_token_ranks[came]
-        self._lengths[rows] += 1
+        self._lengths[rows] += counts
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        at = np.repeat(rows, counts), np.repeat(lengths, counts) + number
+        of = np.repeat(first, counts) + number
+        self._table["token"][at] = lists.logprob_token_ids[of, 0]
+        self._table["logprob"][at] = lists.logprobs[of, 0]
+        self._table["rank"][at] = lists.sampled_token_ranks[of]
         return output
 
     def fill(self, output: Any) -> None:

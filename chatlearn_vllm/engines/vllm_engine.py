@@ -148,7 +148,7 @@ class VLLMEngine(GenerationEngine):
             self._add_search(request_id, prompt, list(token_ids), sampling)
         else:
             fast, self._text_keys[request_id] = without_text(sampling)
-            in_bulk = sampling.get("logprobs") == 0 and self.speculation is None
+            in_bulk = sampling.get("logprobs") == 0
             self._take_logprobs(in_bulk)
             if self._sampled is not None:
                 self._sampled.expect(request_id, sampling.get("n", 1))
@@ -220,7 +220,7 @@ class VLLMEngine(GenerationEngine):
         Raises:
             ValueError: vLLM refuses it.
         """
-        self._take_logprobs(request.takes_sampled_logprobs and self.speculation is None)
+        self._take_logprobs(request.takes_sampled_logprobs)
         for request_id, token_ids, sampling in request.requests():
             self._add(request_id, None, token_ids, without_text(sampling)[0], "DELTA")
             if self._sampled is not None:

@@ -25,6 +25,19 @@ def step(sampled: dict[str, list[int]], logprobs: list[float]) -> ModelRunnerOut
     )
 
 
+def drafted_step(sampled: dict[str, list[int]], logprobs: list[list[float]]) -> ModelRunnerOutput:
+    """The same of a step that verified drafts: a log-probability for each token that came."""
+    ids = np.array([token for tokens in sampled.values() for token in tokens], dtype=np.int64)
+    values = np.array([value for one in logprobs for value in one], dtype=np.float32)
+    begins = [0, *np.cumsum([len(tokens) for tokens in sampled.values()]).tolist()]
+    return ModelRunnerOutput(
+        req_ids=list(sampled),
+        req_id_to_index={name: row for row, name in enumerate(sampled)},
+        sampled_token_ids=list(sampled.values()),
+        logprobs=LogprobsLists(ids[:, None], values[:, None], np.ones(len(ids)), begins),
+    )
+
+
 def answer(request_id: str, *token_ids: list[int]) -> RequestOutput:
     completions = [CompletionOutput(i, "", ids, None, None) for i, ids in enumerate(token_ids)]
     return RequestOutput(request_id, None, [1], None, completions, finished=True)
@@ -55,7 +68,8 @@ def test_each_response_gets_the_logprobs_of_its_own_tokens() -> None:
     assert nine.outputs[0].logprobs.logprobs == [-2.5]
 
 
-def test_responses_that_come_and_go_keep_their_own_tokens() -> None:
+@pytest.mark.parametrize("drafts", [False, True])
+def test_responses_that_come_and_go_keep_their_own_tokens(drafts) -> None:
     """More responses than rows at first, longer than the table; rows are given away meanwhile."""
     pick = random.Random(0)
     sampled = SampledLogprobs()
@@ -72,13 +86,19 @@ def test_responses_that_come_and_go_keep_their_own_tokens() -> None:
         if pick.random() < 0.1:
             pick.shuffle(order)
         # Those that ended in the last step have a token in flight.
-        tokens = {one: [pick.randrange(4)] if pick.random() < 0.9 else [] for one in order}
-        logprobs = [pick.randrange(-64, 0) / 4 for _ in order]
-        sampled.take_from(step(tokens, logprobs))
-        for (vllm_id, came), logprob in zip(tokens.items(), logprobs, strict=True):
+        tokens = {
+            one: [pick.randrange(4) for _ in range(pick.randrange(5 if drafts else 2))]
+            for one in order
+        }
+        logprobs = [[pick.randrange(-64, 0) / 4 for _ in came] for came in tokens.values()]
+        if drafts:
+            sampled.take_from(drafted_step(tokens, logprobs))
+        else:
+            sampled.take_from(step(tokens, [came[0] if came else 0.0 for came in logprobs]))
+        for (vllm_id, came), their in zip(tokens.items(), logprobs, strict=True):
             if vllm_id in running and came:
-                running[vllm_id][1].append(came[0])
-                running[vllm_id][2].append(logprob)
+                running[vllm_id][1].extend(came)
+                running[vllm_id][2].extend(their)
         order = [one for one in order if one not in ended]
         ended = [one for one in running if pick.random() < 0.01]
         for vllm_id in ended:
