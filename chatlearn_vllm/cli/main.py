@@ -6,12 +6,15 @@ Everything heavy is imported after the arguments are read, so that `--help` answ
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 
 from chatlearn_vllm.version import __version__
 
+READER_GONE = 128 + signal.SIGPIPE
 USER_ERROR = 2
 """Exit code for a job that cannot start as described."""
 
@@ -22,10 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from chatlearn_vllm.config import UserError
 
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:  # whoever read the output, as in `... | head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -127,7 +127,8 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
     report.require(
         args.max_new_tokens < args.seq_length,
         (*at, "max_new_tokens"),
-        f"must be less than seq_length={args.seq_length}, the prompt needs room too",
+        f"must be less than seq_length={args.seq_length}, the prompt needs room too; raise "
+        "seq_length",
         given=[(*at, "seq_length")],
     )
     report.require(

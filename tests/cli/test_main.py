@@ -51,6 +51,12 @@ def test_launch_tells_what_the_user_can_set_right_in_a_line(job, capsys):
         main(["launch", str(job)])
 
 
+def test_a_reader_that_has_enough_of_the_output_is_no_error(job):
+    command = f"{sys.executable} -m chatlearn_vllm.cli.main plan {job} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (len(done.stdout), done.stderr) == (1, "")
+
+
 def test_launch_finds_the_script_in_the_current_directory(job, monkeypatch, tmp_path):
     (tmp_path / "sub").mkdir()
     moved = job.rename(tmp_path / "sub/job.yaml")

@@ -182,7 +182,7 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy_trainer.model_args.context_parallel_size=2", "context_parallel_size=2: "
          "must be 1, a sequence is not split over ranks here"),
         ("models.policy.model_args.max_new_tokens=64", "models.policy.model_args.max_new_tokens="
-         "64: must be less than seq_length=64, the prompt needs room too"),
+         "64: must be less than seq_length=64, the prompt needs room too; raise seq_length"),
         ("models.policy_trainer.model_args={lr_decay_style: linear, lr_warmup_iters: 10000}",
          "models.policy_trainer.model_args.lr_warmup_iters=10000: must be less than the 10000 "
          "optimizer steps of the job"),
