@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,10 @@ def model_dir(options: BenchOptions, out: Path) -> Iterator[Path]:
     if options.model is not None:
         yield Path(options.model).resolve()
         return
-    directory = (out / f"model-{options.shape}").resolve()
-    make_model(config_of(options), directory)
+    # A new name: what stands in the directory of results is the user's.
+    directory = Path(tempfile.mkdtemp(prefix=f"model-{options.shape}-", dir=out)).resolve()
     try:
+        make_model(config_of(options), directory)
         yield directory
     finally:
         shutil.rmtree(directory)

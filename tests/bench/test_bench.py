@@ -44,6 +44,8 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     draft = out / "draft"
     draft.mkdir()
+    (out / "model-tiny").mkdir()
+    (out / "model-tiny/config.json").write_text("the user's")
     (draft / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process less to start
@@ -113,7 +115,11 @@ def test_results_say_where_they_come_from(ran):
     assert ran.results["model"]["num_parameters"] > 100_000
     assert ran.results["options"]["max_tokens"] == 10
     assert json.loads((ran.out / "copy/numbers.json").read_text()) == ran.results
-    assert not (ran.out / "model-tiny").exists()
+
+
+def test_a_made_model_takes_no_directory_of_the_user(ran):
+    assert (ran.out / "model-tiny/config.json").read_text() == "the user's"
+    assert [path.name for path in ran.out.glob("model-*")] == ["model-tiny"]
 
 
 def test_the_page_holds_tables_remarks_and_both_plots(ran):
