@@ -14,9 +14,11 @@ import transformers
 from chatlearn_vllm.bench.cases import TRANSFORMERS
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
 from chatlearn_vllm.bench.vllm_arguments import speculation_of
-from chatlearn_vllm.bench.workload import has_weights
+from chatlearn_vllm.bench.workload import has_tokenizer, has_weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chatlearn_vllm.bench.child import Task
 
 _FIRST_BATCH_SIZE = {"cuda": 64, "cpu": 4}
@@ -56,6 +58,26 @@ def measure(task: Task) -> dict[str, Any]:
     return result
 
 
+def end_token_ids(directory: Path) -> list[int]:
+    """The tokens that end a response, as vLLM finds them, so that both do the same work.
+
+    Those of generation_config.json, else of config.json, and the tokenizer's.
+
+    Args:
+        directory: of the model.
+    """
+    try:
+        config = transformers.GenerationConfig.from_pretrained(directory)
+    except OSError:  # no generation_config.json
+        model_config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.GenerationConfig.from_model_config(model_config)
+    given = config.eos_token_id
+    found = {given} if isinstance(given, int) else set(given or ())
+    if has_tokenizer(directory):
+        found.add(transformers.AutoTokenizer.from_pretrained(directory).eos_token_id)
+    return sorted(found - {None})
+
+
 class _Generator:
     """A model, and what is asked of it."""
 
@@ -69,9 +91,7 @@ class _Generator:
         }  # fmt: skip
         torch.manual_seed(options.seed)
         self._model = self._load(task.model_dir, attention)
-        eos = self._model.config.eos_token_id
-        eos_ids = eos if isinstance(eos, list) else [eos]
-        self._eos_ids = [] if options.ignore_eos or eos is None else eos_ids
+        self._eos_ids = [] if options.ignore_eos else end_token_ids(task.model_dir)
         self.config = transformers.GenerationConfig(
             do_sample=options.temperature > 0,
             temperature=options.temperature or None,

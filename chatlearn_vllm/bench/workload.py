@@ -37,6 +37,10 @@ _8B = {
 _SIZES = {"tiny": _TINY, "1b": _1B, "8b": _8B}
 """tiny: for CPUs; 1b, 8b: those of Llama 3.2 1B and Llama 3.1 8B."""
 
+_TOKENIZERS = (
+    "tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -123,6 +127,11 @@ def has_weights(directory: Path) -> bool:
     return any(
         next(directory.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pt")
     )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory holds a tokenizer, of whatever kind."""
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
 
 
 def model_config(directory: Path) -> dict[str, Any]:
