@@ -65,6 +65,12 @@ class Task:
 
         return prompts_of_pass(self.options, self.model_dir, number)
 
+    def latency_prompts(self) -> tuple[list[Any], list[Any]]:
+        """See workload.latency_prompts."""
+        from chatlearn_vllm.bench.workload import latency_prompts
+
+        return latency_prompts(self.options, self.model_dir)
+
     def _write(self, event: dict[str, Any]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             with self.events.open("a") as file:

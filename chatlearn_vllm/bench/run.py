@@ -74,7 +74,7 @@ class Bench:
         self._after_case = after_case
         self._machine = this_machine()
         self._cases = options.parsed_cases()
-        check_prompt_file(options)
+        notices = [*options.notices, *check_prompt_file(options)]
         config = config_of(options)
         self._shape = ModelShape.from_hf_config(config)
         check_cases(self._cases, self._shape, len(self._machine.gpus))
@@ -83,7 +83,7 @@ class Bench:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": list(command),
             "options": options.to_dict(),
-            "notices": list(options.notices),
+            "notices": notices,
             "machine": self._machine.to_dict(),
             "versions": versions(),
             "model": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -160,25 +161,59 @@ def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list
     ]
 
 
-def check_prompt_file(options: BenchOptions) -> None:
+def latency_prompts(
+    options: BenchOptions, directory: Path
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to be answered one by one, and those of the pass to be answered together.
+
+    No earlier pass has any of them: else the time to first token would be the prefix cache's.
+    """
+    together = options.repeat + options.warmup
+    alone: list[Prompt] = []
+    for number in itertools.count(together + 1):
+        if len(alone) >= options.latency_requests:
+            break
+        alone += prompts_of_pass(options, directory, number)
+    return alone[: options.latency_requests], prompts_of_pass(options, directory, together)
+
+
+def num_prompts_needed(options: BenchOptions) -> int:
+    """How many different prompts a case of vLLM answers."""
+    num_passes = options.repeat + options.warmup + (options.latency_requests > 0)
+    return num_passes * options.prompts + options.latency_requests
+
+
+def check_prompt_file(options: BenchOptions) -> list[str]:
     """Check that there are as many prompts as a pass needs.
+
+    Returns:
+        A notice where there are fewer than all passes of vLLM need.
 
     Raises:
         OptionError: there are not, or the file cannot be read.
     """
     if options.prompt_file is None:
-        return
+        return []
     from chatlearn_vllm.data.prompts import load_prompts
 
     try:
-        num_prompts = len(load_prompts(options.prompt_file))
+        texts = [record["prompt"] for record in load_prompts(options.prompt_file)]
     except ValueError as error:
         raise OptionError(f"--prompt-file={options.prompt_file}: {error}") from error
-    if num_prompts < options.prompts:
+    if len(texts) < options.prompts:
         raise OptionError(
-            f"--prompt-file={options.prompt_file} holds {num_prompts} prompts, fewer than "
+            f"--prompt-file={options.prompt_file} holds {len(texts)} prompts, fewer than "
             f"--prompts={options.prompts}; lower the latter"
         )
+    needed, different = num_prompts_needed(options), len(set(texts))
+    if different >= needed or not any(case.is_vllm for case in options.parsed_cases()):
+        return []
+    return [
+        f"--prompt-file={options.prompt_file} holds {different} different prompts, all passes take "
+        f"{needed}: it is read again from its start, and vLLM finds prompts in its prefix cache, "
+        "which makes it faster than with new ones; give more prompts, or lower --prompts, "
+        "--repeat or --warmup"
+    ]
 
 
 def _read_prompts(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:
