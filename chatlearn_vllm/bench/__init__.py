@@ -7,10 +7,12 @@
     processes.py                 a case's processes: one, or one per rank
     child.py                     what such a process does, with one of
         transformers_case.py, vllm_case.py, vllm_module_case.py
+    outputs.py                   where results go
     measure.py                   times become numbers
     machine.py, memory.py        devices, and what a model needs of them
     remedies.py                  what a user can do about a failure
     report.py                    the terminal's table, plots and the page
+    merge.py                     several runs as one
 
 The process that starts the cases imports neither torch nor vLLM, so it holds no device memory.
 """

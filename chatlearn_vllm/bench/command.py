@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -14,9 +13,11 @@ from typing import Any
 
 from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.environment import options_from_environment
-from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.bench.merge import merged
+from chatlearn_vllm.bench.options import BenchOptions, flag
+from chatlearn_vllm.bench.outputs import RESULTS, make_outputs, save_results
 from chatlearn_vllm.bench.report import PAGE, print_table, write_report
-from chatlearn_vllm.bench.run import RESULTS, Bench, merged
+from chatlearn_vllm.bench.run import Bench
 
 SOME_FAILED = 1
 """Exit code if a case failed."""
@@ -39,10 +40,8 @@ def bench(given: Mapping[str, Any]) -> int:
     """
     names = {one.name for one in fields(BenchOptions)}
     values = {name: value for name, value in given.items() if name in names}
-    if earlier := given["report"]:
-        return _report(
-            [Path(path) for path in earlier], Path(values.get("out") or _new_directory())
-        )
+    if given["report"]:
+        return _report([Path(path) for path in given["report"]], values)
     if given["from_environment"]:
         values = options_from_environment(os.environ) | values
     if "cases" in values:
@@ -73,10 +72,21 @@ def bench(given: Mapping[str, Any]) -> int:
     return code
 
 
-def _report(paths: list[Path], out: Path) -> int:
+def _report(paths: list[Path], values: Mapping[str, Any]) -> int:
+    """Write one report of several runs."""
+    if "cases" in values:
+        raise OptionError(
+            f"{' '.join(values['cases'])}: --report measures nothing; leave the cases out, or "
+            "--report"
+        )
+    if unused := [flag(name) for name in values if name not in ("out", "json")]:
+        raise OptionError(
+            f"{', '.join(unused)}: no effect with --report, which measures nothing; leave it out"
+        )
     results = merged(paths)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS).write_text(json.dumps(results, indent=1))
+    out = Path(values.get("out") or _new_directory())
+    make_outputs(out, values.get("json"))
+    save_results(results, out, values.get("json"))
     write_report(results, out)
     print_table(results)
     print(f"{out / RESULTS}, {out / PAGE}")

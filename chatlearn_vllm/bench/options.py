@@ -119,7 +119,7 @@ class BenchOptions:
         for name in ("temperature", "hf_search_seconds", "case_timeout"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                yield f"{_flag(name)}={value} must be a finite number"
+                yield f"{flag(name)}={value} must be a finite number"
         if self.draft_sample_method not in DRAFT_SAMPLE_METHODS:
             yield (
                 f"--draft-sample-method={self.draft_sample_method} must be one of "
@@ -167,7 +167,7 @@ class BenchOptions:
         for name in ("model", "draft"):
             value = getattr(self, name)
             if value is not None and not Path(value, "config.json").is_file():
-                yield f"{_flag(name)}={value}: no config.json there; give a Hugging Face directory"
+                yield f"{flag(name)}={value}: no config.json there; give a Hugging Face directory"
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
             yield f"--prompt-file={self.prompt_file}: no such file"
         if self.prompt_file is not None and self.model is None:
@@ -246,7 +246,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         kind = _KINDS[one.type.removesuffix(" | None")]
         settings = {"action": "store_true"} if kind is bool else {"type": kind}
         command.add_argument(
-            _flag(one.name),
+            flag(one.name),
             dest=one.name,
             default=argparse.SUPPRESS,
             help=one.metadata["help"] + shown,
@@ -257,11 +257,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """An option as a user writes it."""
     return "--" + name.replace("_", "-")
 
 
 def _named(name: str) -> str:
     """Option and environment variable of a field, as a user knows them."""
     variable = BenchOptions.__dataclass_fields__[name].metadata.get("variable")
-    return _flag(name) + (f" ({variable})" if variable else "")
+    return flag(name) + (f" ({variable})" if variable else "")

@@ -161,9 +161,7 @@ def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list
     ]
 
 
-def latency_prompts(
-    options: BenchOptions, directory: Path
-) -> tuple[list[Prompt], list[Prompt]]:
+def latency_prompts(options: BenchOptions, directory: Path) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to be answered one by one, and those of the pass to be answered together.
 
     No earlier pass has any of them: else the time to first token would be the prefix cache's.

@@ -169,6 +169,24 @@ def test_a_directory_of_results_that_cannot_be_made_is_named(capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["/proc/1", "/sys/kernel"])
+def test_a_directory_that_takes_no_files_is_named_before_anything_is_measured(out, capsys):
+    assert main(["bench", "transformers", "--out", out]) == 2
+    assert f"--out={out}: cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("copy", "message"),
+    [("", "is a directory; name a file in it"), ("file/x.json", "its directory cannot be made")],
+)
+def test_a_copy_of_the_results_that_cannot_be_written_is_named(copy, message, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / copy
+    out = str(tmp_path / "out")
+    assert main(["bench", "transformers", "--out", out, "--json", str(path)]) == 2
+    assert f"--json={path}: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("environ", "notices"),
     [

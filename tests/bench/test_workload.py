@@ -44,8 +44,13 @@ def test_a_file_with_fewer_prompts_than_all_passes_take_is_told(model, num_texts
     path = prompt_file(model, [f"prompt {number}" for number in range(num_texts)])
     options = BenchOptions.of(
         {
-            "cases": tuple(cases), "model": str(model), "prompt_file": path, "prompts": 4,
-            "repeat": 2, "warmup": 1, "latency_requests": 4,
+            "cases": tuple(cases),
+            "model": str(model),
+            "prompt_file": path,
+            "prompts": 4,
+            "repeat": 2,
+            "warmup": 1,
+            "latency_requests": 4,
         }  # fmt: skip
     )
     notices = check_prompt_file(options)
