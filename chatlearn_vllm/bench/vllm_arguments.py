@@ -62,7 +62,8 @@ def make_job(task: Task) -> JobConfig:
     (task.work_dir / "policy.yaml").write_text(yaml.safe_dump(policy))
     job = {
         "models": {"policy": {"num_gpu": case.num_gpus, "model_config_file": "policy.yaml"}},
-        "runtime": {"sample_per_episode": options.num_completions},
+        # Nothing is trained; the defaults of training need two samples or more.
+        "runtime": {"sample_per_episode": options.num_completions, "train_micro_batch_size": 1},
     }
     path = task.work_dir / "job.yaml"
     path.write_text(yaml.safe_dump(job))

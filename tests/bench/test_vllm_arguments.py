@@ -1,9 +1,11 @@
 """What do the variables of run_benchmark.sh change about vLLM's engine?"""
 
+import json
 import shlex
 
 import pytest
 
+from chatlearn_vllm.bench.cases import parse_case
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import options_from_environment
 from chatlearn_vllm.bench.options import BenchOptions
@@ -110,6 +112,14 @@ def test_every_variable_reaches_the_engine(tmp_path):
     assert {name: arguments[name] for name in expected} == expected
     speculative = arguments["speculative_config"]
     assert (speculative["method"], speculative["num_speculative_tokens"]) == ("ngram", 4)
+
+
+def test_one_completion_of_one_prompt_is_enough_for_a_job(tmp_path):
+    options = BenchOptions.of({"prompts": 1, "completions": 1})
+    (tmp_path / "config.json").write_text(json.dumps(config_of(options)))
+    for case in ("vllm", "vllm-module:speculative"):
+        task = Task(parse_case(case), options, tmp_path, tmp_path, tmp_path / "events.jsonl")
+        assert make_job(task).runtime.sample_per_episode == 1
 
 
 def test_statistics_are_off_unless_asked_for(tmp_path):
