@@ -2,6 +2,7 @@
 
     options.py, environment.py   what is asked for: of the command line, of run_benchmark.sh
     cases.py                     what is measured, and which parallel sizes cannot be
+    checks.py                    what else cannot be measured, before anything starts
     workload.py                  the model's directory and the prompts, the same for every case
     run.py                       one case after the other, and what became of it
     processes.py                 a case's processes: one, or one per rank

@@ -133,12 +133,12 @@ class BenchOptions:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
-                    yield f"{_named(name)}={value} must be at least {least}"
+                    yield f"{named(name)}={value} must be at least {least}"
         if not 0 < self.gpu_memory_utilization <= 1:
-            name = _named("gpu_memory_utilization")
+            name = named("gpu_memory_utilization")
             yield f"{name}={self.gpu_memory_utilization} must be in (0, 1]"
         if self.dtype not in ("auto", *DTYPES):
-            yield f"{_named('dtype')}={self.dtype!r} must be one of auto, {', '.join(DTYPES)}"
+            yield f"{named('dtype')}={self.dtype!r} must be one of auto, {', '.join(DTYPES)}"
         if self.model is None and self.shape not in SHAPES:
             yield f"--shape={self.shape!r} must be one of {', '.join(SHAPES)}"
         if self.hf_batch_size != "auto" and not (
@@ -147,7 +147,7 @@ class BenchOptions:
             yield f"--hf-batch-size={self.hf_batch_size!r} must be auto or a whole number >= 1"
         if self.max_model_len and self.max_model_len < self.prompt_tokens + self.max_tokens:
             yield (
-                f"{_named('max_model_len')}={self.max_model_len} has no room for "
+                f"{named('max_model_len')}={self.max_model_len} has no room for "
                 f"--prompt-tokens={self.prompt_tokens} and --max-tokens={self.max_tokens}; raise "
                 "it or lower one of them"
             )
@@ -155,8 +155,8 @@ class BenchOptions:
         is_vllm = any(text.startswith("vllm") for text in self.cases)
         if is_vllm and budget is not None and 0 < budget < self.num_seqs:
             yield (
-                f"{_named('max_num_batched_tokens')}={budget} must be at least "
-                f"{_named('max_num_seqs')}={self.num_seqs}, one token per running sequence; raise "
+                f"{named('max_num_batched_tokens')}={budget} must be at least "
+                f"{named('max_num_seqs')}={self.num_seqs}, one token per running sequence; raise "
                 "it or lower that"
             )
         if self.temperature == 0 and self.completions > 1:
@@ -262,7 +262,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _named(name: str) -> str:
+def named(name: str) -> str:
     """Option and environment variable of a field, as a user knows them."""
     variable = BenchOptions.__dataclass_fields__[name].metadata.get("variable")
     return flag(name) + (f" ({variable})" if variable else "")

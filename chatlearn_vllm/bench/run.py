@@ -16,6 +16,7 @@ import psutil
 
 from chatlearn_vllm.bench import remedies
 from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, check_cases, ratios
+from chatlearn_vllm.bench.checks import check_workload
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
 from chatlearn_vllm.bench.measure import together
@@ -23,7 +24,7 @@ from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.outputs import make_outputs, save_results
 from chatlearn_vllm.bench.processes import Processes
-from chatlearn_vllm.bench.workload import check_prompt_file, config_of, has_weights, model_dir
+from chatlearn_vllm.bench.workload import config_of, has_weights, model_dir
 from chatlearn_vllm.layouts import ModelShape
 
 FORMAT = 1
@@ -69,10 +70,10 @@ class Bench:
         self._after_case = after_case
         self._machine = this_machine()
         self._cases = options.parsed_cases()
-        notices = [*options.notices, *check_prompt_file(options)]
         config = config_of(options)
         self._shape = ModelShape.from_hf_config(config)
         check_cases(self._cases, self._shape, len(self._machine.gpus))
+        notices = [*options.notices, *check_workload(options, self._cases, config)]
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),

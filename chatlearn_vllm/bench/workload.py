@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.config.model_files import read_json_object
 
@@ -38,6 +37,8 @@ _8B = {
 _SIZES = {"tiny": _TINY, "1b": _1B, "8b": _8B}
 """tiny: for CPUs; 1b, 8b: those of Llama 3.2 1B and Llama 3.1 8B."""
 
+# Beside them lie training_args.bin, adapter_model.safetensors and others that are no model.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors")
 _TOKENIZERS = (
     "tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json",
 )  # fmt: skip
@@ -125,9 +126,7 @@ def model_dir(options: BenchOptions, out: Path) -> Iterator[Path]:
 
 def has_weights(directory: Path) -> bool:
     """Whether a model's directory holds weights; without, they are random."""
-    return any(
-        next(directory.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pt")
-    )
+    return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -179,39 +178,6 @@ def num_prompts_needed(options: BenchOptions) -> int:
     """How many different prompts a case of vLLM answers."""
     num_passes = options.repeat + options.warmup + (options.latency_requests > 0)
     return num_passes * options.prompts + options.latency_requests
-
-
-def check_prompt_file(options: BenchOptions) -> list[str]:
-    """Check that there are as many prompts as a pass needs.
-
-    Returns:
-        A notice where there are fewer than all passes of vLLM need.
-
-    Raises:
-        OptionError: there are not, or the file cannot be read.
-    """
-    if options.prompt_file is None:
-        return []
-    from chatlearn_vllm.data.prompts import load_prompts
-
-    try:
-        texts = [record["prompt"] for record in load_prompts(options.prompt_file)]
-    except ValueError as error:
-        raise OptionError(f"--prompt-file={options.prompt_file}: {error}") from error
-    if len(texts) < options.prompts:
-        raise OptionError(
-            f"--prompt-file={options.prompt_file} holds {len(texts)} prompts, fewer than "
-            f"--prompts={options.prompts}; lower the latter"
-        )
-    needed, different = num_prompts_needed(options), len(set(texts))
-    if different >= needed or not any(case.is_vllm for case in options.parsed_cases()):
-        return []
-    return [
-        f"--prompt-file={options.prompt_file} holds {different} different prompts, all passes take "
-        f"{needed}: it is read again from its start, and vLLM finds prompts in its prefix cache, "
-        "which makes it faster than with new ones; give more prompts, or lower --prompts, "
-        "--repeat or --warmup"
-    ]
 
 
 def _read_prompts(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:

@@ -47,6 +47,7 @@ def ran(tmp_path_factory):
     (out / "model-tiny").mkdir()
     (out / "model-tiny/config.json").write_text("the user's")
     (draft / "config.json").write_text('{"model_type": "nothing"}')
+    (draft / "model.safetensors").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process less to start
         paths = ["--out", str(out), "--json", str(out / "copy/numbers.json"), "--draft", str(draft)]

@@ -6,7 +6,7 @@ import pytest
 
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.workload import (
-    check_prompt_file,
+    has_weights,
     latency_prompts,
     made_config,
     num_prompts_needed,
@@ -21,12 +21,6 @@ def model(tmp_path):
     return tmp_path
 
 
-def prompt_file(directory, texts):
-    path = directory / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return str(path)
-
-
 def test_more_requests_for_latencies_than_prompts_per_pass_have_prompts_of_their_own(model):
     options = BenchOptions.of({"prompts": 3, "latency_requests": 8, "repeat": 2, "warmup": 1})
     alone, together = latency_prompts(options, model)
@@ -36,24 +30,9 @@ def test_more_requests_for_latencies_than_prompts_per_pass_have_prompts_of_their
     assert len(set(all_of_them)) == len(all_of_them) == num_prompts_needed(options)
 
 
-@pytest.mark.parametrize(
-    ("num_texts", "cases", "is_told"),
-    [(20, ["vllm"], False), (19, ["vllm"], True), (19, ["transformers"], False)],
-)
-def test_a_file_with_fewer_prompts_than_all_passes_take_is_told(model, num_texts, cases, is_told):
-    path = prompt_file(model, [f"prompt {number}" for number in range(num_texts)])
-    options = BenchOptions.of(
-        {
-            "cases": tuple(cases),
-            "model": str(model),
-            "prompt_file": path,
-            "prompts": 4,
-            "repeat": 2,
-            "warmup": 1,
-            "latency_requests": 4,
-        }  # fmt: skip
-    )
-    notices = check_prompt_file(options)
-    assert len(notices) == is_told
-    if is_told:
-        assert "holds 19 different prompts, all passes take 20" in notices[0]
+def test_what_a_trainer_leaves_behind_is_no_weights(tmp_path):
+    for name in ("training_args.bin", "optimizer.pt", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    assert not has_weights(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert has_weights(tmp_path)
