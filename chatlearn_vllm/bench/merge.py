@@ -129,8 +129,7 @@ def _read(path: Path) -> _Run:
     try:
         run = _Run.of(path, results)
         # The report will read the rest.
-        ratios(results["cases"])
-        page(results, plots=[])
+        page({**results, "ratios": ratios(results["cases"])}, plots=[])
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}"
         raise OptionError(f"--report {path}: {rule} (it is not whole: {what})") from error

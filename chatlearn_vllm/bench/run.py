@@ -19,7 +19,7 @@ from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, check_cases, ratios
 from chatlearn_vllm.bench.checks import check_workload
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
-from chatlearn_vllm.bench.measure import together
+from chatlearn_vllm.bench.measure import of_rounds
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.outputs import make_outputs, save_results
@@ -117,7 +117,7 @@ class Bench:
         try:
             now = self._measure(number, case, directory)
             if entry["status"] == "ok" and now["status"] == "ok":
-                now["throughput"] = together(entry["throughput"], now["throughput"])
+                now = of_rounds(entry, now)
             entry |= now
         except KeyboardInterrupt:
             if entry["status"] != "ok":

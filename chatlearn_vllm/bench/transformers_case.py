@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from chatlearn_vllm.bench.vllm_arguments import speculation_of
 from chatlearn_vllm.bench.workload import has_tokenizer, has_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from chatlearn_vllm.bench.child import Task
@@ -102,7 +104,7 @@ class _Generator:
         )
         self._model.generation_config = self.config
         self._drafting: dict[str, Any] = {}
-        self._counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+        self.forget_drafts()
         self._prompt_length = self._num_calls = 0
         if task.case.speculative:
             self._draft(attention)
@@ -190,12 +192,16 @@ class _Generator:
 
     def stream(self, batch_size: int, number: int) -> Stopwatch:
         """Answer one batch, and note when its tokens come."""
-        streamer = _Streamer(batch_size)
+        streamer = _Streamer(batch_size, self._eos_ids)
         self.generate(batch_size, number + 1, streamer=streamer)
         return streamer.watch
 
+    def forget_drafts(self) -> None:
+        """Count them from now on; those of a warm-up do not count."""
+        self._counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+
     def speculation(self) -> dict[str, Any]:
-        """What was accepted so far."""
+        """What was accepted since they were forgotten."""
         return speculation_of(self._task, **self._counts)
 
     def free(self) -> None:
@@ -210,11 +216,16 @@ class _Generator:
 
 
 class _Streamer(transformers.generation.streamers.BaseStreamer):
-    """Gets the tokens of a batch as they come, from `generate`."""
+    """Gets the tokens of a batch as they come, from `generate`; a row's until it ends.
 
-    def __init__(self, batch_size: int) -> None:
+    What comes afterwards is padding, as long as other rows go on.
+    """
+
+    def __init__(self, batch_size: int, eos_ids: Sequence[int]) -> None:
         self.watch = Stopwatch()
         self._batch_size = batch_size
+        self._eos_ids = set(eos_ids)
+        self._ended: set[int] = set()
         self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -222,8 +233,13 @@ class _Streamer(transformers.generation.streamers.BaseStreamer):
         if not self._has_prompt:
             self._has_prompt = True
             return
-        for row in range(self._batch_size):
-            self.watch.tokens(row, value.numel() // self._batch_size)
+        for row, tokens in enumerate(value.reshape(self._batch_size, -1).tolist()):
+            if row in self._ended:
+                continue
+            ends = [place for place, token in enumerate(tokens, 1) if token in self._eos_ids]
+            self.watch.tokens(row, ends[0] if ends else len(tokens))
+            if ends:
+                self._ended.add(row)
 
     def end(self) -> None:
         """Nothing is kept back."""
@@ -258,13 +274,13 @@ class _BatchSizes:
             self.best, self.ended = fixed, "the batch size was given"
             if self._task.case.speculative:
                 self.ended = "transformers drafts for one sequence at a time"
-            start = time.perf_counter()
-            return self._repeat(fixed, [self._warm(fixed)], start)
+            # There is no search whose time could be over.
+            return self._repeat(fixed, [self._warm(fixed)], end=math.inf)
         return self._search()
 
     def _search(self) -> list[Pass]:
         options = self._task.options
-        start = time.perf_counter()
+        end = time.perf_counter() + options.hf_search_seconds
         found: dict[int, Pass] = {}
         size = min(_FIRST_BATCH_SIZE[self._generator.arguments["device"]], options.num_completions)
         while True:
@@ -292,7 +308,7 @@ class _BatchSizes:
                 self.ended = "all completions are in one batch"
                 break
             # Twice as many take no less than these took.
-            if now - start + now - begin > options.hf_search_seconds:
+            if now + now - begin > end:
                 self.ended = f"--hf-search-seconds={options.hf_search_seconds:g} were over"
                 break
             size = min(2 * size, options.num_completions)
@@ -301,21 +317,20 @@ class _BatchSizes:
         self.best = max(found, key=lambda n: found[n].tokens_per_s)
         self._task.phase(f"batch_size={self.best}")
         self._generator.free()
-        return self._repeat(self.best, [found[self.best]], start)
+        return self._repeat(self.best, [found[self.best]], end=end)
 
     def _warm(self, size: int) -> Pass:
         """A pass after those that do not count."""
         self._task.phase(f"batch_size={size}")
         for _ in range(self._task.options.warmup):
             self._generator.generate(size, 0)
+        self._generator.forget_drafts()
         return self._generator.generate(size, 0)
 
-    def _repeat(self, size: int, passes: list[Pass], start: float) -> list[Pass]:
+    def _repeat(self, size: int, passes: list[Pass], *, end: float) -> list[Pass]:
         """Measure as often as asked for, as long as the time for the search lasts."""
-        options = self._task.options
-        while len(passes) < options.repeat:
-            passed = time.perf_counter() - start
-            if passed + passes[-1].seconds > options.hf_search_seconds:
+        while len(passes) < self._task.options.repeat:
+            if time.perf_counter() + passes[-1].seconds > end:
                 break
             passes.append(self._generator.generate(size, len(passes)))
         return passes

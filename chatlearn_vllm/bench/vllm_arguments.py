@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from chatlearn_vllm.bench.measure import acceptance
 from chatlearn_vllm.bench.options import DTYPES
 from chatlearn_vllm.bench.workload import has_weights, model_config
 from chatlearn_vllm.config import JobConfig, load_config
@@ -125,12 +126,9 @@ def speculation_of(
     task: Task, *, drafts: float, draft_tokens: float, accepted_tokens: float
 ) -> dict[str, Any]:
     """The same from counts of drafts, of the tokens in them and of those accepted."""
+    method = "draft_model" if task.options.draft else "ngram"
     return {
-        "method": "draft_model" if task.options.draft else "ngram",
+        "method": method,
         "num_speculative_tokens": task.options.num_speculative_tokens,
-        "drafts": drafts,
-        "draft_tokens": draft_tokens,
-        "accepted_tokens": accepted_tokens,
-        "acceptance_rate": accepted_tokens / draft_tokens if draft_tokens else None,
-        "mean_accepted_length": 1 + accepted_tokens / drafts if drafts else None,
+        **acceptance(drafts, draft_tokens, accepted_tokens),
     }
