@@ -21,6 +21,7 @@ from chatlearn_vllm.bench.workload import (
     num_prompts_needed,
 )
 from chatlearn_vllm.config import ConfigError
+from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 from chatlearn_vllm.config.model_files import read_json_object
 
 _SCALED_ALREADY = (
@@ -70,7 +71,7 @@ def check_workload(
     # Rules of the job say less clearly what is said above.
     if problems := problems or _job_problems(options, cases, config):
         raise OptionError("\n".join(dict.fromkeys(problems)))
-    return _prompt_notices(options, cases, texts)
+    return [*_prompt_notices(options, cases, texts), *_effectless(options, cases)]
 
 
 def _model_problems(
@@ -190,6 +191,25 @@ def _prompt_notices(
         "which makes it faster than with new ones; give more prompts, or lower --prompts, "
         "--repeat or --warmup"
     ]
+
+
+def _effectless(options: BenchOptions, cases: Sequence[Case]) -> list[str]:
+    """Options about drafts that no case has an ear for."""
+    notices = []
+    if options.draft is not None and not any(case.speculative for case in cases):
+        notices.append(
+            f"--draft={options.draft} has no effect without a case with :speculative, as in "
+            f"{cases[0].engine}:speculative"
+        )
+    method = options.draft_sample_method
+    if method != DRAFT_SAMPLE_METHODS[0] and (
+        options.draft is None or not any(case.speculative and case.is_vllm for case in cases)
+    ):
+        notices.append(
+            f"--draft-sample-method={method} has no effect without --draft and a vLLM case with "
+            ":speculative"
+        )
+    return notices
 
 
 def _job_problems(

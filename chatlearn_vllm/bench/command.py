@@ -43,7 +43,8 @@ def bench(given: Mapping[str, Any]) -> int:
     if given["report"]:
         return _report([Path(path) for path in given["report"]], values)
     if given["from_environment"]:
-        values = options_from_environment(os.environ) | values
+        of_variables = options_from_environment(os.environ, values.pop("cases", None))
+        values = of_variables | values
     if "cases" in values:
         values["cases"] = tuple(values["cases"])
     options = BenchOptions.of(values)

@@ -75,6 +75,11 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
 def remarks(results: Results) -> list[str]:
     """What else a reader must know: what was left out, scaled, or has no effect."""
     lines = [f"note: {notice}" for notice in results["notices"]]
+    of_cases: dict[str, list[str]] = {}
+    for case in results["cases"]:
+        for notice in case.get("notices", ()) if case["status"] == "ok" else ():
+            of_cases.setdefault(notice, []).append(case["case"])
+    lines += [f"note: {', '.join(cases)}: {notice}" for notice, cases in of_cases.items()]
     for case in results["cases"]:
         if case["status"] != "ok":
             remedy = f"; {case['remedy']}" if case.get("remedy") else ""

@@ -14,6 +14,7 @@ import transformers
 
 from chatlearn_vllm.bench.cases import TRANSFORMERS
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.options import DTYPES
 from chatlearn_vllm.bench.vllm_arguments import speculation_of
 from chatlearn_vllm.bench.workload import has_tokenizer, has_weights
 
@@ -50,6 +51,7 @@ def measure(task: Task) -> dict[str, Any]:
         "speculation": generator.speculation() if task.case.speculative else None,
         "engine_arguments": generator.arguments,
         "sampling": generator.config.to_diff_dict(),
+        "notices": generator.notices,
         "memory_phases": [f"batch_size={search.best}"],
     }
     if task.options.latency_requests:
@@ -87,7 +89,12 @@ class _Generator:
         options = task.options
         self._task = task
         self._device = device
-        self._dtype = getattr(torch, options.torch_dtype_name(on_gpu=device == "cuda"))
+        self._dtype_name = options.torch_dtype_name(on_gpu=device == "cuda")
+        self._dtype = getattr(torch, self._dtype_name)
+        self.notices: list[str] = []
+        """What of the options has another effect here."""
+        if (wanted := DTYPES.get(options.dtype, self._dtype_name)) != self._dtype_name:
+            self.notices.append(f"dtype: {wanted} becomes {self._dtype_name} (CPU)")
         self.arguments = {
             "attn_implementation": attention, "dtype": str(self._dtype), "device": device,
         }  # fmt: skip

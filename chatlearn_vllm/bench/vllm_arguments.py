@@ -89,8 +89,10 @@ def speculative_config(task: Task) -> dict[str, Any]:
     }
 
 
-def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """Keyword arguments for `vllm.LLM`."""
+def bare_engine_arguments(
+    task: Task, job: JobConfig, *, on_gpu: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments for `vllm.LLM`, and what of the options they cannot be."""
     from chatlearn_vllm.engines import vllm_compat
     from chatlearn_vllm.engines.vllm_arguments import engine_arguments
     from chatlearn_vllm.layouts import ModelShape
@@ -98,7 +100,9 @@ def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[s
     case = task.case
     args = job.models["policy"].model_args
     shape = ModelShape.from_hf_config(model_config(task.model_dir))
-    arguments, _ = engine_arguments(args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu)
+    arguments, notices = engine_arguments(
+        args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu
+    )
     for name in ONLY_OF_MODULE:
         arguments.pop(name, None)
     arguments |= vllm_compat.engine_overrides(pipeline_parallel_size=case.pipeline_parallel_size)
@@ -108,7 +112,8 @@ def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[s
         arguments["logprobs_mode"] = "processed_logprobs"
     # The counters of accepted tokens are part of the statistics.
     arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
-    return arguments
+    # What VLLMModule does with an engine while others work has no meaning here.
+    return arguments, [notice for notice in notices if not notice.startswith("sleep mode")]
 
 
 def speculation(task: Task, metrics: Mapping[str, float]) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def measure(task: Task) -> dict[str, Any]:
     task.phase("load")
     start = time.perf_counter()
     job = make_job(task)
-    arguments = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
+    arguments, notices = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
     from vllm import LLM
 
     llm = LLM(**copy.deepcopy(arguments))  # vLLM 0.25 writes objects into its maps
@@ -60,6 +60,7 @@ def measure(task: Task) -> dict[str, Any]:
         "speculation": speculation(task, {name: after[name] - before[name] for name in after}),
         "engine_arguments": arguments,
         "sampling": sampling | {"seed": "one per request" if task.case.seeds else None},
+        "notices": notices,
         "memory_phases": ["throughput"],
     }
     if options.latency_requests:

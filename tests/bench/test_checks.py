@@ -141,3 +141,13 @@ def test_the_command_refuses_before_the_first_case(tmp_path, capsys):
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err.startswith("--temperature=3.0: must be at most 2")
     assert not (tmp_path / "out").exists()
+
+
+def test_options_about_drafts_without_a_case_that_drafts_are_told(tmp_path):
+    draft = model(tmp_path / "draft", "model.safetensors")
+    assert check("vllm", draft=draft) == [
+        f"--draft={draft} has no effect without a case with :speculative, as in vllm:speculative"
+    ]
+    assert check("vllm:speculative", draft=draft, draft_sample_method="probabilistic") == []
+    (notice,) = check("vllm:speculative", draft_sample_method="probabilistic")
+    assert notice.startswith("--draft-sample-method=probabilistic has no effect without --draft")

@@ -1,7 +1,9 @@
 """What do options and the variables of run_benchmark.sh ask for, and what is refused?"""
 
 import os
+import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,37 @@ def test_several_engines_and_batching():
     assert options.cases == ("transformers", "vllm", "vllm-module")
     assert options.hf_batch_size == "1"
     assert options.notices == ("ENABLE_BATCH has no effect on vLLM: it batches continuously",)
+
+
+def test_variables_say_how_cases_of_the_command_line_run():
+    method = {"INFERENCE_ENGINE": "transformers", "INFERENCE_METHOD": "speculative"}
+    given = ["vllm:tp=2", "vllm:spec", "transformers"]
+    assert options_from_environment(method, given)["cases"] == (
+        "vllm:tp=2:speculative", "vllm:spec", "transformers:speculative",
+    )  # fmt: skip
+    batch = options_from_environment({"ENABLE_BATCH": "false"}, ["transformers-sdpa", "vllm"])
+    assert batch["hf_batch_size"] == "1"
+    assert batch["notices"] == ("ENABLE_BATCH has no effect on vLLM: it batches continuously",)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("VLLM_MAX_NUM_SEQ", "VLLM_MAX_NUM_SEQS"),
+        ("VLLM_MAX_SEQ_LEN", "VLLM_MAX_MODEL_LEN"),
+        ("VLLM_GPU_MEM_UTILIZATION", "VLLM_GPU_MEMORY_UTILIZATION"),
+        ("GAMMA", "GAMMA_VALUE"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_of_them_is_told(name, nearest):
+    assert of({name: "5"}).notices == (f"{name}=5 is not read here; did you mean {nearest}?",)
+
+
+def test_no_variable_of_vllm_is_taken_for_a_misspelt_one():
+    source = find_spec("vllm").submodule_search_locations[0]
+    names = re.findall(r'"(VLLM_[A-Z0-9_]+)"', Path(source, "envs.py").read_text())
+    assert len(names) > 50
+    assert of(dict.fromkeys(names, "1")).notices == ()
 
 
 def test_every_value_that_cannot_be_is_named_at_once():

@@ -27,3 +27,13 @@ def test_cases_whose_completions_differ_in_length_are_named():
         "vllm-module made 11.0 tokens per completion, transformers 9.8: not the same work; "
         "--ignore-eos gives all the same length",
     ]
+
+
+def test_what_engines_made_of_options_is_said_once_with_all_their_cases():
+    becomes, eager = "dtype: float16 becomes float32 (CPU)", "enforce_eager: true (...)"
+    results = results_of(
+        measured("transformers", notices=[becomes]),
+        measured("vllm", notices=[eager, becomes]),
+        measured("vllm-module"),  # of an earlier version
+    )
+    assert remarks(results) == [f"note: transformers, vllm: {becomes}", f"note: vllm: {eager}"]

@@ -80,3 +80,10 @@ def test_padding_behind_the_end_of_a_row_has_no_time(monkeypatch):
     speculative.put(torch.tensor([[7]]))
     speculative.put(torch.tensor([[7, 7, 2, 7, 7]]))
     assert len(speculative.watch.between) == 3
+
+
+def test_another_dtype_than_asked_for_is_said(model):
+    options = {"repeat": 1, "warmup": 0, "max_tokens": 2}
+    assert measured(model, "transformers", **options)["notices"] == []
+    half = measured(model, "transformers", dtype="half", **options)
+    assert half["notices"] == ["dtype: float16 becomes float32 (CPU)"]
