@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -99,7 +101,23 @@ def _measure(task: Task) -> dict[str, Any]:
     return measure(task)
 
 
+def _end_with_parent() -> None:
+    """End this process, and all that it started, when the parent is gone, however it ended.
+
+    The parent holds the other end of the standard input, and writes nothing.
+    """
+    if os.getsid(0) != os.getpid():  # started by hand
+        return
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     is_good = Task.load(Path(sys.argv[1])).run()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,7 +22,7 @@ from chatlearn_vllm.bench.run import Bench
 SOME_FAILED = 1
 """Exit code if a case failed."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM; what was measured is reported."""
+"""Exit code after Ctrl-C, SIGTERM or SIGHUP; what was measured is reported."""
 
 
 def bench(given: Mapping[str, Any]) -> int:
@@ -61,13 +61,17 @@ def bench(given: Mapping[str, Any]) -> int:
         raise
     except ValueError as error:  # of the model's config.json
         raise OptionError(f"--model={options.model}: {error}") from error
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _interrupt)
     try:
         code = 0 if run.run() else SOME_FAILED
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print_table(run.results)
     print(f"{out / RESULTS}, {out / PAGE}")
     return code

@@ -150,7 +150,18 @@ def test_reports_of_several_runs_become_one(ran, tmp_path, capsys):
     larger["options"]["max_tokens"] = 11
     (tmp_path / "two.json").write_text(json.dumps(larger))
     assert main(["bench", "--report", *reports, "--out", str(tmp_path / "all")]) == 2
-    assert "another max_tokens than in" in capsys.readouterr().err
+    assert "another max_tokens (11, not 10) than in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 130), (signal.SIGKILL, -9)])
+def test_no_process_is_left_when_the_terminal_or_the_benchmark_is_gone(tmp_path, number, code):
+    command = [sys.executable, "-m", "chatlearn_vllm.cli.main", "bench", "transformers", *OPTIONS]
+    run = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.DEVNULL)
+    while not (children := psutil.Process(run.pid).children()):
+        time.sleep(0.01)
+    run.send_signal(number)
+    assert run.wait() == code
+    assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
 @pytest.mark.slow
