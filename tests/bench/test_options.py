@@ -244,6 +244,17 @@ def test_the_script_has_no_effectless_values_of_its_own(tmp_path, environ, notic
     assert list(options_from_environment(set_by_script)["notices"]) == notices
 
 
+def test_paths_of_the_script_are_relative_to_the_caller(tmp_path):
+    (tmp_path / "m1").mkdir()
+    (tmp_path / "m1/config.json").write_text("[]")
+    run = subprocess.run(
+        ["bash", ROOT / "run_benchmark.sh", "--model", "m1"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "m1/config.json: must hold a JSON object" in run.stderr
+
+
 def test_the_script_passes_variables_and_arguments_on():
     environ = {"PATH": os.environ["PATH"], "VLLM_TENSOR_PARALLEL_SIZE": "3"}
     run = subprocess.run(
