@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.bench.cases import DEFAULT_CASES, Case, OptionError, parse_case
-from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 """What vLLM takes a dtype's name for."""
@@ -108,6 +107,9 @@ class BenchOptions:
         return options
 
     def _problems(self) -> Any:
+        # Not for `--help`, which is to answer at once.
+        from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
+
         at_least = {
             1: (
                 "prompts", "completions", "prompt_tokens", "max_tokens", "repeat", "rounds",
