@@ -8,6 +8,7 @@ goes through, and its result or its error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from chatlearn_vllm.bench.cases import Case
+from chatlearn_vllm.bench.machine import process_tree
 from chatlearn_vllm.bench.options import BenchOptions
+
+_END_WITHIN_S = 10.0
+"""Longest wait for processes that were asked to end."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +116,38 @@ def _end_with_parent() -> None:
     if os.getsid(0) != os.getpid():  # started by hand
         return
 
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        os.killpg(0, signal.SIGKILL)
+    threading.Thread(target=_wait_for_end, name="end-with-parent", daemon=True).start()
 
-    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+def _wait_for_end() -> None:
+    """Wait for the end of the standard input, and end all."""
+    sys.stdin.buffer.read()
+    end, asked = time.monotonic() + _END_WITHIN_S, set()
+    while (engines := _engines()) and time.monotonic() < end:
+        for process in engines:
+            if process.pid not in asked:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        asked |= {process.pid for process in engines}
+        time.sleep(0.1)
+    for process in _engines():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _engines() -> list[psutil.Process]:
+    """The processes that this one and those have started, without Python's trackers.
+
+    A tracker of shared memory cleans up by itself when all others have ended.
+    """
+    found = []
+    for process in process_tree(os.getpid())[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            is_tracker = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+            if not is_tracker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

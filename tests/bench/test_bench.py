@@ -156,7 +156,8 @@ def test_reports_of_several_runs_become_one(ran, tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 130), (signal.SIGKILL, -9)])
 def test_no_process_is_left_when_the_terminal_or_the_benchmark_is_gone(tmp_path, number, code):
     command = [sys.executable, "-m", "chatlearn_vllm.cli.main", "bench", "transformers", *OPTIONS]
-    run = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.DEVNULL)
+    long = ["--repeat", "100000", "--out", tmp_path]
+    run = subprocess.Popen([*command, *long], stdout=subprocess.DEVNULL)
     while not (children := psutil.Process(run.pid).children()):
         time.sleep(0.01)
     run.send_signal(number)
