@@ -28,12 +28,13 @@ def make_outputs(out: Path, copy: str | None) -> None:
         for name in (RESULTS, PAGE, ENGINES_PNG, GPUS_PNG)
         if (out / name).is_dir()
     ]
-    if error := _make(out):
-        problems.append(f"--out={out}: {error}; name another directory")
     if copy is not None and Path(copy).is_dir():
         problems.append(f"--json={copy}: is a directory; name a file in it")
     elif copy is not None and (error := _make(Path(copy).resolve().parent)):
         problems.append(f"--json={copy}: its directory {error}; name another file")
+    # Last, so that no empty directory is left where something else is wrong.
+    if not problems and (error := _make(out)):
+        problems.append(f"--out={out}: {error}; name another directory")
     if problems:
         raise OptionError("\n".join(problems))
 

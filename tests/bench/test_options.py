@@ -218,6 +218,7 @@ def test_a_copy_of_the_results_that_cannot_be_written_is_named(copy, message, ca
     out = str(tmp_path / "out")
     assert main(["bench", "transformers", "--out", out, "--json", str(path)]) == 2
     assert f"--json={path}: {message}" in capsys.readouterr().err
+    assert not Path(out).exists()
 
 
 @pytest.mark.parametrize(
