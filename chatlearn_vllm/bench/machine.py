@@ -5,6 +5,7 @@ Nothing here makes a CUDA context: the process that starts the cases must not ho
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import os
@@ -140,11 +141,9 @@ def _uuids(nvml: Any) -> tuple[list[str], list[str]]:
         except nvml.NVMLError:  # a GPU or driver that cannot be split
             continue
         for number in range(num_parts):
-            try:
+            with contextlib.suppress(nvml.NVMLError):  # not every place is taken
                 part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-            except nvml.NVMLError:  # there are fewer than possible
-                break
-            parts.append(_text(nvml.nvmlDeviceGetUUID(part)))
+                parts.append(_text(nvml.nvmlDeviceGetUUID(part)))
     return gpus, parts
 
 
