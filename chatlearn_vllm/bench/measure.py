@@ -51,15 +51,6 @@ class Pass:
         return self.output_tokens / self.seconds
 
 
-def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Two results of `throughput` as that of all their passes."""
-    passes = [
-        Pass(made["seconds"], made["completions"], made["output_tokens"])
-        for made in (*one["passes"], *other["passes"])
-    ]
-    return throughput(passes, one["completions"])
-
-
 def throughput(passes: Sequence[Pass], num_completions: int) -> dict[str, Any]:
     """What the passes of a case say, by their median.
 
@@ -122,4 +113,49 @@ def latency(watches: Sequence[Stopwatch]) -> dict[str, Any]:
         "inter_token_s": summary([gap for watch in watches for gap in watch.between]),
         "request_s": summary([seconds for watch in watches for seconds in watch.last.values()]),
         "num_requests": len(first),
+    }
+
+
+def acceptance(drafts: float, draft_tokens: float, accepted_tokens: float) -> dict[str, Any]:
+    """Counts of drafts, of the tokens in them and of those accepted, and what they say."""
+    return {
+        "drafts": drafts,
+        "draft_tokens": draft_tokens,
+        "accepted_tokens": accepted_tokens,
+        "acceptance_rate": accepted_tokens / draft_tokens if draft_tokens else None,
+        "mean_accepted_length": 1 + accepted_tokens / drafts if drafts else None,
+    }
+
+
+def of_rounds(earlier: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """A case's results of several rounds as those of one.
+
+    All passes and drafts count, and the largest memory; the rest, latencies too, is the last
+    round's.
+    """
+    passes = [
+        Pass(made["seconds"], made["completions"], made["output_tokens"])
+        for one in (earlier, last)
+        for made in one["throughput"]["passes"]
+    ]
+    found = {
+        **last,
+        "throughput": throughput(passes, last["throughput"]["completions"]),
+        "memory": _largest(earlier["memory"], last["memory"]),
+    }
+    if last["speculation"] is not None:
+        counts = [
+            earlier["speculation"][name] + last["speculation"][name]
+            for name in ("drafts", "draft_tokens", "accepted_tokens")
+        ]
+        found["speculation"] = {**last["speculation"], **acceptance(*counts)}
+    return found
+
+
+def _largest(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Peaks of memory over both."""
+    device = one["device_bytes"], other["device_bytes"]
+    return {
+        "device_bytes": [max(pair) for pair in zip(*device, strict=True)] if all(device) else None,
+        "host_rss_bytes": max(one["host_rss_bytes"], other["host_rss_bytes"]),
     }

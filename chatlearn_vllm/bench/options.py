@@ -107,6 +107,7 @@ class BenchOptions:
         return options
 
     def _problems(self) -> Any:
+        # Not for `--help`, which is to answer at once.
         from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 
         at_least = {
@@ -120,7 +121,7 @@ class BenchOptions:
         for name in ("temperature", "hf_search_seconds", "case_timeout"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                yield f"{_flag(name)}={value} must be a finite number"
+                yield f"{flag(name)}={value} must be a finite number"
         if self.draft_sample_method not in DRAFT_SAMPLE_METHODS:
             yield (
                 f"--draft-sample-method={self.draft_sample_method} must be one of "
@@ -134,12 +135,12 @@ class BenchOptions:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
-                    yield f"{_named(name)}={value} must be at least {least}"
+                    yield f"{named(name)}={value} must be at least {least}"
         if not 0 < self.gpu_memory_utilization <= 1:
-            name = _named("gpu_memory_utilization")
+            name = named("gpu_memory_utilization")
             yield f"{name}={self.gpu_memory_utilization} must be in (0, 1]"
         if self.dtype not in ("auto", *DTYPES):
-            yield f"{_named('dtype')}={self.dtype!r} must be one of auto, {', '.join(DTYPES)}"
+            yield f"{named('dtype')}={self.dtype!r} must be one of auto, {', '.join(DTYPES)}"
         if self.model is None and self.shape not in SHAPES:
             yield f"--shape={self.shape!r} must be one of {', '.join(SHAPES)}"
         if self.hf_batch_size != "auto" and not (
@@ -148,7 +149,7 @@ class BenchOptions:
             yield f"--hf-batch-size={self.hf_batch_size!r} must be auto or a whole number >= 1"
         if self.max_model_len and self.max_model_len < self.prompt_tokens + self.max_tokens:
             yield (
-                f"{_named('max_model_len')}={self.max_model_len} has no room for "
+                f"{named('max_model_len')}={self.max_model_len} has no room for "
                 f"--prompt-tokens={self.prompt_tokens} and --max-tokens={self.max_tokens}; raise "
                 "it or lower one of them"
             )
@@ -156,8 +157,8 @@ class BenchOptions:
         is_vllm = any(text.startswith("vllm") for text in self.cases)
         if is_vllm and budget is not None and 0 < budget < self.num_seqs:
             yield (
-                f"{_named('max_num_batched_tokens')}={budget} must be at least "
-                f"{_named('max_num_seqs')}={self.num_seqs}, one token per running sequence; raise "
+                f"{named('max_num_batched_tokens')}={budget} must be at least "
+                f"{named('max_num_seqs')}={self.num_seqs}, one token per running sequence; raise "
                 "it or lower that"
             )
         if self.temperature == 0 and self.completions > 1:
@@ -168,7 +169,7 @@ class BenchOptions:
         for name in ("model", "draft"):
             value = getattr(self, name)
             if value is not None and not Path(value, "config.json").is_file():
-                yield f"{_flag(name)}={value}: no config.json there; give a Hugging Face directory"
+                yield f"{flag(name)}={value}: no config.json there; give a Hugging Face directory"
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
             yield f"--prompt-file={self.prompt_file}: no such file"
         if self.prompt_file is not None and self.model is None:
@@ -247,7 +248,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         kind = _KINDS[one.type.removesuffix(" | None")]
         settings = {"action": "store_true"} if kind is bool else {"type": kind}
         command.add_argument(
-            _flag(one.name),
+            flag(one.name),
             dest=one.name,
             default=argparse.SUPPRESS,
             help=one.metadata["help"] + shown,
@@ -258,11 +259,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """An option as a user writes it."""
     return "--" + name.replace("_", "-")
 
 
-def _named(name: str) -> str:
+def named(name: str) -> str:
     """Option and environment variable of a field, as a user knows them."""
     variable = BenchOptions.__dataclass_fields__[name].metadata.get("variable")
-    return _flag(name) + (f" ({variable})" if variable else "")
+    return flag(name) + (f" ({variable})" if variable else "")

@@ -60,7 +60,7 @@ class Processes:
                 subprocess.Popen(
                     command,
                     env=environment | rank,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # ends with this process, and the child with it
                     stdout=self._file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is for the parent, which ends this group
@@ -97,6 +97,7 @@ class Processes:
         self._signal(signal.SIGKILL)
         for process in self._processes:
             process.wait()
+            process.stdin.close()
         self._file.close()
         # vLLM leaves some behind where it is ended, or fails.
         for leftover in (*Path("/dev/shm").glob(f"*{self._job_id}*"), *self._shared_memory):

@@ -19,6 +19,9 @@ PAGE = "index.html"
 _WIDTH = 130
 """Of a table that goes to a file."""
 
+_CLEARLY = 0.05
+"""Share by which the lengths of two cases' completions differ, so that it must be said."""
+
 Results = Mapping[str, Any]
 
 
@@ -72,6 +75,11 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
 def remarks(results: Results) -> list[str]:
     """What else a reader must know: what was left out, scaled, or has no effect."""
     lines = [f"note: {notice}" for notice in results["notices"]]
+    of_cases: dict[str, list[str]] = {}
+    for case in results["cases"]:
+        for notice in case.get("notices", ()) if case["status"] == "ok" else ():
+            of_cases.setdefault(notice, []).append(case["case"])
+    lines += [f"note: {', '.join(cases)}: {notice}" for notice, cases in of_cases.items()]
     for case in results["cases"]:
         if case["status"] != "ok":
             remedy = f"; {case['remedy']}" if case.get("remedy") else ""
@@ -91,7 +99,23 @@ def remarks(results: Results) -> list[str]:
                 f"({case['search_ended']}{f'; tokens/s {tried}' if tried else ''}); all would take "
                 f"{throughput['seconds_for_all']:,.0f} s"
             )
-    return lines
+    return lines + _unequal_lengths(results)
+
+
+def _unequal_lengths(results: Results) -> list[str]:
+    """Which cases were compared although the work of a completion was not the same."""
+    lengths = {
+        case["case"]: sum(one["output_tokens"] for one in case["throughput"]["passes"])
+        / sum(one["completions"] for one in case["throughput"]["passes"])
+        for case in results["cases"]
+        if case["status"] == "ok"
+    }
+    return [
+        f"{one['case']} made {lengths[one['case']]:,.1f} tokens per completion, {one['to']} "
+        f"{lengths[one['to']]:,.1f}: not the same work; --ignore-eos gives all the same length"
+        for one in results["ratios"]
+        if abs(lengths[one["case"]] / max(lengths[one["to"]], 1e-9) - 1) > _CLEARLY
+    ]
 
 
 def _throughput_row(case: Mapping[str, Any]) -> list[str]:

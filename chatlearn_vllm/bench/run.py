@@ -15,24 +15,20 @@ from typing import Any
 import psutil
 
 from chatlearn_vllm.bench import remedies
-from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, OptionError, check_cases, ratios
+from chatlearn_vllm.bench.cases import TRANSFORMERS, Case, check_cases, ratios
+from chatlearn_vllm.bench.checks import check_workload
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.machine import Machine, MemoryPeaks, this_machine, versions
-from chatlearn_vllm.bench.measure import together
+from chatlearn_vllm.bench.measure import of_rounds
 from chatlearn_vllm.bench.memory import num_parameters
 from chatlearn_vllm.bench.options import BenchOptions
+from chatlearn_vllm.bench.outputs import make_outputs, save_results
 from chatlearn_vllm.bench.processes import Processes
-from chatlearn_vllm.bench.workload import check_prompt_file, config_of, model_dir
+from chatlearn_vllm.bench.workload import config_of, has_weights, model_dir
 from chatlearn_vllm.layouts import ModelShape
 
 FORMAT = 1
 """Of results.json."""
-RESULTS = "results.json"
-_WORKLOAD = (
-    "dtype", "prompts", "completions", "prompt_tokens", "max_tokens", "prompt_file", "ignore_eos",
-    "temperature", "seed",
-)  # fmt: skip
-"""Options that must be equal for results to be compared."""
 _LOOK_EVERY_S = 0.25
 _LEAVE_WITHIN_S = 30.0
 """Longest wait for the memory of processes that have ended."""
@@ -74,21 +70,22 @@ class Bench:
         self._after_case = after_case
         self._machine = this_machine()
         self._cases = options.parsed_cases()
-        check_prompt_file(options)
         config = config_of(options)
         self._shape = ModelShape.from_hf_config(config)
         check_cases(self._cases, self._shape, len(self._machine.gpus))
+        notices = [*options.notices, *check_workload(options, self._cases, config)]
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": list(command),
             "options": options.to_dict(),
-            "notices": list(options.notices),
+            "notices": notices,
             "machine": self._machine.to_dict(),
             "versions": versions(),
             "model": {
                 "name": options.model or f"Llama shape {options.shape}, random weights",
                 "num_parameters": num_parameters(self._shape),
+                "has_weights": options.model is not None and has_weights(Path(options.model)),
                 "config": config,
             },
             "cases": [
@@ -102,14 +99,9 @@ class Bench:
 
         Raises:
             KeyboardInterrupt: the user ended it; what was measured is in the results.
-            OptionError: the directory of results cannot be made; nothing was started.
+            OptionError: results cannot be written where they are wanted; nothing was started.
         """
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(
-                f"--out={self._out}: cannot be made ({error.strerror}); name another directory"
-            ) from error
+        make_outputs(self._out, self._options.json)
         with model_dir(self._options, self._out) as directory:
             for _ in range(self._options.rounds):
                 for number in range(len(self._cases)):
@@ -125,7 +117,7 @@ class Bench:
         try:
             now = self._measure(number, case, directory)
             if entry["status"] == "ok" and now["status"] == "ok":
-                now["throughput"] = together(entry["throughput"], now["throughput"])
+                now = of_rounds(entry, now)
             entry |= now
         except KeyboardInterrupt:
             if entry["status"] != "ok":
@@ -133,7 +125,7 @@ class Bench:
             raise
         finally:
             self.results["ratios"] = ratios(self.results["cases"])
-            self._save()
+            save_results(self.results, self._out, self._options.json)
             self._after_case(self.results)
         self._say(f"{name}: {_in_a_line(entry)}")
 
@@ -203,52 +195,6 @@ class Bench:
             "seconds": seconds,
             **_failure(error, situation, processes, is_late=is_late),
         }
-
-    def _save(self) -> None:
-        text = json.dumps(self.results, indent=1)
-        paths = [self._out / RESULTS]
-        paths += [Path(self._options.json)] if self._options.json else []
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(path.name + ".writing")
-            beside.write_text(text)
-            beside.replace(path)
-
-
-def merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """The results of several runs with the same model and workload as those of one.
-
-    Of a case in several runs the last one counts.
-
-    Raises:
-        OptionError: a file holds no results, or those of another workload.
-    """
-    runs = []
-    for path in paths:
-        try:
-            results = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--report {path}: cannot be read: {error}") from error
-        if not isinstance(results, dict) or results.get("format") != FORMAT:
-            raise OptionError(f"--report {path}: no results of this version; measure again")
-        runs.append(results)
-    first = runs[0]
-    for path, results in zip(paths, runs, strict=True):
-        different = [
-            name for name in _WORKLOAD if results["options"][name] != first["options"][name]
-        ]
-        if results["model"]["config"] != first["model"]["config"]:
-            different.append("model")
-        if different:
-            raise OptionError(
-                f"--report {path}: another {', '.join(different)} than in {paths[0]}; only runs of "
-                "the same workload can be compared"
-            )
-    cases = {case["case"]: case for results in runs for case in results["cases"]}
-    together = {"cases": list(cases.values()), "ratios": ratios(list(cases.values()))}
-    notices = dict.fromkeys(notice for results in runs for notice in results["notices"])
-    largest = max((results["machine"] for results in runs), key=lambda one: len(one["gpus"]))
-    return {**first, **together, "notices": list(notices), "machine": largest}
 
 
 def _said(events: Path, kind: str) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,14 @@ import transformers
 
 from chatlearn_vllm.bench.cases import TRANSFORMERS
 from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.options import DTYPES
 from chatlearn_vllm.bench.vllm_arguments import speculation_of
-from chatlearn_vllm.bench.workload import has_weights
+from chatlearn_vllm.bench.workload import has_tokenizer, has_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from chatlearn_vllm.bench.child import Task
 
 _FIRST_BATCH_SIZE = {"cuda": 64, "cpu": 4}
@@ -46,6 +51,7 @@ def measure(task: Task) -> dict[str, Any]:
         "speculation": generator.speculation() if task.case.speculative else None,
         "engine_arguments": generator.arguments,
         "sampling": generator.config.to_diff_dict(),
+        "notices": generator.notices,
         "memory_phases": [f"batch_size={search.best}"],
     }
     if task.options.latency_requests:
@@ -56,6 +62,26 @@ def measure(task: Task) -> dict[str, Any]:
     return result
 
 
+def end_token_ids(directory: Path) -> list[int]:
+    """The tokens that end a response, as vLLM finds them, so that both do the same work.
+
+    Those of generation_config.json, else of config.json, and the tokenizer's.
+
+    Args:
+        directory: of the model.
+    """
+    try:
+        config = transformers.GenerationConfig.from_pretrained(directory)
+    except OSError:  # no generation_config.json
+        model_config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.GenerationConfig.from_model_config(model_config)
+    given = config.eos_token_id
+    found = {given} if isinstance(given, int) else set(given or ())
+    if has_tokenizer(directory):
+        found.add(transformers.AutoTokenizer.from_pretrained(directory).eos_token_id)
+    return sorted(found - {None})
+
+
 class _Generator:
     """A model, and what is asked of it."""
 
@@ -63,15 +89,18 @@ class _Generator:
         options = task.options
         self._task = task
         self._device = device
-        self._dtype = getattr(torch, options.torch_dtype_name(on_gpu=device == "cuda"))
+        self._dtype_name = options.torch_dtype_name(on_gpu=device == "cuda")
+        self._dtype = getattr(torch, self._dtype_name)
+        self.notices: list[str] = []
+        """What of the options has another effect here."""
+        if (wanted := DTYPES.get(options.dtype, self._dtype_name)) != self._dtype_name:
+            self.notices.append(f"dtype: {wanted} becomes {self._dtype_name} (CPU)")
         self.arguments = {
             "attn_implementation": attention, "dtype": str(self._dtype), "device": device,
         }  # fmt: skip
         torch.manual_seed(options.seed)
         self._model = self._load(task.model_dir, attention)
-        eos = self._model.config.eos_token_id
-        eos_ids = eos if isinstance(eos, list) else [eos]
-        self._eos_ids = [] if options.ignore_eos or eos is None else eos_ids
+        self._eos_ids = [] if options.ignore_eos else end_token_ids(task.model_dir)
         self.config = transformers.GenerationConfig(
             do_sample=options.temperature > 0,
             temperature=options.temperature or None,
@@ -82,7 +111,7 @@ class _Generator:
         )
         self._model.generation_config = self.config
         self._drafting: dict[str, Any] = {}
-        self._counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+        self.forget_drafts()
         self._prompt_length = self._num_calls = 0
         if task.case.speculative:
             self._draft(attention)
@@ -170,12 +199,16 @@ class _Generator:
 
     def stream(self, batch_size: int, number: int) -> Stopwatch:
         """Answer one batch, and note when its tokens come."""
-        streamer = _Streamer(batch_size)
+        streamer = _Streamer(batch_size, self._eos_ids)
         self.generate(batch_size, number + 1, streamer=streamer)
         return streamer.watch
 
+    def forget_drafts(self) -> None:
+        """Count them from now on; those of a warm-up do not count."""
+        self._counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+
     def speculation(self) -> dict[str, Any]:
-        """What was accepted so far."""
+        """What was accepted since they were forgotten."""
         return speculation_of(self._task, **self._counts)
 
     def free(self) -> None:
@@ -190,11 +223,16 @@ class _Generator:
 
 
 class _Streamer(transformers.generation.streamers.BaseStreamer):
-    """Gets the tokens of a batch as they come, from `generate`."""
+    """Gets the tokens of a batch as they come, from `generate`; a row's until it ends.
 
-    def __init__(self, batch_size: int) -> None:
+    What comes afterwards is padding, as long as other rows go on.
+    """
+
+    def __init__(self, batch_size: int, eos_ids: Sequence[int]) -> None:
         self.watch = Stopwatch()
         self._batch_size = batch_size
+        self._eos_ids = set(eos_ids)
+        self._ended: set[int] = set()
         self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -202,8 +240,13 @@ class _Streamer(transformers.generation.streamers.BaseStreamer):
         if not self._has_prompt:
             self._has_prompt = True
             return
-        for row in range(self._batch_size):
-            self.watch.tokens(row, value.numel() // self._batch_size)
+        for row, tokens in enumerate(value.reshape(self._batch_size, -1).tolist()):
+            if row in self._ended:
+                continue
+            ends = [place for place, token in enumerate(tokens, 1) if token in self._eos_ids]
+            self.watch.tokens(row, ends[0] if ends else len(tokens))
+            if ends:
+                self._ended.add(row)
 
     def end(self) -> None:
         """Nothing is kept back."""
@@ -238,13 +281,13 @@ class _BatchSizes:
             self.best, self.ended = fixed, "the batch size was given"
             if self._task.case.speculative:
                 self.ended = "transformers drafts for one sequence at a time"
-            start = time.perf_counter()
-            return self._repeat(fixed, [self._warm(fixed)], start)
+            # There is no search whose time could be over.
+            return self._repeat(fixed, [self._warm(fixed)], end=math.inf)
         return self._search()
 
     def _search(self) -> list[Pass]:
         options = self._task.options
-        start = time.perf_counter()
+        end = time.perf_counter() + options.hf_search_seconds
         found: dict[int, Pass] = {}
         size = min(_FIRST_BATCH_SIZE[self._generator.arguments["device"]], options.num_completions)
         while True:
@@ -272,7 +315,7 @@ class _BatchSizes:
                 self.ended = "all completions are in one batch"
                 break
             # Twice as many take no less than these took.
-            if now - start + now - begin > options.hf_search_seconds:
+            if now + now - begin > end:
                 self.ended = f"--hf-search-seconds={options.hf_search_seconds:g} were over"
                 break
             size = min(2 * size, options.num_completions)
@@ -281,21 +324,20 @@ class _BatchSizes:
         self.best = max(found, key=lambda n: found[n].tokens_per_s)
         self._task.phase(f"batch_size={self.best}")
         self._generator.free()
-        return self._repeat(self.best, [found[self.best]], start)
+        return self._repeat(self.best, [found[self.best]], end=end)
 
     def _warm(self, size: int) -> Pass:
         """A pass after those that do not count."""
         self._task.phase(f"batch_size={size}")
         for _ in range(self._task.options.warmup):
             self._generator.generate(size, 0)
+        self._generator.forget_drafts()
         return self._generator.generate(size, 0)
 
-    def _repeat(self, size: int, passes: list[Pass], start: float) -> list[Pass]:
+    def _repeat(self, size: int, passes: list[Pass], *, end: float) -> list[Pass]:
         """Measure as often as asked for, as long as the time for the search lasts."""
-        options = self._task.options
-        while len(passes) < options.repeat:
-            passed = time.perf_counter() - start
-            if passed + passes[-1].seconds > options.hf_search_seconds:
+        while len(passes) < self._task.options.repeat:
+            if time.perf_counter() + passes[-1].seconds > end:
                 break
             passes.append(self._generator.generate(size, len(passes)))
         return passes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from chatlearn_vllm.bench.measure import acceptance
 from chatlearn_vllm.bench.options import DTYPES
 from chatlearn_vllm.bench.workload import has_weights, model_config
 from chatlearn_vllm.config import JobConfig, load_config
@@ -62,7 +63,8 @@ def make_job(task: Task) -> JobConfig:
     (task.work_dir / "policy.yaml").write_text(yaml.safe_dump(policy))
     job = {
         "models": {"policy": {"num_gpu": case.num_gpus, "model_config_file": "policy.yaml"}},
-        "runtime": {"sample_per_episode": options.num_completions},
+        # Nothing is trained; the defaults of training need two samples or more.
+        "runtime": {"sample_per_episode": options.num_completions, "train_micro_batch_size": 1},
     }
     path = task.work_dir / "job.yaml"
     path.write_text(yaml.safe_dump(job))
@@ -87,8 +89,10 @@ def speculative_config(task: Task) -> dict[str, Any]:
     }
 
 
-def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """Keyword arguments for `vllm.LLM`."""
+def bare_engine_arguments(
+    task: Task, job: JobConfig, *, on_gpu: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments for `vllm.LLM`, and what of the options they cannot be."""
     from chatlearn_vllm.engines import vllm_compat
     from chatlearn_vllm.engines.vllm_arguments import engine_arguments
     from chatlearn_vllm.layouts import ModelShape
@@ -96,7 +100,9 @@ def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[s
     case = task.case
     args = job.models["policy"].model_args
     shape = ModelShape.from_hf_config(model_config(task.model_dir))
-    arguments, _ = engine_arguments(args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu)
+    arguments, notices = engine_arguments(
+        args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu
+    )
     for name in ONLY_OF_MODULE:
         arguments.pop(name, None)
     arguments |= vllm_compat.engine_overrides(pipeline_parallel_size=case.pipeline_parallel_size)
@@ -106,7 +112,8 @@ def bare_engine_arguments(task: Task, job: JobConfig, *, on_gpu: bool) -> dict[s
         arguments["logprobs_mode"] = "processed_logprobs"
     # The counters of accepted tokens are part of the statistics.
     arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
-    return arguments
+    # What VLLMModule does with an engine while others work has no meaning here.
+    return arguments, [notice for notice in notices if not notice.startswith("sleep mode")]
 
 
 def speculation(task: Task, metrics: Mapping[str, float]) -> dict[str, Any] | None:
@@ -124,12 +131,9 @@ def speculation_of(
     task: Task, *, drafts: float, draft_tokens: float, accepted_tokens: float
 ) -> dict[str, Any]:
     """The same from counts of drafts, of the tokens in them and of those accepted."""
+    method = "draft_model" if task.options.draft else "ngram"
     return {
-        "method": "draft_model" if task.options.draft else "ngram",
+        "method": method,
         "num_speculative_tokens": task.options.num_speculative_tokens,
-        "drafts": drafts,
-        "draft_tokens": draft_tokens,
-        "accepted_tokens": accepted_tokens,
-        "acceptance_rate": accepted_tokens / draft_tokens if draft_tokens else None,
-        "mean_accepted_length": 1 + accepted_tokens / drafts if drafts else None,
+        **acceptance(drafts, draft_tokens, accepted_tokens),
     }

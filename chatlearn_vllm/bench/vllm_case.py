@@ -32,7 +32,7 @@ def measure(task: Task) -> dict[str, Any]:
     task.phase("load")
     start = time.perf_counter()
     job = make_job(task)
-    arguments = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
+    arguments, notices = bare_engine_arguments(task, job, on_gpu=torch.cuda.is_available())
     from vllm import LLM
 
     llm = LLM(**copy.deepcopy(arguments))  # vLLM 0.25 writes objects into its maps
@@ -60,11 +60,12 @@ def measure(task: Task) -> dict[str, Any]:
         "speculation": speculation(task, {name: after[name] - before[name] for name in after}),
         "engine_arguments": arguments,
         "sampling": sampling | {"seed": "one per request" if task.case.seeds else None},
+        "notices": notices,
         "memory_phases": ["throughput"],
     }
     if options.latency_requests:
         task.phase("latency")
-        result["latency"] = {"alone": bare.alone(), "loaded": bare.loaded()}
+        result["latency"] = bare.latencies()
     return result
 
 
@@ -104,21 +105,22 @@ class _BareVLLM:
         ordinal = (number * options.prompts + row) * options.completions
         return sample_seed(options.seed, ordinal, is_eval=False)
 
-    def alone(self) -> dict[str, Any]:
-        """Latencies of requests that have the engine to themselves."""
-        options = self._task.options
-        prompts = self._task.pass_prompts(options.repeat + options.warmup)
-        chosen = [prompts[n % len(prompts)] for n in range(options.latency_requests)]
-        return latency([self._stream([prompt], 1) for prompt in chosen])
+    def latencies(self) -> dict[str, Any]:
+        """Of requests that have the engine to themselves, and of all of a pass, sent together."""
+        alone, together = self._task.latency_prompts()
+        return {
+            "alone": latency([self._stream([one], 1, first=n) for n, one in enumerate(alone)]),
+            "loaded": latency([self._stream(together, self._task.options.completions)]),
+        }
 
-    def loaded(self) -> dict[str, Any]:
-        """Latencies of all requests of a pass, sent together."""
-        options = self._task.options
-        prompts = self._task.pass_prompts(options.repeat + options.warmup + 1)
-        return latency([self._stream(prompts, options.completions)])
+    def _stream(self, prompts: list[Prompt], completions: int, *, first: int = 0) -> Stopwatch:
+        """Step the engine until all are answered, and note when tokens come.
 
-    def _stream(self, prompts: list[Prompt], completions: int) -> Stopwatch:
-        """Step the engine until all are answered, and note when tokens come."""
+        Args:
+            prompts: of the requests, which are sent together.
+            completions: per prompt.
+            first: number of the first prompt among those of this kind, for the seeds.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -126,7 +128,7 @@ class _BareVLLM:
         sampling = self._sampling | {"n": 1, "output_kind": RequestOutputKind.DELTA}
         watch = Stopwatch()
         for row in range(len(prompts) * completions):
-            seed = {"seed": row} if self._task.case.seeds else {}
+            seed = {"seed": first * completions + row} if self._task.case.seeds else {}
             engine.add_request(
                 str(row),
                 {"prompt_token_ids": prompts[row // completions].token_ids},

@@ -65,7 +65,7 @@ def measure(task: Task) -> dict[str, Any]:
     policy = _Policy("policy", job)
     policy.init()
     policy.model_setup()
-    numbers = range(options.repeat + options.warmup + 2)
+    numbers = range(options.repeat + options.warmup)
     policy.build_prompts([prompt for n in numbers for prompt in task.pass_prompts(n)])
     if not policy.engine_state().startswith("READY"):  # dummy weights count as arrived
         policy.engine.begin_weight_update()
@@ -100,7 +100,7 @@ def measure(task: Task) -> dict[str, Any]:
         }
         if options.latency_requests:
             task.phase("latency")
-            result["latency"] = {"alone": measured.alone(), "loaded": measured.loaded()}
+            result["latency"] = measured.latencies()
         return result
     finally:
         policy.shutdown()
@@ -131,21 +131,22 @@ class _MeasuredPolicy:
             return Pass(seconds, 1, 0)
         return Pass(seconds, len(batch["loss_mask"]), int(batch["loss_mask"].sum()))
 
-    def alone(self) -> dict[str, Any]:
-        """Latencies of requests that have the engine to themselves."""
-        options = self._task.options
-        prompts = self._task.pass_prompts(options.repeat + options.warmup)
-        chosen = [prompts[n % len(prompts)] for n in range(options.latency_requests)]
-        return latency([self._stream([prompt], 1) for prompt in chosen])
+    def latencies(self) -> dict[str, Any]:
+        """Of requests that have the engine to themselves, and of all of a pass, sent together."""
+        alone, together = self._task.latency_prompts()
+        return {
+            "alone": latency([self._stream([one], 1, first=n) for n, one in enumerate(alone)]),
+            "loaded": latency([self._stream(together, self._task.options.completions)]),
+        }
 
-    def loaded(self) -> dict[str, Any]:
-        """Latencies of all requests of a pass, sent together."""
-        options = self._task.options
-        prompts = self._task.pass_prompts(options.repeat + options.warmup + 1)
-        return latency([self._stream(prompts, options.completions)])
+    def _stream(self, prompts: list[Prompt], completions: int, *, first: int = 0) -> Stopwatch:
+        """Step the engine until all are answered, and note when tokens come.
 
-    def _stream(self, prompts: list[Prompt], completions: int) -> Stopwatch:
-        """Step the engine until all are answered, and note when tokens come."""
+        Args:
+            prompts: of the requests, which are sent together.
+            completions: per prompt.
+            first: number of the first prompt among those of this kind, for the seeds.
+        """
         from chatlearn_vllm.engines.vllm_arguments import max_response_tokens, sampling_arguments
         from chatlearn_vllm.engines.vllm_partial import PartialRequest
 
@@ -158,7 +159,7 @@ class _MeasuredPolicy:
             responses |= {(row, copy): one for copy, one in enumerate(begun)}
             request = {
                 "max_tokens": max_response_tokens(args, len(prompt.token_ids)),
-                "seed": sample_seed(args.seed, row * completions, is_eval=False),
+                "seed": sample_seed(args.seed, (first + row) * completions, is_eval=False),
             }
             engine.add_partial_request(
                 PartialRequest(str(row), prompt.text, prompt.token_ids, request | sampling, begun)

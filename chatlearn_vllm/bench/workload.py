@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatlearn_vllm.bench.cases import OptionError
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.config.model_files import read_json_object
 
@@ -35,6 +36,12 @@ _8B = {
 }  # fmt: skip
 _SIZES = {"tiny": _TINY, "1b": _1B, "8b": _8B}
 """tiny: for CPUs; 1b, 8b: those of Llama 3.2 1B and Llama 3.1 8B."""
+
+# Beside them lie training_args.bin, adapter_model.safetensors and others that are no model.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors")
+_TOKENIZERS = (
+    "tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,10 @@ def model_dir(options: BenchOptions, out: Path) -> Iterator[Path]:
     if options.model is not None:
         yield Path(options.model).resolve()
         return
-    directory = (out / f"model-{options.shape}").resolve()
-    make_model(config_of(options), directory)
+    # A new name: what stands in the directory of results is the user's.
+    directory = Path(tempfile.mkdtemp(prefix=f"model-{options.shape}-", dir=out)).resolve()
     try:
+        make_model(config_of(options), directory)
         yield directory
     finally:
         shutil.rmtree(directory)
@@ -118,9 +126,12 @@ def model_dir(options: BenchOptions, out: Path) -> Iterator[Path]:
 
 def has_weights(directory: Path) -> bool:
     """Whether a model's directory holds weights; without, they are random."""
-    return any(
-        next(directory.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pt")
-    )
+    return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory holds a tokenizer, of whatever kind."""
+    return any(next(directory.glob(pattern), None) for pattern in _TOKENIZERS)
 
 
 def model_config(directory: Path) -> dict[str, Any]:
@@ -149,25 +160,24 @@ def prompts_of_pass(options: BenchOptions, directory: Path, number: int) -> list
     ]
 
 
-def check_prompt_file(options: BenchOptions) -> None:
-    """Check that there are as many prompts as a pass needs.
+def latency_prompts(options: BenchOptions, directory: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to be answered one by one, and those of the pass to be answered together.
 
-    Raises:
-        OptionError: there are not, or the file cannot be read.
+    No earlier pass has any of them: else the time to first token would be the prefix cache's.
     """
-    if options.prompt_file is None:
-        return
-    from chatlearn_vllm.data.prompts import load_prompts
+    together = options.repeat + options.warmup
+    alone: list[Prompt] = []
+    for number in itertools.count(together + 1):
+        if len(alone) >= options.latency_requests:
+            break
+        alone += prompts_of_pass(options, directory, number)
+    return alone[: options.latency_requests], prompts_of_pass(options, directory, together)
 
-    try:
-        num_prompts = len(load_prompts(options.prompt_file))
-    except ValueError as error:
-        raise OptionError(f"--prompt-file={options.prompt_file}: {error}") from error
-    if num_prompts < options.prompts:
-        raise OptionError(
-            f"--prompt-file={options.prompt_file} holds {num_prompts} prompts, fewer than "
-            f"--prompts={options.prompts}; lower the latter"
-        )
+
+def num_prompts_needed(options: BenchOptions) -> int:
+    """How many different prompts a case of vLLM answers."""
+    num_passes = options.repeat + options.warmup + (options.latency_requests > 0)
+    return num_passes * options.prompts + options.latency_requests
 
 
 def _read_prompts(options: BenchOptions, directory: Path, number: int) -> list[Prompt]:

@@ -44,7 +44,10 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     draft = out / "draft"
     draft.mkdir()
+    (out / "model-tiny").mkdir()
+    (out / "model-tiny/config.json").write_text("the user's")
     (draft / "config.json").write_text('{"model_type": "nothing"}')
+    (draft / "model.safetensors").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process less to start
         paths = ["--out", str(out), "--json", str(out / "copy/numbers.json"), "--draft", str(draft)]
@@ -113,7 +116,11 @@ def test_results_say_where_they_come_from(ran):
     assert ran.results["model"]["num_parameters"] > 100_000
     assert ran.results["options"]["max_tokens"] == 10
     assert json.loads((ran.out / "copy/numbers.json").read_text()) == ran.results
-    assert not (ran.out / "model-tiny").exists()
+
+
+def test_a_made_model_takes_no_directory_of_the_user(ran):
+    assert (ran.out / "model-tiny/config.json").read_text() == "the user's"
+    assert [path.name for path in ran.out.glob("model-*")] == ["model-tiny"]
 
 
 def test_the_page_holds_tables_remarks_and_both_plots(ran):
@@ -143,7 +150,19 @@ def test_reports_of_several_runs_become_one(ran, tmp_path, capsys):
     larger["options"]["max_tokens"] = 11
     (tmp_path / "two.json").write_text(json.dumps(larger))
     assert main(["bench", "--report", *reports, "--out", str(tmp_path / "all")]) == 2
-    assert "another max_tokens than in" in capsys.readouterr().err
+    assert "another max_tokens (11, not 10) than in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 130), (signal.SIGKILL, -9)])
+def test_no_process_is_left_when_the_terminal_or_the_benchmark_is_gone(tmp_path, number, code):
+    command = [sys.executable, "-m", "chatlearn_vllm.cli.main", "bench", "transformers", *OPTIONS]
+    long = ["--repeat", "100000", "--out", tmp_path]
+    run = subprocess.Popen([*command, *long], stdout=subprocess.DEVNULL)
+    while not (children := psutil.Process(run.pid).children()):
+        time.sleep(0.01)
+    run.send_signal(number)
+    assert run.wait() == code
+    assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
 @pytest.mark.slow

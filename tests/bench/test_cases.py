@@ -79,6 +79,7 @@ def test_a_tensor_parallel_size_must_divide_the_gpus():
             "must divide the model's 8 attention heads; set it to 1, 2, 4 or 8",
         ),
         ("vllm-module:tp=3", 0, "must divide the model's 4 key/value heads, or be a multiple"),
+        ("vllm:speculative:pp=2", 8, "drafts are made on the last pipeline stage only"),
         ("vllm:pp=5", 8, "pipeline parallel size 5 is more than the model's 4 layers"),
     ],
 )

@@ -2,7 +2,16 @@
 
 import pytest
 
-from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, percentile, summary, throughput
+from chatlearn_vllm.bench.measure import (
+    Pass,
+    Stopwatch,
+    acceptance,
+    latency,
+    of_rounds,
+    percentile,
+    summary,
+    throughput,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +65,23 @@ def test_tokens_of_one_step_share_the_time_since_the_last(monkeypatch):
     assert result["request_s"]["p99"] == pytest.approx(2.1)
     assert result["num_requests"] == 1
     assert latency([watch, watch])["inter_token_s"]["num"] == 8
+
+
+def test_all_passes_and_drafts_of_all_rounds_count_and_the_largest_memory():
+    first, second = (
+        {
+            "throughput": throughput([Pass(seconds, 8, 800)], 8),
+            "memory": {"device_bytes": device, "host_rss_bytes": 3},
+            "speculation": {"method": "ngram", **acceptance(10, 50, accepted)},
+            "latency": {"round": seconds},
+        }
+        for seconds, device, accepted in ((1.0, [5, 1], 40), (3.0, [2, 4], 20))
+    )
+    both = of_rounds(first, second)
+    assert [one["seconds"] for one in both["throughput"]["passes"]] == [1.0, 3.0]
+    assert both["memory"] == {"device_bytes": [5, 4], "host_rss_bytes": 3}
+    assert both["speculation"] == {
+        "method": "ngram", "drafts": 20, "draft_tokens": 100, "accepted_tokens": 60,
+        "acceptance_rate": 0.6, "mean_accepted_length": 4.0,
+    }  # fmt: skip
+    assert both["latency"] == {"round": 3.0}

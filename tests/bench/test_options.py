@@ -1,7 +1,9 @@
 """What do options and the variables of run_benchmark.sh ask for, and what is refused?"""
 
 import os
+import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,37 @@ def test_several_engines_and_batching():
     assert options.cases == ("transformers", "vllm", "vllm-module")
     assert options.hf_batch_size == "1"
     assert options.notices == ("ENABLE_BATCH has no effect on vLLM: it batches continuously",)
+
+
+def test_variables_say_how_cases_of_the_command_line_run():
+    method = {"INFERENCE_ENGINE": "transformers", "INFERENCE_METHOD": "speculative"}
+    given = ["vllm:tp=2", "vllm:spec", "transformers"]
+    assert options_from_environment(method, given)["cases"] == (
+        "vllm:tp=2:speculative", "vllm:spec", "transformers:speculative",
+    )  # fmt: skip
+    batch = options_from_environment({"ENABLE_BATCH": "false"}, ["transformers-sdpa", "vllm"])
+    assert batch["hf_batch_size"] == "1"
+    assert batch["notices"] == ("ENABLE_BATCH has no effect on vLLM: it batches continuously",)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("VLLM_MAX_NUM_SEQ", "VLLM_MAX_NUM_SEQS"),
+        ("VLLM_MAX_SEQ_LEN", "VLLM_MAX_MODEL_LEN"),
+        ("VLLM_GPU_MEM_UTILIZATION", "VLLM_GPU_MEMORY_UTILIZATION"),
+        ("GAMMA", "GAMMA_VALUE"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_of_them_is_told(name, nearest):
+    assert of({name: "5"}).notices == (f"{name}=5 is not read here; did you mean {nearest}?",)
+
+
+def test_no_variable_of_vllm_is_taken_for_a_misspelt_one():
+    source = find_spec("vllm").submodule_search_locations[0]
+    names = re.findall(r'"(VLLM_[A-Z0-9_]+)"', Path(source, "envs.py").read_text())
+    assert len(names) > 50
+    assert of(dict.fromkeys(names, "1")).notices == ()
 
 
 def test_every_value_that_cannot_be_is_named_at_once():
@@ -169,6 +202,25 @@ def test_a_directory_of_results_that_cannot_be_made_is_named(capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["/proc/1", "/sys/kernel"])
+def test_a_directory_that_takes_no_files_is_named_before_anything_is_measured(out, capsys):
+    assert main(["bench", "transformers", "--out", out]) == 2
+    assert f"--out={out}: cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("copy", "message"),
+    [("", "is a directory; name a file in it"), ("file/x.json", "its directory cannot be made")],
+)
+def test_a_copy_of_the_results_that_cannot_be_written_is_named(copy, message, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / copy
+    out = str(tmp_path / "out")
+    assert main(["bench", "transformers", "--out", out, "--json", str(path)]) == 2
+    assert f"--json={path}: {message}" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
 @pytest.mark.parametrize(
     ("environ", "notices"),
     [
@@ -191,6 +243,17 @@ def test_the_script_has_no_effectless_values_of_its_own(tmp_path, environ, notic
     lines = (tmp_path / "python.environ").read_text().splitlines()
     set_by_script = dict(line.split("=", 1) for line in lines)
     assert list(options_from_environment(set_by_script)["notices"]) == notices
+
+
+def test_paths_of_the_script_are_relative_to_the_caller(tmp_path):
+    (tmp_path / "m1").mkdir()
+    (tmp_path / "m1/config.json").write_text("[]")
+    run = subprocess.run(
+        ["bash", ROOT / "run_benchmark.sh", "--model", "m1"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "m1/config.json: must hold a JSON object" in run.stderr
 
 
 def test_the_script_passes_variables_and_arguments_on():

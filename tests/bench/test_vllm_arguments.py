@@ -1,9 +1,11 @@
 """What do the variables of run_benchmark.sh change about vLLM's engine?"""
 
+import json
 import shlex
 
 import pytest
 
+from chatlearn_vllm.bench.cases import parse_case
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.environment import options_from_environment
 from chatlearn_vllm.bench.options import BenchOptions
@@ -92,12 +94,16 @@ def variables(*blocks: str) -> dict[str, str]:
 
 def arguments_of(environ: dict[str, str], directory) -> dict:
     """Of bare vLLM on a GPU, for a model whose heads eight GPUs can share."""
+    return arguments_and_notices(environ, directory, on_gpu=True)[0]
+
+
+def arguments_and_notices(environ: dict[str, str], directory, *, on_gpu: bool):
     options = BenchOptions.of(options_from_environment(environ))
     (case,) = options.parsed_cases()
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     make_model(config_of(options) | heads, directory / "model")
     task = Task(case, options, directory / "model", directory, directory / "events.jsonl")
-    return bare_engine_arguments(task, make_job(task), on_gpu=True)
+    return bare_engine_arguments(task, make_job(task), on_gpu=on_gpu)
 
 
 def test_every_variable_reaches_the_engine(tmp_path):
@@ -110,6 +116,24 @@ def test_every_variable_reaches_the_engine(tmp_path):
     assert {name: arguments[name] for name in expected} == expected
     speculative = arguments["speculative_config"]
     assert (speculative["method"], speculative["num_speculative_tokens"]) == ("ngram", 4)
+
+
+def test_one_completion_of_one_prompt_is_enough_for_a_job(tmp_path):
+    options = BenchOptions.of({"prompts": 1, "completions": 1})
+    (tmp_path / "config.json").write_text(json.dumps(config_of(options)))
+    for case in ("vllm", "vllm-module:speculative"):
+        task = Task(parse_case(case), options, tmp_path, tmp_path, tmp_path / "events.jsonl")
+        assert make_job(task).runtime.sample_per_episode == 1
+
+
+def test_bare_vllm_says_which_options_a_cpu_cannot_take(tmp_path):
+    environ = ENVIRON | {"VLLM_MAX_NUM_BATCHED_TOKENS": "64"}
+    assert arguments_and_notices(environ, tmp_path, on_gpu=True)[1] == []
+    arguments, notices = arguments_and_notices(environ, tmp_path, on_gpu=False)
+    assert (arguments["dtype"], arguments["max_num_batched_tokens"] > 64) == ("float32", True)
+    assert "dtype: float16 becomes float32 (CPU)" in notices
+    assert any(notice.startswith("max_num_batched_tokens: 64 becomes") for notice in notices)
+    assert not any("sleep" in notice for notice in notices)
 
 
 def test_statistics_are_off_unless_asked_for(tmp_path):
