@@ -8,6 +8,7 @@ from typing import Any
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.given import Given, Translation
+from chatlearn_vllm.config.strategies.loss import Loss
 from chatlearn_vllm.config.strategies.roles import (
     Role,
     generating_args,
@@ -25,15 +26,6 @@ _OTHER_DIALECT = {
 """Sections of our own dialect, and what a strategy file has instead."""
 ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
 
-_LOSS_AGGREGATIONS = {
-    "token-mean": "token-mean",
-    "seq-mean-token-mean": "seq-mean",
-    "seq-mean-token-sum-norm": "seq-mean-token-sum-norm",
-}
-_KL_IN_USE = {
-    "kl_loss_coef": "only with use_kl_loss: True and adv_estimator: grpo",
-    "init_kl_coef": "only with add_token_level_kl: True and adv_estimator: reinforce or gae",
-}
 _EVALUATED = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty",
@@ -67,13 +59,13 @@ class _Job:
                 rule = f"is no key of a file that describes roles; {instead} (docs/strategies.md)"
                 translation.report((name,), rule)
         self.main_file = main_file
-        self.is_ppo = self._estimator() == "gae"
+        self.loss = Loss(translation, self.top)
 
     def translate(self) -> None:
         """Go through the file: lengths, roles, what lies between them."""
         self._lengths()
         policy = Role(self.t, ("actor_infer",), "policy", "actor_infer")
-        name = "ppo_policy" if self.is_ppo else "policy_trainer"
+        name = "ppo_policy" if self.loss.is_ppo else "policy_trainer"
         trainer = Role(self.t, ("actor_train",), name, "actor_train")
         trainers = [trainer]
         self._policy(policy)
@@ -88,12 +80,12 @@ class _Job:
             self._reward(path, model)
         if not rewards:
             self.t.report(("rewards",), "must name at least one: nothing is learned without")
-        if self.is_ppo:
+        if self.loss.is_ppo:
             trainers.append(self._critic())
         elif "critic" in self.top:
             self.t.has_no_effect(("critic",), "only PPO has one: adv_estimator: gae")
         self._trainers(trainers)
-        self._loss(trainer)
+        self.loss.put(trainer)
         self._data(trainer)
         self._validation(policy)
         self._runtime()
@@ -205,7 +197,7 @@ class _Job:
             return
         role = Role(self.t, ("reference",), "reference", "reference")
         self._scores_on_megatron(role, ("pretrain",))
-        if self._kl_coef()[0] == 0:
+        if self.loss.kl_coef()[0] == 0:
             self.t.has_no_effect(
                 ("reference",), "not started without a KL penalty: use_kl_loss with grpo, else "
                 "add_token_level_kl"
@@ -325,121 +317,6 @@ class _Job:
             )
             self.t.report(given.key("type"), rule)
         return given.get("output_dir", str)
-
-    def _estimator(self) -> str:
-        """gae, or one of our advantage_estimator."""
-        choices = {"gae": "gae", "grpo": "grpo", "reinforce": "reinforce++"}
-        # Of one that is refused, what else it would need is not told.
-        default = "grpo" if "adv_estimator" in self.top else "gae"
-        chosen = self.top.choose("adv_estimator", choices, default)
-        if chosen == "reinforce++" and self.top.values.get("norm_mean_type") == "group":
-            return "grpo"
-        return chosen
-
-    def _loss(self, trainer: Role) -> None:
-        top, put = self.top, trainer.put
-        self._advantages(trainer)
-        coefficient, name, in_use = self._kl_coef()
-        put("init_kl_coef", coefficient, name, in_use)
-        for other, why in _KL_IN_USE.items():
-            if top.values.get(other) and ((other,) != name or not coefficient):
-                self.t.has_no_effect((other,), why)
-        for name, ours in (
-            ("gamma", "gamma"),
-            ("lambd", "lam"),
-            ("entropy_loss_coef", "entropy_coef"),
-        ):
-            if name in top:
-                put(ours, top.values[name], (name,))
-        clip = top.get("pg_clip", float, 0.2)
-        if top.get("use_pg_clip_range", bool, False):
-            put("cliprange", top.get("pg_clip_low", float, 0.2), ("pg_clip_low",))
-            put("cliprange_high", top.get("pg_clip_high", float, 0.2), ("pg_clip_high",))
-        else:
-            put("cliprange", clip, ("pg_clip",))
-            for name in ("pg_clip_low", "pg_clip_high"):
-                if name in top:
-                    self.t.has_no_effect((name,), "only with use_pg_clip_range: True")
-        if top.get("dual_clip_loss", bool, False):
-            put("dual_clip", 1 + 2 * clip, ("dual_clip_loss",))
-        self._correction(trainer)
-        put("loss_agg", top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean"),
-            ("loss_agg_mode",))  # fmt: skip
-        ratio = top.choose("importance_sampling", {"token": "token", "seq": "sequence"}, "token")
-        put("ratio_level", ratio, ("importance_sampling",))
-        if self.is_ppo and "target_kl" in top:
-            put("target", top.values["target_kl"], ("target_kl",))
-            put("fix_kl_coef", False, ("target_kl",))
-            put("horizon", top.values.get("kl_horizon", 10000), ("kl_horizon",))
-        only_ppo = () if self.is_ppo else ("value_clip", "lambd", "target_kl", "kl_horizon")
-        for name in only_ppo:
-            if name in top:
-                self.t.has_no_effect((name,), "only with adv_estimator: gae")
-
-    def _correction(self, trainer: Role) -> None:
-        """Set the weights that make up for the rollout's other log-probabilities."""
-        path = ("train_infer_correction",)
-        given = Given(self.t, path, {}, ("is_weight", "filters"))
-        if given.values.get("filters"):
-            self.t.has_no_effect(given.key("filters"), "samples are weighed, none is left out")
-        known = ("enabled", "weight_type", "upper_bound", "detach")
-        weight = Given(self.t, given.key("is_weight"), {}, known)
-        if not weight.get("enabled", bool, False):
-            return
-        if weight.values.get("weight_type", "token") != "token":
-            rule = "must be token: each token is weighed by its own probabilities"
-            self.t.report(weight.key("weight_type"), rule)
-        bound = weight.values.get("upper_bound", 1.2)
-        if bound is None:
-            self.t.report(weight.key("upper_bound"), "must be a number of at least 1")
-        else:
-            trainer.put("tis_imp_ratio_cap", bound, weight.key("upper_bound"), path)
-
-    def _advantages(self, trainer: Role) -> None:
-        top = self.top
-        estimator = self._estimator()
-        if estimator != "gae":
-            trainer.put("advantage_estimator", estimator, ("adv_estimator",))
-        mean, std = top.values.get("norm_mean_type"), top.values.get("norm_std_type")
-        allowed = (None, "batch", "group")
-        for name, value in (("norm_mean_type", mean), ("norm_std_type", std)):
-            if value not in allowed:
-                self.t.report((name,), "must be group, batch or null: there are no running values")
-        if estimator == "grpo":
-            by_group = top.values.get("adv_estimator") == "grpo" or std == "group"
-            trainer.put("advantage_std", by_group, ("norm_std_type",))
-            told = ("whiten_advantages", "reward_clip")
-            why = "grpo compares a response with its group, and does no more"
-        else:
-            clip = top.get("reward_clip", float)
-            if clip:
-                trainer.put("cliprange_reward", clip, ("reward_clip",))
-            told = ("norm_mean_type", "norm_std_type")
-            why = "whitening over the episode undoes it"
-            if std == "group":
-                rule = "needs norm_mean_type: group, which makes it grpo; or leave it out"
-                self.t.report(("norm_std_type",), rule)
-            if not top.get("whiten_advantages", bool, False):
-                whitened = "reinforce and gae always whiten advantages"
-                self.t.has_no_effect(("whiten_advantages",), whitened)
-        for name in told:
-            if top.values.get(name) not in (None, False, "group", BROKEN):
-                self.t.has_no_effect((name,), why)
-
-    def _kl_coef(self) -> tuple[float, Key, Key]:
-        """Weight of the KL penalty, and the keys that say it: the number's, and the switch."""
-        top = self.top
-        if self._estimator() == "grpo":
-            in_use, name, default = "use_kl_loss", "kl_loss_coef", 0.0
-            other, remedy = "add_token_level_kl", "grpo has its KL in the loss: use_kl_loss: True"
-        else:
-            in_use, name, default = "add_token_level_kl", "init_kl_coef", 0.2
-            other = "use_kl_loss"
-            remedy = "reinforce and gae have their KL in the rewards: add_token_level_kl: True"
-        if top.get(other, bool, False):
-            self.t.report((other,), f"must be False: {remedy} and its coefficient")
-        used = top.get(in_use, bool, False)
-        return (top.get(name, float, default, least=0) if used else 0.0, (name,), (in_use,))
 
     # ---- data -------------------------------------------------------------------------------
 
