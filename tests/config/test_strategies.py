@@ -10,30 +10,12 @@ from chatlearn_vllm.config import ConfigError, load_config
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.reference import with_tables
 from chatlearn_vllm.job import place
+from tests.config.strategy_job import CONFIG, INFER, JOB, TRAIN, args_of, problems_of
 
 ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).parent / "strategies"
 SHIPPED = ROOT / "configs/strategies/rlvr_config.yaml"
 
-JOB = """
-rollout_batch_size: 16
-num_return_sequences_in_group: 4
-prompt_length: 40
-response_length: 24
-adv_estimator: grpo
-pretrain: llama
-actor_train:
-  training_args: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2}
-  data_args: {file_name: train.jsonl}
-  strategy_args: {strategy_name: megatron_train}
-  device_mapping: list(range(0,4))
-actor_infer:
-  generating_args: {max_new_tokens: "${response_length}", temperature: 0.9, top_p: 1, top_k: -1}
-  strategy_args: {strategy_name: vllm, strategy_config: {block_size: 16}}
-  device_mapping: list(range(0,2))
-rewards:
-  rule: {worker_cls: my.Rule}
-"""
 SAME_JOB = """
 models:
   policy:
@@ -85,17 +67,6 @@ runtime:
 def job(write) -> Path:
     """A small strategy file without errors and without notices."""
     return write("job.yaml", JOB)
-
-
-def problems_of(path, overrides=()) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load_config(path, overrides)
-    prefix = f"{path.parent}/"
-    return [str(problem).replace(prefix, "") for problem in error.value.problems]
-
-
-def args_of(path, overrides=(), model="policy"):
-    return load_config(path, overrides).models[model].model_args
 
 
 # ---- whole files --------------------------------------------------------------------------------
@@ -195,20 +166,7 @@ def test_adapters_experts_and_micro_batches_have_our_keys():
     assert batching["reference"].model_args.max_tokens_per_micro_batch == 49125
 
 
-def test_responses_end_at_a_max_model_len_below_the_sum_of_lengths():
-    loaded = load_config(FILES / "batching.yaml")
-    policy, trainer = (loaded.models[name].model_args for name in ("policy", "policy_trainer"))
-    assert (policy.seq_length, policy.max_new_tokens, policy.new_token_limit) == (8000, 5952, False)
-    assert (trainer.seq_length, trainer.max_new_tokens) == (10240, 8192)
-    assert any("max_model_len=8000 is less than prompt_length" in one for one in loaded.notices)
-
-
 # ---- keys ---------------------------------------------------------------------------------------
-
-
-INFER = "actor_infer.generating_args."
-CONFIG = "actor_infer.strategy_args.strategy_config."
-TRAIN = "actor_train.training_args."
 
 
 @pytest.mark.parametrize(
@@ -218,7 +176,7 @@ TRAIN = "actor_train.training_args."
         ("actor_infer.model_args.dtype=fp16", "policy", {"dtype": "float16"}),
         (f"{INFER}max_new_tokens=20", "policy", {"max_new_tokens": 20}),
         ("response_length=30", "policy", {"max_new_tokens": 30, "seq_length": 70}),
-        ("sequence_length=80", "policy", {"max_new_tokens": 24, "seq_length": 80}),
+        ("sequence_length=64", "policy", {"max_new_tokens": 24, "seq_length": 64}),
         (f"{INFER}top_p=0.99", "policy", {"top_p": 0.99}),
         (f"{INFER}top_p=None", "policy", {"top_p": 0.7}),
         (f"{INFER}top_k=100", "policy", {"top_k": 100}),

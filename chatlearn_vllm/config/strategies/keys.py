@@ -81,7 +81,10 @@ TOP: Keys = {
     "response_length": Becomes(
         "model_args.max_new_tokens, model_args.seq_length", "longest response"
     ),
-    "sequence_length": Becomes("model_args.seq_length", "default prompt_length + response_length"),
+    "sequence_length": Becomes(
+        "model_args.seq_length",
+        "prompt_length + response_length; needed only where one of them is left out",
+    ),
     "ppo_epochs": _copied("runtime.num_training_epoch", "default 1"),
     "pretrain": Becomes("model_args.load", "of policy, trainer and reference"),
     "reward_pretrain": Becomes("model_args.load", "of critic and reward models"),
@@ -366,7 +369,9 @@ TRAINING_ARGS: Keys = {
 """Keys of `training_args`."""
 
 GENERATING_ARGS: Keys = {
-    "max_new_tokens": Becomes("model_args.max_new_tokens", "default response_length"),
+    "max_new_tokens": Becomes(
+        "model_args.max_new_tokens", "default response_length, and at most that"
+    ),
     "temperature": Becomes("model_args.temperature", "of trainer and reference, too; default 0.95"),
     "top_p": Becomes("model_args.top_p", "default 0.7"),
     "top_k": Becomes("model_args.top_k", "default 50"),
@@ -413,7 +418,8 @@ VLLM: Keys = {
     "tensor_parallel_size": Becomes("model_args.tensor_model_parallel_size"),
     "pipeline_parallel_size": Becomes("model_args.pipeline_model_parallel_size"),
     "max_model_len": Becomes(
-        "model_args.max_model_len", "less than sequence_length: responses end there"
+        "model_args.max_model_len",
+        "less than sequence_length: a prompt with its response ends there",
     ),
     "cuda_graph_sizes": NoEffect("vLLM calls it cudagraph_capture_sizes now"),
     "sleep_level": Becomes(

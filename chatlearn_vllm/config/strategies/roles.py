@@ -371,16 +371,8 @@ class Role:
 
     # ---- generation -------------------------------------------------------------------------
 
-    def samples(self, given: Given, *, max_new_tokens: int, default_key: Key) -> None:
-        """Set the sampling parameters, every field of vLLM's by its name.
-
-        Args:
-            given: the role's `generating_args`.
-            max_new_tokens: longest response, where these do not say it.
-            default_key: that says it then.
-        """
-        length = given.get("max_new_tokens", int, max_new_tokens, least=1)
-        self.put("max_new_tokens", length, given.key("max_new_tokens"), default_key)
+    def samples(self, given: Given) -> None:
+        """Set the sampling parameters of its `generating_args`, vLLM's own by their names."""
         self.put("temperature", temperature(given), *temperature_keys(given))
         self.put("top_p", given.get("top_p", float, 0.7), given.key("top_p"))
         self.put("top_k", given.get("top_k", int, 50), given.key("top_k"))

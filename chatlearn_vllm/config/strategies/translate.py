@@ -8,6 +8,7 @@ from typing import Any
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.given import Given, Translation
+from chatlearn_vllm.config.strategies.lengths import Lengths
 from chatlearn_vllm.config.strategies.loss import Loss
 from chatlearn_vllm.config.strategies.roles import (
     Role,
@@ -63,7 +64,7 @@ class _Job:
 
     def translate(self) -> None:
         """Go through the file: lengths, roles, what lies between them."""
-        self._lengths()
+        self.lengths = Lengths(self.t, self.top)
         policy = Role(self.t, ("actor_infer",), "policy", "actor_infer")
         name = "ppo_policy" if self.loss.is_ppo else "policy_trainer"
         trainer = Role(self.t, ("actor_train",), name, "actor_train")
@@ -124,59 +125,18 @@ class _Job:
     def _seed(self) -> Any:
         return self.top.values.get("seed", 42)
 
-    def _lengths(self) -> None:
-        top = self.top
-        prompt = top.get("prompt_length", int, 1024, least=1)
-        self.response = top.get("response_length", int, least=1)
-        total = top.get("sequence_length", int, least=1)
-        if self.response is None and total is None:
-            if "response_length" not in top:
-                rule = "must be given, or sequence_length: how long a response may be"
-                self.t.report(("response_length",), rule)
-            self.response = 512
-        self.sequence = total or prompt + self.response
-        self.response = self.response or self.sequence - prompt
-
-    def _set_length(self, role: Role) -> None:
-        role.put("max_new_tokens", self.response, ("response_length",), ("sequence_length",))
-        role.put(
-            "seq_length", self.sequence,
-            ("sequence_length",), ("response_length",), ("prompt_length",),
-        )  # fmt: skip
-
     # ---- roles ------------------------------------------------------------------------------
 
     def _policy(self, role: Role) -> None:
-        self._set_length(role)
         role.weights(self._seed(), ("pretrain",))
         if role.strategy == "hf_infer":
             name = ("actor_infer", "strategy_args", "strategy_name")
             role.put("inference_engine", "transformers", name)
         role.generates_with_strategy_config()
         self.sampling = generating_args(self.t, role.path)
-        role.samples(self.sampling, max_new_tokens=self.response, default_key=("response_length",))
-        self._max_model_len(role)
+        role.samples(self.sampling)
+        self.lengths.put_policy(role, self.sampling)
         self._group(role)
-
-    def _max_model_len(self, role: Role) -> None:
-        """Set vLLM's longest sequence; where it is shorter than the job's, responses end there."""
-        length = role.config.get("max_model_len", int, least=1)
-        key = role.config.key("max_model_len")
-        if length is None or length >= self.sequence:
-            if length is not None:
-                role.put("max_model_len", length, key)
-            return
-        room = length - (self.sequence - self.response)
-        if room < 1:
-            self.t.report(key, "leaves no room for a response behind prompt_length")
-            return
-        role.put("seq_length", length, key)
-        role.put("max_new_tokens", room, key)
-        role.put("new_token_limit", self.response < length, key)
-        self.t.say(
-            f"{'.'.join(key)}={length} is less than prompt_length + response_length = "
-            f"{self.sequence}: a prompt with its response ends there"
-        )
 
     def _group(self, role: Role) -> None:
         """Set the responses of a prompt, and with them the samples of an episode."""
@@ -204,7 +164,7 @@ class _Job:
             )  # fmt: skip
 
     def _scores_on_megatron(self, role: Role, *weights: Key) -> None:
-        self._set_length(role)
+        self.lengths.put(role)
         role.weights(self._seed(), *weights)
         role.on_megatron()
         role.spread_experts_over_replica()
@@ -235,11 +195,13 @@ class _Job:
         if role.strategy == "vllm":
             role.weights(self._seed(), ("reward_pretrain",))
             role.generates_with_strategy_config(load_format="auto")
-            self._set_length(role)
+            self.lengths.put(role)
             sampling = generating_args(self.t, path)
-            role.samples(
-                sampling, max_new_tokens=min(512, self.response), default_key=("response_length",)
-            )
+            role.samples(sampling)
+            longest = min(512, self.lengths.response)
+            longest = sampling.get("max_new_tokens", int, longest, least=1)
+            key = sampling.key("max_new_tokens")
+            role.put("max_new_tokens", longest, key, ("response_length",), ("sequence_length",))
             n = sampling.get("num_return_sequences", int, 1, least=1)
             role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
             length = role.config.get("max_model_len", int, least=1)
@@ -292,7 +254,7 @@ class _Job:
         num_steps = self.top.get("max_steps", int, 500) * -(-samples // batch)
         directory = self._checkpoints()
         for role in trainers:
-            self._set_length(role)
+            self.lengths.put(role)
             names = [("pretrain",)] if role is actor else [("reward_pretrain",), ("pretrain",)]
             role.weights(self._seed(), *names)
             role.on_megatron()
@@ -356,7 +318,7 @@ class _Job:
         if num_beams > 1:
             policy.put("eval_num_beams", num_beams, sampling.key("num_beams"))
         for name, value in sampling.values.items():
-            same = {"max_new_tokens": self.response, "num_return_sequences": 1}
+            same = {"max_new_tokens": self.lengths.response_of_policy, "num_return_sequences": 1}
             if name in (*_EVALUATED, "do_sample", "num_beams") or value in (
                 None,
                 same.get(name, BROKEN),
