@@ -100,10 +100,10 @@ def test_rolls_example_loads_as_it_is():
     loaded = load_config(FILES / "rlvr.yaml")
     plan = place(loaded).describe().splitlines()
     assert plan[0].split() == [
-        "device", "share", "policy", "policy_trainer", "reference", "reward_llm_judge",
+        "device", "share", "policy", "policy_trainer", "reward_llm_judge",
     ]  # fmt: skip
-    assert plan[12].split() == ["11", "1/3", "11.0", "0.11", "11.0", "-"]
-    assert plan[13].split() == ["12", "1/3", "-", "0.12", "12.0", "0.0"]
+    assert plan[12].split() == ["11", "1/2", "11.0", "0.11", "-"]
+    assert plan[13].split() == ["12", "1/2", "-", "0.12", "0.0"]
     assert plan[17:] == [
         "no device: reward_ifeval, 8 x 1 CPU",
         "no device: reward_math_rule, 8 x 1 CPU",
@@ -161,7 +161,8 @@ def test_adapters_experts_and_micro_batches_have_our_keys():
     assert trainer.init_kl_coef == 0.001
     packing = args_of(FILES / "packing.yaml", model="policy_trainer")
     assert (packing.sequence_packing, packing.max_tokens_per_micro_batch) == (True, 8192)
-    batching = load_config(FILES / "batching.yaml").models
+    with_reference = ["add_token_level_kl=True", "init_kl_coef=0.1"]
+    batching = load_config(FILES / "batching.yaml", with_reference).models
     assert batching["policy_trainer"].model_args.max_tokens_per_micro_batch == 12288
     assert batching["reference"].model_args.max_tokens_per_micro_batch == 49125
 
@@ -415,6 +416,18 @@ def test_a_key_without_effect_in_its_place_is_told(job, overrides, told):
         assert told in line
 
 
+def test_a_reference_without_a_kl_penalty_is_checked_but_no_model_of_the_job(job):
+    reference = ["reference.strategy_args.strategy_name=megatron_infer",
+                 "reference.device_mapping=[0]"]  # fmt: skip
+    loaded = load_config(job, reference)
+    assert "reference" not in loaded.models
+    assert "reference" not in place(loaded).describe()
+    with_penalty = load_config(job, [*reference, "use_kl_loss=True", "kl_loss_coef=0.1"])
+    assert "reference" in place(with_penalty).describe()
+    (line,) = problems_of(job, [*reference, "reference.model_args.dtyp=bf16"])
+    assert "reference.model_args.dtyp='bf16': unknown key; did you mean dtype?" in line
+
+
 def test_a_critic_without_gae_is_named_and_gae_without_a_critic_refused(job):
     job.write_text(JOB + CRITIC)
     loaded = load_config(job)
@@ -617,6 +630,7 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         "reference: {model_args: '${actor_infer.model_args}', strategy_args: {strategy_name: "
         "megatron_infer, strategy_config: {sequence_parallel: '${.use_distributed_optimizer}', "
         "use_distributed_optimizer: False}}, device_mapping: '${..actor_train.device_mapping}'}\n"
+        "use_kl_loss: True\nkl_loss_coef: 0.1\n"
         + text,
     )
     loaded = load_config(path, ["actor_infer.model_args={dtype: fp16}", "prompt_length=41"])

@@ -158,6 +158,7 @@ class _Job:
         role = Role(self.t, ("reference",), "reference", "reference")
         self._scores_on_megatron(role, ("pretrain",))
         if self.loss.kl_coef()[0] == 0:
+            del self.t.job.values["models"][role.model]
             self.t.has_no_effect(
                 ("reference",), "not started without a KL penalty: use_kl_loss with grpo, else "
                 "add_token_level_kl"
