@@ -323,14 +323,6 @@ def test_devices_batches_and_engine_are_of_the_role(job):
     assert loaded.models["reward_rule"].num_replica == 8
 
 
-def test_an_evaluation_has_its_own_sampling(job):
-    overrides = ["validation.generating_args.temperature=0.6",
-                 "validation.generating_args.top_p=0.5"]  # fmt: skip
-    args = args_of(job, overrides)
-    assert (args.eval_temperature, args.eval_top_p, args.eval_top_k) == (0.6, 0.5, 50)
-    assert args_of(job, [*overrides, "val_greedy=True"]).eval_temperature == 0
-
-
 @pytest.mark.parametrize(
     ("overrides", "values"),
     [
@@ -401,7 +393,8 @@ def test_gae_is_ppo_with_a_critic(job):
         (["validation.generating_args.max_new_tokens=9"], "with the lengths of training"),
         (["validation.generating_args.stop_token_ids=[3]"], "stop_token_ids (an evaluation has "
          "what actor_infer says)"),
-        (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3"], "draws training"),
+        (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3",
+          "validation.data_args.file_name=e"], "draws training"),
         (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
         (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
          "reference (not started without a KL penalty: use_kl_loss with grpo"),
@@ -630,8 +623,7 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         "reference: {model_args: '${actor_infer.model_args}', strategy_args: {strategy_name: "
         "megatron_infer, strategy_config: {sequence_parallel: '${.use_distributed_optimizer}', "
         "use_distributed_optimizer: False}}, device_mapping: '${..actor_train.device_mapping}'}\n"
-        "use_kl_loss: True\nkl_loss_coef: 0.1\n"
-        + text,
+        "use_kl_loss: True\nkl_loss_coef: 0.1\n" + text,
     )
     loaded = load_config(path, ["actor_infer.model_args={dtype: fp16}", "prompt_length=41"])
     runtime = loaded.runtime

@@ -61,7 +61,9 @@ TOP: Keys = {
     ),
     "max_steps": _copied("runtime.num_episode", "default 500"),
     "save_steps": Becomes("runtime.save_episode_interval", "default 50; 0 = never"),
-    "eval_steps": Becomes("runtime.eval_episode_interval", "default 10, if there is a validation"),
+    "eval_steps": Becomes(
+        "runtime.eval_episode_interval", "default 10, if validation names a file"
+    ),
     "logging_steps": _copied("runtime.log_interval", "default 1"),
     "max_ckpt_to_keep": Becomes("runtime.max_ckpt_to_keep", "0 = all"),
     "resume_from_checkpoint": Becomes(
@@ -290,7 +292,10 @@ REWARD: Keys = {
 """Keys of an entry of `rewards`."""
 
 VALIDATION: Keys = {
-    "data_args": Becomes("runtime.eval_data_path", "file_name"),
+    "data_args": Becomes(
+        "runtime.eval_data_path, eval_data_num_limit",
+        "file_name (without it nothing is evaluated), max_samples",
+    ),
     "generating_args": Becomes("model_args.eval_* of the policy"),
     "eval_steps": NoEffect("eval_steps at the top counts", ()),
 }
@@ -377,7 +382,10 @@ GENERATING_ARGS: Keys = {
     "top_k": Becomes("model_args.top_k", "default 50"),
     "do_sample": Becomes("model_args.temperature", "False: 0"),
     "num_beams": Becomes("model_args.use_beam_search, num_beams", "more than 1: beam search"),
-    "length_penalty": Becomes("model_args.length_penalty", "with num_beams > 1"),
+    "length_penalty": Becomes(
+        "model_args.length_penalty",
+        "with num_beams > 1 in actor_infer or validation; that of validation wins",
+    ),
     "num_return_sequences": Becomes("model_args.num_inference_per_prompt"),
     "stop_strings": Becomes("model_args.stop_token_list", "list of strings"),
     "include_stop_str_in_output": Becomes(
@@ -400,7 +408,9 @@ DATA_ARGS: Keys = {
     "dataset_dir": NoEffect("file_name is relative to where the job is started"),
     "dataset_type": NoEffect("files are jsonl", (None, "json")),
     "eval_file_name": NoEffect("validation.data_args.file_name counts"),
-    "max_samples": Becomes("runtime.training_data_num_limit"),
+    "max_samples": Becomes(
+        "runtime.training_data_num_limit, eval_data_num_limit", "the first so many; -1 = all"
+    ),
     "preprocessing_num_workers": NoEffect("prompts are tokenised when the policy starts"),
     "custom_data_kwargs_func": NoEffect(_TEXT),
     **{

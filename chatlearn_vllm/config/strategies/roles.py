@@ -64,6 +64,8 @@ _REFUSED_MODEL_ARGS = {
     "model_config_kwargs": "a model is as its config.json says; change it there",
     "additional_target": "adapters are trained on linear layers only; leave it out",
 }
+ONLY_WITH_BEAMS = "only with num_beams above 1, which searches"
+"""Why a length_penalty has no effect."""
 
 
 class Role:
@@ -381,10 +383,13 @@ class Role:
         if num_beams > 1:
             self.put("use_beam_search", True, given.key("num_beams"))
             self.put("num_beams", num_beams, given.key("num_beams"))
-            if "length_penalty" in given:
-                self.put(
-                    "length_penalty", given.values["length_penalty"], given.key("length_penalty")
-                )
+        if self.kind == "rewards" and "length_penalty" in given:
+            # That of actor_infer is of its evaluation, too, and is set with that.
+            key = given.key("length_penalty")
+            if num_beams > 1:
+                self.put("length_penalty", given.values["length_penalty"], key)
+            else:
+                self.t.has_no_effect(key, ONLY_WITH_BEAMS)
         for name, value in given.values.items():
             if name in keys.SAMPLING_SET_ELSEWHERE:
                 rule = f"is set by {keys.SAMPLING_SET_ELSEWHERE[name]}; leave it out"

@@ -7,6 +7,7 @@ from typing import Any
 
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies.evaluation import Evaluation
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.strategies.lengths import Lengths
 from chatlearn_vllm.config.strategies.loss import Loss
@@ -16,7 +17,7 @@ from chatlearn_vllm.config.strategies.roles import (
     temperature,
     temperature_keys,
 )
-from chatlearn_vllm.config.tree import BROKEN, Tree
+from chatlearn_vllm.config.tree import Tree
 
 _OTHER_DIALECT = {
     "models": "a model is a role there",
@@ -26,12 +27,6 @@ _OTHER_DIALECT = {
 }
 """Sections of our own dialect, and what a strategy file has instead."""
 ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
-
-_EVALUATED = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty",
-)  # fmt: skip
-"""Sampling keys that an evaluation may have of its own."""
 
 
 def translate(source: Tree, main_file: Path, problems: list[Problem], notices: list[str]) -> Tree:
@@ -88,7 +83,8 @@ class _Job:
         self._trainers(trainers)
         self.loss.put(trainer)
         self._data(trainer)
-        self._validation(policy)
+        evaluation = Evaluation(self.t, self.top, policy=policy, training=self.sampling)
+        evaluation.put(self.lengths, trainer.data_args)
         self._runtime()
         self._words(name)
 
@@ -293,44 +289,6 @@ class _Job:
         if "prompt" in given:
             target = ("models", "policy", "model_args", "prompt_key")
             self.t.put(target, given.values["prompt"], given.key("prompt"))
-
-    def _validation(self, policy: Role) -> None:
-        if "validation" not in self.top:
-            return
-        given = Given(self.t, ("validation",), keys.VALIDATION)
-        data = Given(self.t, given.key("data_args"), keys.DATA_ARGS)
-        if "file_name" in data:
-            path = ("runtime", "eval_data_path")
-            self.t.put(path, data.values["file_name"], data.key("file_name"))
-        interval = self.top.get("eval_steps", int, 10)
-        self.t.put(("runtime", "eval_episode_interval"), max(0, interval), ("eval_steps",))
-        self.t.put(("runtime", "enable_eval_before_training"), interval > 0, ("eval_steps",))
-        self.t.put(("runtime", "eval_data_num_limit"), -1, given.path)
-        sampling = generating_args(self.t, given.path)
-        greedy = self.top.get("val_greedy", bool, False)
-        value = 0.0 if greedy else temperature(sampling)
-        policy.put("eval_temperature", value, *temperature_keys(sampling), ("val_greedy",))
-        defaults = {"top_p": 0.7, "top_k": 50}
-        for name in _EVALUATED[1:]:
-            if name in sampling or name in defaults:
-                set_to = sampling.values.get(name, defaults.get(name))
-                policy.put(f"eval_{name}", set_to, sampling.key(name))
-        num_beams = sampling.get("num_beams", int, 1, least=1)
-        if num_beams > 1:
-            policy.put("eval_num_beams", num_beams, sampling.key("num_beams"))
-        for name, value in sampling.values.items():
-            same = {"max_new_tokens": self.lengths.response_of_policy, "num_return_sequences": 1}
-            if name in (*_EVALUATED, "do_sample", "num_beams") or value in (
-                None,
-                same.get(name, BROKEN),
-            ):
-                continue
-            why = "an evaluation takes one response per prompt, with the lengths of training"
-            if name not in same:
-                if value == self.sampling.values.get(name):
-                    continue
-                why = "an evaluation has what actor_infer says"
-            self.t.has_no_effect(sampling.key(name), why)
 
     # ---- the user's words -------------------------------------------------------------------
 
