@@ -518,6 +518,10 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         (f"{INFER}n=2", f"{INFER}n=2: is set by num_return_sequences; leave it out"),
         (f"{INFER}max_tokens=2", "is set by max_new_tokens; leave it out"),
         (f"{CONFIG}dtype=half", "dtype='half': is set by model_args.dtype; leave it out"),
+        (f"{CONFIG}inference_engine=transformers", "inference_engine='transformers': is set by "
+         "strategy_name, vllm or hf_infer; leave it out"),
+        (f"{CONFIG}attn_implementation=eager", "attn_implementation='eager': is set by "
+         "model_args.attn_implementation with hf_infer; vLLM chooses its own, or takes"),
         (f"{CONFIG}VLLM_USE_V1=0", "VLLM_USE_V1=0: must be 1: vLLM has the V1 engine only"),
         ("actor_train.model_args.disable_gradient_checkpointing=True", None),
         # strategies

@@ -454,6 +454,9 @@ VLLM_SET_ELSEWHERE = {
     "worker_extension_cls": "the runtime",
     "worker_cls": "the runtime",
     "enable_lora": "model_args.lora_target of actor_train, whose adapters are merged",
+    "inference_engine": "strategy_name, vllm or hf_infer",
+    "attn_implementation": "model_args.attn_implementation with hf_infer; vLLM chooses its own, or "
+    "takes attention_backend",
 }
 """Fields of EngineArgs that another key says."""
 
