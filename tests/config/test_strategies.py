@@ -652,15 +652,27 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         ("${oc.env:NOT_SET}", "environment variable NOT_SET is not set and there is no default"),
         ("${a b}", "${a b} is neither the name of a key nor"),
         ("${....x}", "leads out of the file"),
+        ("run-${now:%Y-%m-%d}", "${now:...} is not computed here: Hydra does not run the job; "
+         "write the value, or ${NAME:default} with an environment variable"),
+        ("${hydra:runtime.cwd}", "${hydra:...} is not computed here"),
+        ("${eval: 10*4}", "${eval:...} is not computed here"),
+        ("${oc.select:seed,5}", "${oc.select:...} is not computed here"),
+        ("${oc.decode:${oc.env:NOT_SET}}", "${oc.decode:...} is not computed here"),
         ("${open", "a template ${ has no closing brace"),
         ("${" * 3000 + "}" * 3000, "templates are nested too deep"),
     ],
-)
+)  # fmt: skip
 def test_a_template_that_stands_for_nothing_is_named(write, monkeypatch, text, rule):
     monkeypatch.delenv("NOT_SET", raising=False)
     path = write("job.yaml", f"exp_name: '{text}'\n{JOB}")
     (line,) = problems_of(path)
     assert line.startswith(f"job.yaml: exp_name={text!r}"[:300]) and rule in line
+
+
+def test_what_hydra_would_fill_in_for_itself_is_left_alone(write):
+    path = write("job.yaml", f"hydra: {{run: {{dir: '${{now:%Y}}/${{nowhere}}'}}}}\n{JOB}")
+    (notice,) = load_config(path).notices
+    assert "no effect of hydra (Hydra does not run the job)" in notice
 
 
 def test_defaults_are_laid_below_the_file_or_where_it_says(write):
