@@ -27,6 +27,7 @@ rewards:
   rule: {worker_cls: my.Rule}
 """
 
+ACTOR = "actor_train."
 INFER = "actor_infer.generating_args."
 CONFIG = "actor_infer.strategy_args.strategy_config."
 TRAIN = "actor_train.training_args."

@@ -10,7 +10,7 @@ from chatlearn_vllm.config import ConfigError, load_config
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.reference import with_tables
 from chatlearn_vllm.job import place
-from tests.config.strategy_job import CONFIG, INFER, JOB, TRAIN, args_of, problems_of
+from tests.config.strategy_job import ACTOR, CONFIG, INFER, JOB, TRAIN, args_of, problems_of
 
 ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).parent / "strategies"
@@ -395,6 +395,25 @@ def test_gae_is_ppo_with_a_critic(job):
          "what actor_infer says)"),
         (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3",
           "validation.data_args.file_name=e"], "draws training"),
+        (["norm_mean_type=batch"], "norm_mean_type=batch (grpo compares a response with its group"),
+        (["norm_std_type=batch"], "norm_std_type=batch (grpo compares a response with its group"),
+        ([f"{ACTOR}max_tokens_per_microbatch_in_train=99"], f"{ACTOR}max_tokens_per_microbatch_in_"
+         "train=99 (only with use_dynamic_batching_in_train: True)"),
+        ([f"{ACTOR}sequence_packing_args={{max_packed_sequence_length_train: 99}}"],
+         f"{ACTOR}sequence_packing_args (only with use_sequence_packing: True)"),
+        ([f"{ACTOR}use_dynamic_batching_in_train=True", f"{ACTOR}use_sequence_packing=True",
+          f"{ACTOR}max_tokens_per_microbatch_in_train=99",
+          f"{ACTOR}sequence_packing_args={{max_packed_sequence_length_train: 98}}"],
+         f"{ACTOR}max_tokens_per_microbatch_in_train=99 (with packed rows max_packed_sequence_"),
+        ([f"{ACTOR}use_sequence_packing=True",
+          f"{ACTOR}sequence_packing_args={{min_num_micro_batches_train: 2}}"],
+         "sequence_packing_args.min_num_micro_batches_train=2 (a micro-batch takes all rows"),
+        ([f"{ACTOR}use_dynamic_batching_in_infer=True"], f"{ACTOR}use_dynamic_batching_in_infer"
+         "=True (the role trains, and scores as it trains)"),
+        (["actor_infer.use_sequence_packing=True"], "actor_infer.use_sequence_packing=True (of ro"),
+        (["actor_infer.use_dynamic_batching_in_infer=True"], "batching_in_infer=True (of roles on"),
+        (["rewards.rule.use_sequence_packing=True"], "use_sequence_packing=True (of roles on mega"),
+        (["adv_estimator=reinforce"], None),
         (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
         (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
          "reference (not started without a KL penalty: use_kl_loss with grpo"),
@@ -505,6 +524,11 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
          "device_mapping: vllm runs on devices"),
         ("adv_estimator=ppo", "adv_estimator='ppo': must be one of: gae, grpo, reinforce"),
         ("resume_from_checkpoint=/x", "resume_from_checkpoint='/x': must be True or False"),
+        ("resume_from_checkpoint=1", "resume_from_checkpoint=1: must be True or False"),
+        ("resume_from_checkpoint=[a]", "resume_from_checkpoint=['a']: must be True or False"),
+        ("actor_infer.model_args={attn_implementation: eager, flash_attn: sdpa}", "command line: "
+         "actor_infer.model_args.flash_attn='sdpa': is the older name of attn_implementation=eager"
+         "; keep one of them"),
         ("checkpoint_config.type=oss", "must be file_system: checkpoints are written to"),
         ("norm_mean_type=running", "norm_mean_type='running': must be group, batch or null"),
         ("add_token_level_kl=True", "add_token_level_kl=True: must be False: grpo has its KL in"),

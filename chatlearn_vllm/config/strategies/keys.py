@@ -238,16 +238,20 @@ ROLE: Keys = {
     "use_dynamic_batching_in_train": Becomes(
         "model_args.max_tokens_per_micro_batch", "take max_tokens_per_microbatch_in_train"
     ),
-    "max_tokens_per_microbatch_in_train": Becomes("model_args.max_tokens_per_micro_batch"),
+    "max_tokens_per_microbatch_in_train": Becomes(
+        "model_args.max_tokens_per_micro_batch", "with use_dynamic_batching_in_train"
+    ),
     "use_dynamic_batching_in_infer": Becomes(
         "model_args.max_tokens_per_micro_batch",
         "the same of a model that only scores; no effect in actor_train",
     ),
-    "max_tokens_per_microbatch_in_infer": Becomes("model_args.max_tokens_per_micro_batch"),
+    "max_tokens_per_microbatch_in_infer": Becomes(
+        "model_args.max_tokens_per_micro_batch", "with use_dynamic_batching_in_infer"
+    ),
     "use_sequence_packing": Becomes("model_args.sequence_packing"),
     "sequence_packing_args": Becomes(
         "model_args.max_tokens_per_micro_batch",
-        "max_packed_sequence_length_train (_forward of a model that only scores)",
+        "with use_sequence_packing, see below",
     ),
     "sequence_length_round_in_train": NoEffect("rows are padded to what the kernels ask for"),
     "sequence_length_round_in_infer": NoEffect("rows are padded to what the kernels ask for"),
@@ -268,6 +272,21 @@ ROLE: Keys = {
     "eval_steps": NoEffect("eval_steps at the top counts", ()),
 }
 """Keys of a role."""
+
+PACKING: Keys = {
+    "max_packed_sequence_length_train": Becomes(
+        "model_args.max_tokens_per_micro_batch", "of a trainer"
+    ),
+    "max_packed_sequence_length_forward": Becomes(
+        "model_args.max_tokens_per_micro_batch", "of a model that only scores"
+    ),
+    "algorithm": NoEffect(
+        "rows of a micro-batch are always balanced", (None, "none", "load_balance")
+    ),
+    "min_num_micro_batches_train": NoEffect("a micro-batch takes all rows that fit", (None, 1)),
+    "min_num_micro_batches_forward": NoEffect("a micro-batch takes all rows that fit", (None, 1)),
+}
+"""Keys of `sequence_packing_args`."""
 
 REWARD: Keys = {
     **ROLE,

@@ -111,7 +111,7 @@ class Loss:
         if estimator == "grpo":
             by_group = top.values.get("adv_estimator") == "grpo" or std == "group"
             trainer.put("advantage_std", by_group, ("norm_std_type",))
-            told = ("whiten_advantages", "reward_clip")
+            told = ("whiten_advantages", "reward_clip", "norm_mean_type", "norm_std_type")
             why = "grpo compares a response with its group, and does no more"
         else:
             clip = top.get("reward_clip", float)
@@ -122,7 +122,7 @@ class Loss:
             if std == "group":
                 rule = "needs norm_mean_type: group, which makes it grpo; or leave it out"
                 self.t.report(("norm_std_type",), rule)
-            if not top.get("whiten_advantages", bool, False):
+            if top.get("whiten_advantages", bool) is False:
                 whitened = "reinforce and gae always whiten advantages"
                 self.t.has_no_effect(("whiten_advantages",), whitened)
         for name in told:

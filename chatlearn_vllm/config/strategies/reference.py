@@ -16,6 +16,7 @@ END = "<!-- tables: end -->"
 _TABLES = {
     "The whole job": keys.TOP,
     "A role": keys.ROLE,
+    "`sequence_packing_args`": keys.PACKING,
     "`strategy_args`": keys.STRATEGY,
     "`strategy_config` of vllm": keys.VLLM,
     "`strategy_config` of megatron_train and megatron_infer": keys.MEGATRON,

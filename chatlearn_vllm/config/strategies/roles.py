@@ -48,15 +48,11 @@ _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-_PACKING = (
-    "algorithm",
-    "max_packed_sequence_length_train",
-    "max_packed_sequence_length_forward",
-    "min_num_micro_batches_train",
-    "min_num_micro_batches_forward",
-)
-
-
+_MICRO_BATCHES = (
+    "use_dynamic_batching_in_train", "max_tokens_per_microbatch_in_train",
+    "use_dynamic_batching_in_infer", "max_tokens_per_microbatch_in_infer",
+    "use_sequence_packing", "sequence_packing_args",
+)  # fmt: skip
 _REFUSED_MODEL_ARGS = {
     "freeze_module_prefix": "no part of a model can be frozen here, the models trained are of text",
     "ulysses_size": "must be 1, a sequence is not split over ranks here",
@@ -120,6 +116,10 @@ class Role:
             and ("generating_args" in self.given)
         ):
             self.t.has_no_effect(self.given.key("generating_args"), "responses are actor_infer's")
+        if self.strategy not in ("megatron_train", "megatron_infer"):
+            for name in _MICRO_BATCHES:
+                if self.given.values.get(name) not in (None, False, BROKEN):
+                    self.t.has_no_effect(self.given.key(name), "of roles on megatron-core")
         if self.num_devices and "world_size" in self.given:
             self.t.has_no_effect(self.given.key("world_size"), "follows from device_mapping")
         if trains and "lora_target" not in self.model_args and "lora_rank" in self.model_args:
@@ -127,6 +127,12 @@ class Role:
 
     def _attention(self) -> None:
         """Set what computes attention, where the role says it."""
+        older, present = (
+            self.model_args.values.get(name) for name in ("flash_attn", "attn_implementation")
+        )
+        if None not in (older, present) and older != present:
+            rule = f"is the older name of attn_implementation={present}; keep one of them"
+            self.t.report(self.model_args.key("flash_attn"), rule)
         for name in ("attn_implementation", "flash_attn"):
             value = self.model_args.choose(name, _ATTENTION, None)
             if name not in self.model_args:
@@ -272,22 +278,36 @@ class Role:
                 self.put("recompute_modules", modules, key)
             elif entry is None and value is not None:
                 self.put(key[-1], value, key)
+        self._micro_batches()
+
+    def _micro_batches(self) -> None:
+        """Set how many tokens a pass of a model on megatron-core takes."""
         in_train = self.kind in ("actor_train", "critic")
-        suffix = "train" if in_train else "infer"
-        if self.given.get(f"use_dynamic_batching_in_{suffix}", bool, False):
-            name = f"max_tokens_per_microbatch_in_{suffix}"
-            if not self.given.get(name, int):
-                self.t.report(self.given.key(f"use_dynamic_batching_in_{suffix}"), f"needs {name}")
-            else:
-                self.put(
-                    "max_tokens_per_micro_batch", self.given.values[name], self.given.key(name)
-                )
-        packing = Given(self.t, self.given.key("sequence_packing_args"), {}, _PACKING)
-        if self.given.get("use_sequence_packing", bool, False):
+        suffix, other = ("train", "infer") if in_train else ("infer", "train")
+        packing = Given(self.t, self.given.key("sequence_packing_args"), keys.PACKING)
+        packed = f"max_packed_sequence_length_{'train' if in_train else 'forward'}"
+        is_packed = self.given.get("use_sequence_packing", bool, False)
+        if is_packed:
             self.put("sequence_packing", True, self.given.key("use_sequence_packing"))
-            name = f"max_packed_sequence_length_{'train' if in_train else 'forward'}"
-            if packing.get(name, int):
-                self.put("max_tokens_per_micro_batch", packing.values[name], packing.key(name))
+        elif "sequence_packing_args" in self.given:
+            self.t.has_no_effect(packing.path, "only with use_sequence_packing: True")
+        switch, name = f"use_dynamic_batching_in_{suffix}", f"max_tokens_per_microbatch_in_{suffix}"
+        tokens = self.given.get(name, int)
+        if not self.given.get(switch, bool, False):
+            if name in self.given:
+                self.t.has_no_effect(self.given.key(name), f"only with {switch}: True")
+        elif not tokens:
+            self.t.report(self.given.key(switch), f"needs {name}")
+        elif is_packed and packing.get(packed, int):
+            self.t.has_no_effect(self.given.key(name), f"with packed rows {packed} counts")
+        else:
+            self.put("max_tokens_per_micro_batch", tokens, self.given.key(name))
+        if is_packed and packing.get(packed, int):
+            self.put("max_tokens_per_micro_batch", packing.values[packed], packing.key(packed))
+        switch = f"use_dynamic_batching_in_{other}"
+        if self.given.get(switch, bool, False):
+            does = "trains, and scores as it trains" if in_train else "only scores"
+            self.t.has_no_effect(self.given.key(switch), f"the role {does}")
 
     def spread_experts_over_replica(self) -> None:
         """Lower expert parallelism to what the ranks of one replica of a frozen model allow."""

@@ -109,8 +109,8 @@ class _Job:
             ("save_steps",))  # fmt: skip
         put(("runtime", "max_ckpt_to_keep"), top.get("max_ckpt_to_keep", int, 0) or None,
             ("max_ckpt_to_keep",))  # fmt: skip
-        resume = top.values.get("resume_from_checkpoint") or False
-        if isinstance(resume, str):
+        resume = top.values.get("resume_from_checkpoint")
+        if resume not in (None, "") and not isinstance(resume, bool):
             self.t.report(
                 ("resume_from_checkpoint",),
                 "must be True or False: a job goes on from the newest checkpoint of its own "
