@@ -28,6 +28,11 @@ rewards:
 """
 
 ACTOR = "actor_train."
+REFERENCE = [
+    "reference.strategy_args.strategy_name=megatron_infer",
+    "reference.device_mapping=[0]",
+]
+"""A role that JOB does not have."""
 INFER = "actor_infer.generating_args."
 CONFIG = "actor_infer.strategy_args.strategy_config."
 TRAIN = "actor_train.training_args."

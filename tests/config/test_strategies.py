@@ -10,7 +10,16 @@ from chatlearn_vllm.config import ConfigError, load_config
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.reference import with_tables
 from chatlearn_vllm.job import place
-from tests.config.strategy_job import ACTOR, CONFIG, INFER, JOB, TRAIN, args_of, problems_of
+from tests.config.strategy_job import (
+    ACTOR,
+    CONFIG,
+    INFER,
+    JOB,
+    REFERENCE,
+    TRAIN,
+    args_of,
+    problems_of,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).parent / "strategies"
@@ -331,9 +340,10 @@ def test_devices_batches_and_engine_are_of_the_role(job):
          {"advantage_estimator": "reinforce++"}),
         (("adv_estimator=reinforce", "norm_mean_type=group"),
          {"advantage_estimator": "grpo", "advantage_std": False}),
-        (("use_kl_loss=True", "kl_loss_coef=0.01"), {"init_kl_coef": 0.01}),
+        ((*REFERENCE, "use_kl_loss=True", "kl_loss_coef=0.01"), {"init_kl_coef": 0.01}),
         (("kl_loss_coef=0.01",), {"init_kl_coef": 0}),
-        (("adv_estimator=reinforce", "add_token_level_kl=True"), {"init_kl_coef": 0.2}),
+        ((*REFERENCE, "adv_estimator=reinforce", "add_token_level_kl=True"),
+         {"init_kl_coef": 0.2}),
         (("use_pg_clip_range=True", "pg_clip_low=0.1", "pg_clip_high=0.3"),
          {"cliprange": 0.1, "cliprange_high": 0.3}),
         (("dual_clip_loss=True", "pg_clip=0.5"), {"dual_clip": 2.0}),
@@ -362,9 +372,9 @@ critic:
 def test_gae_is_ppo_with_a_critic(job):
     job.write_text(JOB.replace("grpo", "gae") + CRITIC)
     overrides = ["value_clip=0.5", "lambd=0.9", "target_kl=0.1", "add_token_level_kl=True",
-                 "init_kl_coef=0.1"]  # fmt: skip
+                 "init_kl_coef=0.1", *REFERENCE]  # fmt: skip
     models = load_config(job, overrides).models
-    assert list(models) == ["policy", "ppo_policy", "reward_rule", "ppo_value"]
+    assert list(models) == ["policy", "ppo_policy", "reference", "reward_rule", "ppo_value"]
     value = models["ppo_value"]
     assert value.trainable and value.device_mapping == (0, 1)
     assert (value.model_args.load, value.model_args.lr) == ("critic", 1e-5)
@@ -380,7 +390,7 @@ def test_gae_is_ppo_with_a_critic(job):
     [
         (["init_kl_coef=0.1"], "init_kl_coef=0.1 (only with add_token_level_kl: True and"),
         (["kl_loss_coef=0.1"], "kl_loss_coef=0.1 (only with use_kl_loss: True and"),
-        (["kl_loss_coef=0.1", "use_kl_loss=True"], None),
+        ([*REFERENCE, "kl_loss_coef=0.1", "use_kl_loss=True"], None),
         (["pg_clip_low=0.1"], "pg_clip_low=0.1 (only with use_pg_clip_range: True)"),
         (["adv_estimator=reinforce", "whiten_advantages=False"], "whiten_advantages=False (rein"),
         (["whiten_advantages=True"], "whiten_advantages=True (grpo compares a response with its"),
@@ -584,7 +594,7 @@ def test_a_file_with_models_and_roles_is_refused(write):
 
 def test_a_greedy_rollout_has_one_response_per_prompt(job):
     args = args_of(job, [f"{INFER}do_sample=False", "num_return_sequences_in_group=1",
-                         "rollout_batch_size=64"])  # fmt: skip
+                         "rollout_batch_size=64", "adv_estimator=reinforce"])  # fmt: skip
     assert (args.temperature, args.num_inference_per_prompt) == (0.0, 1)
     (line,) = problems_of(job, [f"{INFER}do_sample=False"])
     assert f"command line: {INFER}do_sample=False: must be more than 0 with 4 responses" in line
@@ -592,13 +602,58 @@ def test_a_greedy_rollout_has_one_response_per_prompt(job):
     assert f"command line: {INFER}temperature=0: must be more than 0 with 4 responses" in line
 
 
-def test_beams_are_of_training_or_of_the_evaluation(job):
-    args = args_of(job, [f"{INFER}num_beams=4", f"{INFER}length_penalty=0.5"])
-    assert (args.use_beam_search, args.num_beams, args.length_penalty) == (True, 4, 0.5)
+def test_beams_are_of_the_evaluation(job):
     args = args_of(job, ["validation.generating_args.num_beams=3"])
     assert (args.num_beams, args.eval_num_beams) == (1, 3)
-    (line,) = problems_of(job, [f"{INFER}num_beams=2"])
-    assert f"{INFER}num_beams=2: must be at least num_return_sequences_in_group = 4" in line
+    (line,) = problems_of(job, [f"{INFER}num_beams=4"])
+    assert f"{INFER}num_beams=4: must be 1: training takes the probability with which a" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["num_return_sequences_in_group=1", "rollout_batch_size=64"],
+         "command line: num_return_sequences_in_group=1: must be 2 or more: adv_estimator grpo "
+         "compares the responses of a prompt, and one has nothing to be compared with; or set "
+         "adv_estimator: reinforce without norm_mean_type"),
+        (["num_return_sequences_in_group=None", f"{INFER}num_return_sequences=1",
+          "rollout_batch_size=64"], f"command line: {INFER}num_return_sequences=1: must be 2 or"),
+        (["adv_estimator=reinforce", "importance_sampling=seq"], "command line: importance_sampling"
+         "='seq': must be token with adv_estimator gae or reinforce"),
+        (["use_kl_loss=True", "kl_loss_coef=0.1"], "command line: use_kl_loss=True: needs the role "
+         "reference, whose log-probabilities it compares with; or set use_kl_loss: False"),
+        (["adv_estimator=reinforce", "add_token_level_kl=True"], "command line: add_token_level_kl="
+         "True: needs the role reference"),
+        ([f"{ACTOR}data_args.file_name=None"], f"command line: {ACTOR}data_args.file_name=None: "
+         "must name the jsonl file, or a list of them, with the prompts of training"),
+        ([f"{ACTOR}data_args.max_samples=0"], f"command line: {ACTOR}data_args.max_samples=0: "
+         "leaves no record; set -1 for all, or leave it out"),
+        (["validation.data_args={file_name: e, max_samples: 0}"], "command line: validation."
+         "data_args.max_samples=0: leaves no record"),
+        (["rewards.rule=None"], "command line: rewards.rule=None: needs worker_cls, which says how "
+         "it scores: name a class of yours as package.module.Class (docs/strategies.md, Rewards)"),
+        (["rewards.judge={strategy_args: {strategy_name: vllm}, device_mapping: [4]}"],
+         "command line: rewards.judge: needs worker_cls, which says how it scores"),
+        (["rewards.rule.worker_cls=Rule"], "command line: rewards.rule.worker_cls='Rule': is no "
+         "class: name a class of yours as package.module.Class"),
+    ],
+)  # fmt: skip
+def test_what_a_launch_would_refuse_is_refused_by_the_users_keys(job, overrides, line):
+    (found,) = problems_of(job, overrides)
+    assert found.startswith(line)
+
+
+def test_an_entry_script_of_ones_own_says_itself_what_a_reward_is(job):
+    load_config(job, ["rewards.rule=None", "entry_script=mine.py"])
+    load_config(job, ["rewards.rule.worker_cls=Rule", "entry_script=mine.py"])
+
+
+def test_a_horizon_of_few_samples_is_refused(job):
+    job.write_text(JOB.replace("grpo", "gae") + CRITIC)
+    overrides = [*REFERENCE, "add_token_level_kl=True", "init_kl_coef=0.1", "target_kl=0.1",
+                 "kl_horizon=12"]  # fmt: skip
+    (line,) = problems_of(job, overrides)
+    assert "kl_horizon=12: must be more than a fifth of rollout_batch_size x num_ret" in line
 
 
 def test_files_that_are_missed_are_named_by_the_users_keys(job, write, monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.strategies.lengths import Lengths
@@ -61,7 +63,8 @@ class Evaluation:
             put(("runtime", "eval_data_path"), data.values["file_name"], data.key("file_name"))
             put(("runtime", "eval_episode_interval"), max(0, interval), ("eval_steps",))
             put(("runtime", "enable_eval_before_training"), interval > 0, ("eval_steps",))
-            limit = data.values["max_samples"] if "max_samples" in data else -1
+            limit = max_samples(self.t, data)
+            limit = -1 if limit is None else limit
             put(("runtime", "eval_data_num_limit"), limit, data.key("max_samples"), self.given.path)
         else:
             self.t.has_no_effect(
@@ -95,18 +98,26 @@ class Evaluation:
             self.t.has_no_effect(sampling.key(name), why)
 
     def _beams(self) -> None:
-        """Set how many beams an evaluation searches, and the length penalty of any search."""
+        """Set how many beams an evaluation searches, and their length penalty."""
         sampling = self.sampling
         num_beams = sampling.get("num_beams", int, 1, least=1)
         if num_beams > 1:
             self.policy.put("eval_num_beams", num_beams, sampling.key("num_beams"))
-        searches = max(num_beams, self.training.get("num_beams", int, 1)) > 1
         penalties = [one for one in (sampling, self.training) if "length_penalty" in one]
         for one in penalties:
             key = one.key("length_penalty")
-            if not searches:
+            if num_beams == 1:
                 self.t.has_no_effect(key, ONLY_WITH_BEAMS)
             elif one is penalties[0]:
                 self.policy.put("length_penalty", one.values["length_penalty"], key)
             elif one.values["length_penalty"] != penalties[0].values["length_penalty"]:
                 self.t.has_no_effect(key, "that of validation.generating_args counts")
+
+
+def max_samples(translation: Translation, data_args: Given) -> Any:
+    """How many records of a file are used; -1 for all, None where it is not said."""
+    limit = data_args.values.get("max_samples")
+    if limit == 0:
+        rule = "leaves no record; set -1 for all, or leave it out"
+        translation.report(data_args.key("max_samples"), rule)
+    return limit

@@ -400,10 +400,13 @@ GENERATING_ARGS: Keys = {
     "top_p": Becomes("model_args.top_p", "default 0.7"),
     "top_k": Becomes("model_args.top_k", "default 50"),
     "do_sample": Becomes("model_args.temperature", "False: 0"),
-    "num_beams": Becomes("model_args.use_beam_search, num_beams", "more than 1: beam search"),
+    "num_beams": Becomes(
+        "model_args.eval_num_beams, num_beams",
+        "more than 1: beam search, in validation and in rewards; 1 in actor_infer",
+    ),
     "length_penalty": Becomes(
         "model_args.length_penalty",
-        "with num_beams > 1 in actor_infer or validation; that of validation wins",
+        "with num_beams > 1; in validation that of actor_infer, where it has none of its own",
     ),
     "num_return_sequences": Becomes("model_args.num_inference_per_prompt"),
     "stop_strings": Becomes("model_args.stop_token_list", "list of strings"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.strategies.roles import Role
@@ -88,6 +90,46 @@ class Loss:
             self.t.report((other,), f"must be False: {remedy} and its coefficient")
         used = top.get(in_use, bool, False)
         return (top.get(name, float, default, least=0) if used else 0.0, (name,), (in_use,))
+
+    def check(self, *, num_samples: int, group: int, group_keys: Sequence[Key]) -> None:
+        """Report what the chosen loss has nothing to learn from, or cannot be computed with.
+
+        Args:
+            num_samples: responses of an episode.
+            group: responses of a prompt.
+            group_keys: that say their number.
+        """
+        asked = self.top.values.get("adv_estimator")
+        if self.estimator == "grpo" and group < 2:
+            key = next((key for key in group_keys if self.t.source.get(key) is not None), None)
+            rule = (
+                f"must be 2 or more: adv_estimator {asked} compares the responses of a prompt, and "
+                "one has nothing to be compared with; or set adv_estimator: reinforce without "
+                "norm_mean_type"
+            )
+            self.t.report(key or group_keys[0], rule)
+        if self.estimator != "grpo" and self.top.values.get("importance_sampling") == "seq":
+            rule = (
+                "must be token with adv_estimator gae or reinforce, which have an advantage per "
+                "token; seq goes with grpo"
+            )
+            self.t.report(("importance_sampling",), rule)
+        coefficient, _, in_use = self.kl_coef()
+        if coefficient > 0 and "reference" not in self.top:
+            rule = "needs the role reference, whose log-probabilities it compares with; or set"
+            self.t.report(in_use, f"{rule} {in_use[0]}: False")
+        horizon = self.top.get("kl_horizon", int, 10000)
+        if (
+            coefficient > 0
+            and self.is_ppo
+            and "target_kl" in self.top
+            and 5 * horizon <= num_samples
+        ):
+            rule = (
+                "must be more than a fifth of rollout_batch_size x num_return_sequences_in_group = "
+                f"{num_samples}, or the coefficient could become 0 in one episode"
+            )
+            self.t.report(("kl_horizon",), rule)
 
     def _estimator(self) -> str:
         choices = {"gae": "gae", "grpo": "grpo", "reinforce": "reinforce++"}

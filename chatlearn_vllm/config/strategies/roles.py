@@ -399,17 +399,7 @@ class Role:
         self.put("top_p", given.get("top_p", float, 0.7), given.key("top_p"))
         self.put("top_k", given.get("top_k", int, 50), given.key("top_k"))
         self._stops(given)
-        num_beams = given.get("num_beams", int, 1, least=1)
-        if num_beams > 1:
-            self.put("use_beam_search", True, given.key("num_beams"))
-            self.put("num_beams", num_beams, given.key("num_beams"))
-        if self.kind == "rewards" and "length_penalty" in given:
-            # That of actor_infer is of its evaluation, too, and is set with that.
-            key = given.key("length_penalty")
-            if num_beams > 1:
-                self.put("length_penalty", given.values["length_penalty"], key)
-            else:
-                self.t.has_no_effect(key, ONLY_WITH_BEAMS)
+        self._searches(given)
         for name, value in given.values.items():
             if name in keys.SAMPLING_SET_ELSEWHERE:
                 rule = f"is set by {keys.SAMPLING_SET_ELSEWHERE[name]}; leave it out"
@@ -423,6 +413,29 @@ class Role:
                 and (name not in given.unknown)
             ):
                 self.put(name, value, given.key(name))
+
+    def _searches(self, given: Given) -> None:
+        """Set a reward's beam search; the responses of actor_infer cannot come from one."""
+        num_beams = given.get("num_beams", int, 1, least=1)
+        key = given.key("num_beams")
+        if self.kind == "actor_infer":
+            if num_beams > 1:
+                rule = (
+                    "must be 1: training takes the probability with which a response was sampled, "
+                    "and a search samples none; for greedy responses set do_sample: False, for "
+                    "beams in evaluation validation.generating_args.num_beams"
+                )
+                self.t.report(key, rule)
+            return
+        if num_beams > 1:
+            self.put("use_beam_search", True, key)
+            self.put("num_beams", num_beams, key)
+        if "length_penalty" in given:
+            inner = given.key("length_penalty")
+            if num_beams > 1:
+                self.put("length_penalty", given.values["length_penalty"], inner)
+            else:
+                self.t.has_no_effect(inner, ONLY_WITH_BEAMS)
 
     def _stops(self, given: Given) -> None:
         key = given.key("stop_strings")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.strategies import keys
-from chatlearn_vllm.config.strategies.evaluation import Evaluation
+from chatlearn_vllm.config.strategies.evaluation import Evaluation, max_samples
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.strategies.lengths import Lengths
 from chatlearn_vllm.config.strategies.loss import Loss
@@ -26,6 +27,7 @@ _OTHER_DIALECT = {
     "includes": "files are named in defaults",
 }
 """Sections of our own dialect, and what a strategy file has instead."""
+_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
 
 
@@ -139,14 +141,16 @@ class _Job:
         group = self.top.get("num_return_sequences_in_group", int, least=1)
         own = self.sampling.get("num_return_sequences", int, least=1)
         key = self.sampling.key("num_return_sequences")
+        keys_of_group = (("num_return_sequences_in_group",), key)
         if group is not None and own not in (None, group):
             rule = f"must be num_return_sequences_in_group={group}, which says how many are made"
             self.t.report(key, rule)
         self.group = group or own or 1
-        role.put("num_inference_per_prompt", self.group, ("num_return_sequences_in_group",), key)
+        role.put("num_inference_per_prompt", self.group, *keys_of_group)
         prompts = self.top.get("rollout_batch_size", int, 128, least=1)
         self.num_samples = prompts * self.group
         self.t.put(("runtime", "sample_per_episode"), self.num_samples, ("rollout_batch_size",))
+        self.loss.check(num_samples=self.num_samples, group=self.group, group_keys=keys_of_group)
 
     def _reference(self) -> None:
         if "reference" not in self.top:
@@ -173,7 +177,7 @@ class _Job:
     def _reward(self, path: Key, model: str) -> None:
         role = Role(self.t, path, model, "rewards")
         user_args: dict[str, Any] = {}
-        role.given.get("worker_cls", str)
+        self._reward_class(role)
         role.given.get("tag_included", list)
         if (
             role.strategy in ("vllm", "megatron_infer")
@@ -213,6 +217,17 @@ class _Job:
             user_args["model_name_or_path"] = role.model_args.values["model_name_or_path"]
         if user_args:
             role.t.put((*role.at, "model_args", "user_args"), user_args, path)
+
+    def _reward_class(self, role: Role) -> None:
+        """Check that a reward says what scores, where the entry script is ours and asks for it."""
+        name = role.given.get("worker_cls", str)
+        if self.top.values.get("entry_script") not in (None, ENTRY_SCRIPT):
+            return
+        remedy = "name a class of yours as package.module.Class (docs/strategies.md, Rewards)"
+        if name is not None and not _CLASS.fullmatch(name):
+            self.t.report(role.given.key("worker_cls"), f"is no class: {remedy}")
+        elif "worker_cls" not in role.given.values and role.strategy in (None, "vllm"):
+            self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
 
     def _critic(self) -> Role:
         if "critic" not in self.top:
@@ -281,10 +296,12 @@ class _Job:
 
     def _data(self, trainer: Role) -> None:
         given = trainer.data_args
-        if "file_name" in given:
-            self.t.put(("runtime", "data_path"), given.values["file_name"], given.key("file_name"))
-        if "max_samples" in given:
-            limit = given.values["max_samples"]
+        self.t.put(("runtime", "data_path"), given.values.get("file_name"), given.key("file_name"))
+        if given.values.get("file_name") in (None, "", []):
+            rule = "must name the jsonl file, or a list of them, with the prompts of training"
+            self.t.report(given.key("file_name"), rule)
+        limit = max_samples(self.t, given)
+        if limit is not None:
             self.t.put(("runtime", "training_data_num_limit"), limit, given.key("max_samples"))
         if "prompt" in given:
             target = ("models", "policy", "model_args", "prompt_key")
