@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem, dotted_key
+from chatlearn_vllm.config.strategies.homes import home_of
 from chatlearn_vllm.config.strategies.keys import Becomes, Keys, NoEffect
 from chatlearn_vllm.config.tree import BROKEN, Tree
 
@@ -123,8 +124,10 @@ class Given:
                     translation.has_no_effect((*path, name), entry.why)
             elif entry is None and name not in further:
                 self.unknown.add(name)
+                home = home_of(path, str(name))
                 nearest = difflib.get_close_matches(str(name), [*keys, *sorted(further)], n=1)
-                translation.report((*path, name), "unknown key", nearest[0] if nearest else None)
+                suggestion = nearest[0] if nearest and not home else None
+                translation.report((*path, name), home or "unknown key", suggestion)
 
     def __contains__(self, name: str) -> bool:
         """Whether a key has a value that can be used."""

@@ -6,14 +6,16 @@ import math
 from typing import Any
 
 from chatlearn_vllm.config.devices import parse_device_mapping
-from chatlearn_vllm.config.model_args import (
-    LoraArgs,
-    ParallelArgs,
-    SamplingArgs,
-    SchedulerArgs,
-)
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies.fields import (
+    ALL_LORA_LAYERS,
+    RECOMPUTE,
+    megatron_fields,
+    sampling_fields,
+    transformers_fields,
+    vllm_fields,
+)
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.tree import BROKEN
 from chatlearn_vllm.config.upstream_fields import upstream_fields
@@ -32,15 +34,6 @@ _LORA_LAYERS = {
     "gate_proj": "linear_fc1", "up_proj": "linear_fc1",
     "down_proj": "linear_fc2",
 }  # fmt: skip
-_ALL_LORA_LAYERS = tuple(LoraArgs.model_fields["target_modules"].default)
-_RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-_OURS_ON_MEGATRON = frozenset(
-    {*ParallelArgs.model_fields, *_RECOMPUTE, "bf16", "fp16"} - {"enable_expert_parallel"}
-)
-_OURS_ON_VLLM = frozenset({*SchedulerArgs.model_fields, "enable_expert_parallel", "tokenizer"})
-_SAMPLING = frozenset(
-    name for name in SamplingArgs.model_fields if not name.startswith("eval_")
-) - {"n", "use_beam_search", "stop_token_list", "new_token_limit", "apply_replica_id_to_seed"}
 
 _SCHEDULES = {
     "linear": "linear",
@@ -165,17 +158,14 @@ class Role:
         return allowed[0]
 
     def _strategy_config(self, path: Key) -> Given:
-        upstream = upstream_fields()
         if not self.is_supported:
             return Given(self.t, (*path, "of another strategy"), {})
         if self.strategy == "vllm":
-            further = (_OURS_ON_VLLM | upstream["engine_args"]) | {*keys.VLLM_SET_ELSEWHERE}
-            return Given(self.t, path, keys.VLLM, further)
+            return Given(self.t, path, keys.VLLM, vllm_fields())
         if self.kind == "actor_infer":
-            return Given(self.t, path, keys.VLLM, _OURS_ON_VLLM | {*keys.VLLM_SET_ELSEWHERE})
+            return Given(self.t, path, keys.VLLM, transformers_fields())
         if self.strategy in ("megatron_train", "megatron_infer"):
-            further = _OURS_ON_MEGATRON | (upstream["transformer_args"] - {"params_dtype"})
-            return Given(self.t, path, keys.MEGATRON, further)
+            return Given(self.t, path, keys.MEGATRON, megatron_fields())
         return Given(self.t, path, {})
 
     def _devices(self) -> int:
@@ -366,7 +356,7 @@ class Role:
         key = self.model_args.key("disable_gradient_checkpointing")
         if not self.model_args.get("disable_gradient_checkpointing", bool, False):
             return
-        asked = [name for name in _RECOMPUTE if name in self.config]
+        asked = [name for name in RECOMPUTE if name in self.config]
         if asked:
             self.t.report(key, f"contradicts {asked[0]} of its strategy_config; keep one of them")
 
@@ -378,7 +368,7 @@ class Role:
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
         key = args.key("lora_target")
         if names in (["all"], ["all-linear"]):
-            layers = _ALL_LORA_LAYERS
+            layers = ALL_LORA_LAYERS
         elif not isinstance(names, list) or any(name not in _LORA_LAYERS for name in names):
             self.t.report(key, f"must be all-linear, or some of: {', '.join(_LORA_LAYERS)}")
             return
@@ -455,8 +445,8 @@ class Role:
 
 def generating_args(translation: Translation, path: Key) -> Given:
     """The `generating_args` of a role or of the validation."""
-    further = _SAMPLING | upstream_fields()["sampling_args"] | {*keys.SAMPLING_SET_ELSEWHERE}
-    return Given(translation, (*path, "generating_args"), keys.GENERATING_ARGS, further)
+    at = (*path, "generating_args")
+    return Given(translation, at, keys.GENERATING_ARGS, sampling_fields())
 
 
 def temperature(given: Given) -> float:
