@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn_vllm.config.beam_checks import key_of_beams
 from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.server_checks import START
 
@@ -232,4 +233,5 @@ def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:
 def _key(feature: Feature, model: ModelConfig) -> tuple[str, ...]:
     if feature.key.startswith(":"):
         return tuple(feature.key[1:].split("."))
-    return ("models", model.name, "model_args", feature.key)
+    name = key_of_beams(model.model_args) if feature is FEATURES["beam search"] else feature.key
+    return ("models", model.name, "model_args", name)

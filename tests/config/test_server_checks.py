@@ -113,6 +113,14 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
             },
             "6 heads must be a multiple of tensor_model_parallel_size=4",
         ),
+        (
+            {"vllm_server": URL, "eval_num_beams": 4},
+            "eval_num_beams=4: needs an engine in the job's own processes",
+        ),
+        (
+            {"vllm_server": URL, "use_beam_search": True, "num_generations": 2},
+            "use_beam_search=True: needs an engine in the job's own processes",
+        ),
         ({"vllm_server": URL, "num_generations": 3}, "must be a multiple of 3"),
         ({"vllm_server": URL, "num_generations": 2, "num_inference_per_prompt": 2}, "older name"),
     ],

@@ -327,7 +327,7 @@ def test_devices_batches_and_engine_are_of_the_role(job):
     assert (args.inference_engine, args.max_num_seqs) == ("transformers", 7)
     assert args.attn_implementation == "flash_attention_2"
     assert loaded.notices == (
-        "actor_infer: no effect of block_size=16; vLLM's, and inference_engine is transformers",
+        "actor_infer: no effect of block_size=16; vLLM's, and strategy_name is hf_infer",
     )
     assert loaded.models["reward_rule"].num_replica == 8
 
@@ -641,6 +641,42 @@ def test_beams_are_of_the_evaluation(job):
 def test_what_a_launch_would_refuse_is_refused_by_the_users_keys(job, overrides, line):
     (found,) = problems_of(job, overrides)
     assert found.startswith(line)
+
+
+HF = "actor_infer.strategy_args.strategy_name=hf_infer"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            [HF, f"{CONFIG}tensor_parallel_size=2"],
+            f"{CONFIG}tensor_parallel_size=2: works with one "
+            "rank per replica; set tensor_parallel_size: 1, or strategy_name: vllm",
+        ),
+        (
+            [HF, f"{CONFIG}quantization=fp8"],
+            f"{CONFIG}quantization='fp8': is vLLM's; leave it out, or set strategy_name: vllm",
+        ),
+        (
+            [HF, f"{CONFIG}kv_cache_dtype=fp8"],
+            f"{CONFIG}kv_cache_dtype='fp8': has no meaning for "
+            "strategy_name: hf_infer; leave it out, or set strategy_name: vllm",
+        ),
+        (
+            ["validation.generating_args.num_beams=4", f"{INFER}stop_strings=['x']"],
+            f"{INFER}stop_strings=['x']: does not go with num_beams of validation.generating_args: "
+            "a beam ends with a token; leave it out, or say stop_token_ids",
+        ),
+    ],
+)
+def test_rules_of_engines_are_told_in_the_words_of_the_file(job, overrides, line):
+    assert problems_of(job, overrides) == [f"command line: {line}"]
+
+
+def test_what_transformers_reads_of_an_engine_s_arguments_may_be_given(job):
+    loaded = load_config(job, [HF, f"{CONFIG}trust_remote_code=True", f"{CONFIG}swap_space=4"])
+    assert loaded.models["policy"].model_args.engine_args == {"trust_remote_code": True}
 
 
 def test_an_entry_script_of_ones_own_says_itself_what_a_reward_is(job):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.homes import home_of
 from tests.config.strategy_job import CONFIG, JOB, problems_of
 
@@ -27,7 +28,10 @@ from tests.config.strategy_job import CONFIG, JOB, problems_of
 )
 def test_a_key_in_the_wrong_map_is_told_its_own(key, place):
     *path, name = key.split(".")
-    assert home_of(tuple(path), name) == f"unknown key here; it belongs in {place}"
+    assert (
+        home_of(tuple(path), name, {} if path else keys.TOP)
+        == f"unknown key here; it belongs in {place}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,9 +39,11 @@ def test_a_key_in_the_wrong_map_is_told_its_own(key, place):
     [
         ("actor_train.training_args.max_grad_norm", "unknown key here; it belongs at the top of "
          "the file"),
-        ("actor_train.training_args.lr", "unknown key; it is called learning_rate here, in "
+        ("actor_train.lr", "unknown key; it is called learning_rate here, in "
          "actor_train.training_args"),
-        ("num_episode", "unknown key; it is called max_steps here, at the top of the file"),
+        ("actor_infer.num_episode", "unknown key; it is called max_steps here, at the top of the "
+         "file"),
+        ("num_episode", "unknown key; it is called max_steps here"),
         ("num_generations", "unknown key: num_return_sequences_in_group, at the top, says it"),
         ("inference_engine", "unknown key: strategy_args.strategy_name says which engine a role "
          "has: vllm or hf_infer"),
@@ -50,7 +56,16 @@ def test_a_key_in_the_wrong_map_is_told_its_own(key, place):
 )  # fmt: skip
 def test_a_key_by_another_name_is_told_that_of_this_dialect(key, rule):
     *path, name = key.split(".")
-    assert home_of(tuple(path), name) == rule
+    assert home_of(tuple(path), name, {} if path else keys.TOP) == rule
+
+
+def test_parallel_sizes_have_the_name_of_the_engine_that_they_are_of(write):
+    path = write("job.yaml", JOB)
+    (line,) = problems_of(path, [f"{CONFIG}tensor_model_parallel_size=2"])
+    assert line.endswith("unknown key; it is called tensor_parallel_size here")
+    config = "actor_train.strategy_args.strategy_config."
+    (line,) = problems_of(path, [f"{config}tensor_parallel_size=2"])
+    assert line.endswith("unknown key; it is called tensor_model_parallel_size here")
 
 
 def test_a_server_is_told_to_be_of_the_other_dialect(write):

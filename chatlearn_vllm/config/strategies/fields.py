@@ -2,7 +2,7 @@
 
 from chatlearn_vllm.config.model_args import LoraArgs, ParallelArgs, SamplingArgs, SchedulerArgs
 from chatlearn_vllm.config.strategies import keys
-from chatlearn_vllm.config.upstream_fields import FIELDS_WITHOUT_VLLM, upstream_fields
+from chatlearn_vllm.config.upstream_fields import upstream_fields
 
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 ALL_LORA_LAYERS = tuple(LoraArgs.model_fields["target_modules"].default)
@@ -22,13 +22,8 @@ def sampling_fields() -> frozenset[str]:
 
 
 def vllm_fields() -> frozenset[str]:
-    """Of the strategy_config of vllm."""
+    """Of the strategy_config of vllm, and of hf_infer, which has no use for some of them."""
     return _OURS_ON_VLLM | upstream_fields()["engine_args"] | {*keys.VLLM_SET_ELSEWHERE}
-
-
-def transformers_fields() -> frozenset[str]:
-    """Of the strategy_config of hf_infer in actor_infer."""
-    return _OURS_ON_VLLM | FIELDS_WITHOUT_VLLM["engine_args"] | {*keys.VLLM_SET_ELSEWHERE}
 
 
 def megatron_fields() -> frozenset[str]:

@@ -124,7 +124,7 @@ class Given:
                     translation.has_no_effect((*path, name), entry.why)
             elif entry is None and name not in further:
                 self.unknown.add(name)
-                home = home_of(path, str(name))
+                home = home_of(path, str(name), keys, further)
                 nearest = difflib.get_close_matches(str(name), [*keys, *sorted(further)], n=1)
                 suggestion = nearest[0] if nearest and not home else None
                 translation.report((*path, name), home or "unknown key", suggestion)

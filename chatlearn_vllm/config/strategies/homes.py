@@ -36,12 +36,14 @@ _MAPS: tuple[tuple[tuple[str, ...], keys.Keys, tuple[str, ...]], ...] = (
 )
 
 
-def home_of(path: Key, name: str) -> str | None:
+def home_of(path: Key, name: str, table: keys.Keys, further: Collection[str] = ()) -> str | None:
     """What is to be said of a key that its map does not know.
 
     Args:
         path: of the map that it stands in.
         name: of the key.
+        table: of the map.
+        further: names that the map knows besides.
 
     Returns:
         The rule that names its place, None where there is none.
@@ -50,10 +52,12 @@ def home_of(path: Key, name: str) -> str | None:
         return f"unknown key: {_SERVER}"
     if name in _OTHER_WORDS:
         return f"unknown key: {_OTHER_WORDS[name]}"
+    if same := _same_here(name, table, further):
+        return f"unknown key; it is called {same} here"
     if path and isinstance(keys.TOP.get(name), keys.Becomes):
         return "unknown key here; it belongs at the top of the file"
-    for inner, table, roles in _MAPS:
-        if isinstance(table.get(name), keys.Becomes):
+    for inner, other, roles in _MAPS:
+        if isinstance(other.get(name), keys.Becomes):
             return _belongs(path, inner, roles)
     for inner, names, roles in (
         (("generating_args",), sampling_fields(), (*_GENERATES, "validation")),
@@ -62,14 +66,24 @@ def home_of(path: Key, name: str) -> str | None:
     ):
         if name in names:
             return _belongs(path, inner, roles)
-    for theirs, entry in keys.TOP.items():
+    if same := _same_here(name, keys.TOP, ()):
+        return f"unknown key; it is called {same} here, at the top of the file"
+    for inner, other, roles in _MAPS:
+        if same := _same_here(name, other, ()):
+            place = dotted_key(_place(path, inner, roles))
+            return f"unknown key; it is called {same} here, in {place}"
+    return None
+
+
+def _same_here(name: str, table: keys.Keys, further: Collection[str]) -> str | None:
+    """What a map calls that which is written under our name, or under that of another map."""
+    for theirs, entry in table.items():
         if name in _ours(entry):
-            return f"unknown key; it is called {theirs} here, at the top of the file"
-    for inner, table, roles in _MAPS:
-        for theirs, entry in table.items():
-            if name in _ours(entry):
-                place = dotted_key(_place(path, inner, roles))
-                return f"unknown key; it is called {theirs} here, in {place}"
+            return theirs
+    for _, other, _ in _MAPS:
+        for ours in _ours(other[name]) if name in other else ():
+            if ours in further:
+                return ours
     return None
 
 

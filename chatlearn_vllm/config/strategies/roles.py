@@ -13,7 +13,6 @@ from chatlearn_vllm.config.strategies.fields import (
     RECOMPUTE,
     megatron_fields,
     sampling_fields,
-    transformers_fields,
     vllm_fields,
 )
 from chatlearn_vllm.config.strategies.given import Given, Translation
@@ -160,10 +159,8 @@ class Role:
     def _strategy_config(self, path: Key) -> Given:
         if not self.is_supported:
             return Given(self.t, (*path, "of another strategy"), {})
-        if self.strategy == "vllm":
+        if self.strategy == "vllm" or self.kind == "actor_infer":
             return Given(self.t, path, keys.VLLM, vllm_fields())
-        if self.kind == "actor_infer":
-            return Given(self.t, path, keys.VLLM, transformers_fields())
         if self.strategy in ("megatron_train", "megatron_infer"):
             return Given(self.t, path, keys.MEGATRON, megatron_fields())
         return Given(self.t, path, {})

@@ -329,5 +329,13 @@ class _Job:
                 "lr_warmup_iters": "warmup_steps",
                 "lr_decay_style": "lr_scheduler_type",
                 "lr": "learning_rate",
+                "eval_num_beams": "num_beams of validation.generating_args",
+                "inference_engine: vllm": "strategy_name: vllm",
+                "inference_engine: transformers": "strategy_name: hf_infer",
+                "inference_engine is transformers": "strategy_name is hf_infer",
+                # In remedies of the model that generates; on megatron-core they have our names.
+                "set tensor_model_parallel_size: 1": "set tensor_parallel_size: 1",
+                "set pipeline_model_parallel_size: 1": "set pipeline_parallel_size: 1",
+                "a larger tensor_model_parallel_size": "a larger tensor_parallel_size",
             }
         )
