@@ -424,6 +424,8 @@ def test_gae_is_ppo_with_a_critic(job):
         (["actor_infer.use_dynamic_batching_in_infer=True"], "batching_in_infer=True (of roles on"),
         (["rewards.rule.use_sequence_packing=True"], "use_sequence_packing=True (of roles on mega"),
         (["adv_estimator=reinforce"], None),
+        ([f"{CONFIG}disable_mm_preprocessor_cache=True"], "disable_mm_preprocessor_cache=True "
+         "(prompts are text)"),
         (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
         (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
          "reference (not started without a KL penalty: use_kl_loss with grpo"),
@@ -516,6 +518,10 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         ("rollout_batch_size=0", "rollout_batch_size=0: must be at least 1"),
         ("rollout_batch_size=2", "job.yaml: actor_train.training_args.gradient_accumulation_steps=2"
          ": must be at most rollout_batch_size x num_return_sequences_in_group=8"),
+        ("loss_agg_mode=seq-mean-token-sum", "is a loss that grows with response_length; set "
+         "seq-mean-token-sum-norm, which is this one divided by response_length"),
+        ("actor_train.strategy_args.strategy_config={context_parallel_size: 2, additional_configs: "
+         "{}}", "context_parallel_size=2: must be 1, a sequence is not split over ranks here"),
         ("loss_agg_mode=x", "loss_agg_mode='x': must be one of: token-mean, seq-mean-token-mean"),
         (f"{INFER}num_return_sequences=3", f"{INFER}num_return_sequences=3: must be "
          "num_return_sequences_in_group=4"),

@@ -460,6 +460,7 @@ VLLM: Keys = {
     "load_format": Becomes(
         "model_args.load_format", "default dummy (auto for a reward): weights come with the sync"
     ),
+    "disable_mm_preprocessor_cache": NoEffect("prompts are text"),
     "data_parallel_size": NoEffect("replicas follow from device_mapping", (None, 1)),
     "distributed_executor_backend": NoEffect("each rank runs in a process of this job"),
     "enable_sleep_mode": NoEffect("it is on where the policy shares devices", (None, True)),

@@ -63,8 +63,7 @@ class Loss:
         if top.get("dual_clip_loss", bool, False):
             put("dual_clip", 1 + 2 * clip, ("dual_clip_loss",))
         self._correction(trainer)
-        put("loss_agg", top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean"),
-            ("loss_agg_mode",))  # fmt: skip
+        put("loss_agg", self._aggregation(), ("loss_agg_mode",))
         ratio = top.choose("importance_sampling", {"token": "token", "seq": "sequence"}, "token")
         put("ratio_level", ratio, ("importance_sampling",))
         if self.is_ppo and "target_kl" in top:
@@ -170,6 +169,17 @@ class Loss:
         for name in told:
             if top.values.get(name) not in (None, False, "group", BROKEN):
                 self.t.has_no_effect((name,), why)
+
+    def _aggregation(self) -> str:
+        """One of our loss_agg."""
+        if self.top.values.get("loss_agg_mode") == "seq-mean-token-sum":
+            rule = (
+                "is a loss that grows with response_length; set seq-mean-token-sum-norm, which is "
+                "this one divided by response_length"
+            )
+            self.t.report(("loss_agg_mode",), rule)
+            return "seq-mean"
+        return self.top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean")
 
     def _correction(self, trainer: Role) -> None:
         """Set the weights that make up for the rollout's other log-probabilities."""

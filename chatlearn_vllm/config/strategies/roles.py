@@ -317,9 +317,9 @@ class Role:
     @property
     def data_parallel_size(self) -> int:
         """Of a role on megatron-core; 1 where the devices do not fit, which is reported later."""
-        ranks = self._size("tensor_model_parallel_size") * self._size(
-            "pipeline_model_parallel_size"
-        )
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        # The last is refused, and what follows from that is not told, too.
+        ranks = math.prod(map(self._size, (*names, "context_parallel_size")))
         return max(1, self.num_devices // ranks)
 
     # ---- trainers ---------------------------------------------------------------------------
