@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from chatlearn_vllm.config.devices import draw_replicas
@@ -46,7 +47,7 @@ def check_device_mappings(job: JobConfig, report: Reporter) -> None:
             continue
         report.require(bool(devices), key, "names no device; leave it out for a model on CPUs")
         report.require(all(device >= 0 for device in devices), key, "devices count from 0")
-        twice = sorted({device for device in devices if devices.count(device) > 1})
+        twice = sorted(device for device, count in Counter(devices).items() if count > 1)
         report.require(not twice, key, f"names device {', '.join(map(str, twice))} more than once")
         report.require(
             model.num_gpu == len(devices),

@@ -458,8 +458,8 @@ def test_a_critic_without_gae_is_named_and_gae_without_a_critic_refused(job):
     assert "ppo_value" not in loaded.models
     assert "critic (only PPO has one: adv_estimator: gae)" in loaded.notices[0]
     job.write_text(JOB.replace("grpo", "gae"))
-    lines = problems_of(job)
-    assert any("adv_estimator='gae': gae needs a critic" in line for line in lines)
+    (line,) = problems_of(job)
+    assert "adv_estimator='gae': gae needs a critic" in line
 
 
 def test_rewards_may_be_rules_and_models(job):
@@ -531,7 +531,8 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
          "'list(range(0,2))': 2 devices are not a multiple of tensor_model_parallel_size x"),
         ("actor_infer.device_mapping=__import__('os')", "actor_infer.device_mapping="
          "\"__import__('os')\": \"__import__('os')\" is not understood; write it as list"),
-        ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device"),
+        ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device; "
+         "name some, as in list(range(0,8)) or [0, 1]"),
         ("actor_infer.device_mapping=list(range(0,${nowhere}))", "the file has no key nowhere"),
         ("actor_infer.generating_args.3=4", "generating_args.3=4: unknown key"),
         ("rewards.rule.worker_cls=3", "rewards.rule.worker_cls=3: must be text"),
@@ -590,6 +591,16 @@ def test_a_mistake_names_the_users_key_value_and_rule(job, override, line):
     assert any(line in one for one in lines), lines
     if "None" not in override and "=sglang" not in override:
         assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["max_steps='100'", "ppo_epochs=0", "ppo_epochs=x", "rewards=x", "rewards.rule=x",
+     "actor_infer=x", "actor_infer.device_mapping=x"],
+)  # fmt: skip
+def test_a_wrong_value_is_told_once(job, override):
+    (line,) = problems_of(job, [override])
+    assert line.startswith(f"command line: {override.partition('=')[0]}=")
 
 
 def test_a_file_with_models_and_roles_is_refused(write):

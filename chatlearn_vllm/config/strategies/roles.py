@@ -196,7 +196,9 @@ class Role:
         return len(devices)
 
     def _without_devices(self) -> str:
-        return "; leave it out for a reward on CPUs" if self.kind == "rewards" else ""
+        if self.kind == "rewards":
+            return "; leave it out for a reward on CPUs"
+        return "; name some, as in list(range(0,8)) or [0, 1]"
 
     def weights(self, seed: Any, *fallbacks: Key) -> None:
         """Set checkpoint, type and seed.

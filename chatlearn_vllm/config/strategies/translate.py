@@ -42,6 +42,7 @@ def translate(source: Tree, main_file: Path, problems: list[Problem], notices: l
     """
     job = _Job(Translation(source, str(main_file), problems), main_file)
     job.translate()
+    job.t.break_reported()
     notices += [f"{main_file}: {text}" for text in job.t.notices()]
     return job.t.job
 
@@ -78,8 +79,11 @@ class _Job:
             self._reward(path, model)
         if not rewards:
             self.t.report(("rewards",), "must name at least one: nothing is learned without")
-        if self.loss.is_ppo:
+        if self.loss.is_ppo and "critic" in self.top:
             trainers.append(self._critic())
+        elif self.loss.is_ppo:
+            rule = "gae needs a critic; without one take adv_estimator: grpo or reinforce"
+            self.t.report(("adv_estimator",), rule)
         elif "critic" in self.top:
             self.t.has_no_effect(("critic",), "only PPO has one: adv_estimator: gae")
         self._trainers(trainers)
@@ -230,9 +234,6 @@ class _Job:
             self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
 
     def _critic(self) -> Role:
-        if "critic" not in self.top:
-            rule = "gae needs a critic; without one take adv_estimator: grpo or reinforce"
-            self.t.report(("adv_estimator",), rule)
         role = Role(self.t, ("critic",), "ppo_value", "critic")
         clip = self.top.get("value_clip", float)
         role.put("cliprange_value", clip, ("value_clip",))
