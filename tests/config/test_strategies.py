@@ -528,7 +528,7 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         (f"{INFER}stop_strings=['a;b']", "must be a list of texts without a semicolon"),
         (f"{INFER}logprobs=None", "logprobs=None: must be 0 or more"),
         (f"{CONFIG}tensor_parallel_size=3", "job.yaml: actor_infer.device_mapping="
-         "'list(range(0,2))': 2 devices are not a multiple of tensor_model_parallel_size x"),
+         "'list(range(0,2))': 2 devices are not a multiple of tensor_parallel_size x pipeline_pa"),
         ("actor_infer.device_mapping=__import__('os')", "actor_infer.device_mapping="
          "\"__import__('os')\": \"__import__('os')\" is not understood; write it as list"),
         ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device; "
@@ -736,6 +736,7 @@ def test_devices_that_make_no_whole_replicas_are_drawn(job):
     overrides = ["actor_infer.device_mapping=list(range(0,3))+[8,9]",
                  f"{CONFIG}tensor_parallel_size=2"]  # fmt: skip
     (line,) = problems_of(job, overrides)
+    assert "5 devices are not a multiple of tensor_parallel_size x pipeline_parallel_size" in line
     assert line.splitlines()[1:] == [
         "      device        0    1    2    8    9",
         "      replica.rank  0.0  0.1  1.0  1.1  left",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from chatlearn_vllm.config.devices import parse_device_mapping
+from chatlearn_vllm.config.devices import parse_device_mapping, uneven_replicas
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.fields import (
@@ -184,6 +184,11 @@ class Role:
             devices = parse_device_mapping(given)
             if not devices:
                 raise ValueError(f"names no device{self._without_devices()}")
+            if self.strategy == "vllm":
+                # On megatron-core the sizes have our names, and the rule of all models says this.
+                names = ("tensor_parallel_size", "pipeline_parallel_size")
+                if rule := uneven_replicas(devices, {name: self._size(name) for name in names}):
+                    raise ValueError(rule)
         except ValueError as error:
             self.t.report(key, str(error))
             self.t.put((*self.at, "device_mapping"), BROKEN, key)
