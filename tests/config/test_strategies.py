@@ -649,6 +649,7 @@ def test_beams_are_of_the_evaluation(job):
          "data_args.max_samples=0: leaves no record"),
         (["rewards.rule=None"], "command line: rewards.rule=None: needs worker_cls, which says how "
          "it scores: name a class of yours as package.module.Class (docs/strategies.md, Rewards)"),
+        (["rewards.rule.worker_cls=None"], "job.yaml: rewards.rule: needs worker_cls, which says"),
         (["rewards.judge={strategy_args: {strategy_name: vllm}, device_mapping: [4]}"],
          "command line: rewards.judge: needs worker_cls, which says how it scores"),
         (["rewards.rule.worker_cls=Rule"], "command line: rewards.rule.worker_cls='Rule': is no "

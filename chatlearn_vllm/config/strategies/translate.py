@@ -230,7 +230,7 @@ class _Job:
         remedy = "name a class of yours as package.module.Class (docs/strategies.md, Rewards)"
         if name is not None and not _CLASS.fullmatch(name):
             self.t.report(role.given.key("worker_cls"), f"is no class: {remedy}")
-        elif "worker_cls" not in role.given.values and role.strategy in (None, "vllm"):
+        elif role.given.values.get("worker_cls") is None and role.strategy in (None, "vllm"):
             self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
 
     def _critic(self) -> Role:
