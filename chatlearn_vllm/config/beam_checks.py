@@ -1,10 +1,14 @@
 """What goes together with a beam search?"""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-from chatlearn_vllm.config.model_args import ModelArgs
-from chatlearn_vllm.config.problems import Key
-from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config.model_args import ModelArgs
+    from chatlearn_vllm.config.problems import Key
+    from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
 
 SAMPLING_KEYS = ("stop_token_ids",)
 """Those fields of vLLM's SamplingParams without a key of their own that a beam search reads."""

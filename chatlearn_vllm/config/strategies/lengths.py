@@ -36,7 +36,7 @@ class Lengths:
         if total is not None and total != self.sequence:
             translation.report(("sequence_length",), self._rule_of_sequence_length(total))
         self.response_of_policy = self.response
-        """Tokens that the policy really generates at most."""
+        """Tokens that actor_infer is asked for at most."""
 
     @property
     def sequence(self) -> int:
