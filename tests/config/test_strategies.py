@@ -697,8 +697,9 @@ def test_what_transformers_reads_of_an_engine_s_arguments_may_be_given(job):
     assert loaded.models["policy"].model_args.engine_args == {"trust_remote_code": True}
 
 
-def test_an_entry_script_of_ones_own_says_itself_what_a_reward_is(job):
+def test_an_entry_script_of_ones_own_says_itself_what_scores_and_where_prompts_are(job):
     load_config(job, ["rewards.rule=None", "entry_script=mine.py"])
+    load_config(job, [f"{ACTOR}data_args.file_name=None", "entry_script=mine.py"])
     load_config(job, ["rewards.rule.worker_cls=Rule", "entry_script=mine.py"])
 
 

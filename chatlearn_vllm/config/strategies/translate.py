@@ -225,13 +225,17 @@ class _Job:
     def _reward_class(self, role: Role) -> None:
         """Check that a reward says what scores, where the entry script is ours and asks for it."""
         name = role.given.get("worker_cls", str)
-        if self.top.values.get("entry_script") not in (None, ENTRY_SCRIPT):
+        if self._has_own_script():
             return
         remedy = "name a class of yours as package.module.Class (docs/strategies.md, Rewards)"
         if name is not None and not _CLASS.fullmatch(name):
             self.t.report(role.given.key("worker_cls"), f"is no class: {remedy}")
         elif role.given.values.get("worker_cls") is None and role.strategy in (None, "vllm"):
             self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
+
+    def _has_own_script(self) -> bool:
+        """Whether a script of the user's says what trains on what."""
+        return self.top.values.get("entry_script") not in (None, ENTRY_SCRIPT)
 
     def _critic(self) -> Role:
         role = Role(self.t, ("critic",), "ppo_value", "critic")
@@ -298,7 +302,7 @@ class _Job:
     def _data(self, trainer: Role) -> None:
         given = trainer.data_args
         self.t.put(("runtime", "data_path"), given.values.get("file_name"), given.key("file_name"))
-        if given.values.get("file_name") in (None, "", []):
+        if given.values.get("file_name") in (None, "", []) and not self._has_own_script():
             rule = "must name the jsonl file, or a list of them, with the prompts of training"
             self.t.report(given.key("file_name"), rule)
         limit = max_samples(self.t, given)
