@@ -1,10 +1,14 @@
 """What goes together with a beam search?"""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-from chatlearn_vllm.config.model_args import ModelArgs
-from chatlearn_vllm.config.problems import Key
-from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.config.model_args import ModelArgs
+    from chatlearn_vllm.config.problems import Key
+    from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig
 
 SAMPLING_KEYS = ("stop_token_ids",)
 """Those fields of vLLM's SamplingParams without a key of their own that a beam search reads."""
@@ -31,7 +35,7 @@ def beam_problems(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[
         )
     if not any(beams.values()):
         return
-    asked = _asked(args, beams)
+    asked = key_of_beams(args)
     for prefix, is_eval in (("", False), ("eval_", True)):
         for name, neutral in _PENALTIES.items():
             if beams[is_eval] and args[prefix + name] != neutral:
@@ -48,12 +52,14 @@ def beam_problems(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[
     if args.prompt_logprobs is not None:
         yield (*at, "prompt_logprobs"), f"must be None with {asked}"
     for name in args.sampling_args:
-        if name not in SAMPLING_KEYS:
+        # How stop strings end is told with these.
+        is_of_stops = name == "include_stop_str_in_output" and args.stop_token_list
+        if name not in SAMPLING_KEYS and not is_of_stops:
             yield (*at, name), f"does not go with {asked}; leave it out"
 
 
-def _asked(args: ModelArgs, beams: dict[bool, bool]) -> str:
-    """The key that asks for beams."""
-    if not beams[False]:
-        return "eval_num_beams"
-    return "num_beams" if args.num_beams > 1 else "use_beam_search"
+def key_of_beams(args: ModelArgs) -> str:
+    """The key that asks for beams, in a model that is asked for them."""
+    if args.num_beams > 1:
+        return "num_beams"
+    return "use_beam_search" if args.use_beam_search else "eval_num_beams"

@@ -7,7 +7,7 @@ from typing import Protocol
 from chatlearn_vllm.config.beam_checks import beam_problems
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
-from chatlearn_vllm.config.engine_support import without_effect
+from chatlearn_vllm.config.engine_notices import without_effect
 from chatlearn_vllm.config.model_args import (
     DTYPE_OF_FLAG,
     LoggingArgs,
@@ -384,8 +384,7 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
-        unused, why = without_effect(args)
-        if unused:
+        for unused, why in without_effect(model):
             yield f"models.{name}: no effect of {', '.join(unused)}; {why}"
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"

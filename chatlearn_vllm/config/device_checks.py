@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from chatlearn_vllm.config.devices import draw_replicas
+from chatlearn_vllm.config.devices import uneven_replicas
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.checks import Reporter
@@ -18,15 +19,14 @@ def check_replicas(model: ModelConfig, report: Reporter) -> bool:
     sizes = [(*at, "tensor_model_parallel_size"), (*at, "pipeline_model_parallel_size")]
     sizes += [(*at, "model_args", size[-1]) for size in sizes]
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    product = f"tensor_model_parallel_size x pipeline_model_parallel_size = {tp} x {pp}"
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     divides = model.num_gpu % (tp * pp) == 0
     if model.device_mapping is None:
-        key, rule = (*at, "num_gpu"), f"must be a multiple of {product}"
+        rule = f"must be a multiple of {' x '.join(names)} = {tp} x {pp}"
+        report.require(divides, (*at, "num_gpu"), rule, given=sizes)
     else:
-        drawing = draw_replicas(model.device_mapping, tp * pp).replace("\n", "\n      ")
-        key = (*at, "device_mapping")
-        rule = f"{model.num_gpu} devices are not a multiple of {product}:\n      {drawing}"
-    report.require(divides, key, rule, given=sizes)
+        rule = uneven_replicas(model.device_mapping, dict(zip(names, (tp, pp), strict=True)))
+        report.require(rule is None, (*at, "device_mapping"), rule or "", given=sizes)
     return divides
 
 
@@ -46,7 +46,7 @@ def check_device_mappings(job: JobConfig, report: Reporter) -> None:
             continue
         report.require(bool(devices), key, "names no device; leave it out for a model on CPUs")
         report.require(all(device >= 0 for device in devices), key, "devices count from 0")
-        twice = sorted({device for device in devices if devices.count(device) > 1})
+        twice = sorted(device for device, count in Counter(devices).items() if count > 1)
         report.require(not twice, key, f"names device {', '.join(map(str, twice))} more than once")
         report.require(
             model.num_gpu == len(devices),

@@ -1,7 +1,8 @@
 """Which devices does a `device_mapping` name, and which replica would lie on which of them?"""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_DEVICES = 65536
@@ -114,6 +115,21 @@ class _Parser:
     def _error(token: str) -> ValueError:
         place = f"{token!r} is not understood" if token else "ends too early"
         return ValueError(f"{place}; write it as {_FORM}")
+
+
+def uneven_replicas(devices: Sequence[int], sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with devices that make no whole replicas; None if they do.
+
+    Args:
+        devices: of a model.
+        sizes: its tensor and pipeline parallel size, by the names that the user has for them.
+    """
+    ranks = math.prod(sizes.values())
+    if len(devices) % ranks == 0:
+        return None
+    product = f"{' x '.join(sizes)} = {' x '.join(map(str, sizes.values()))}"
+    drawing = draw_replicas(devices, ranks).replace("\n", "\n      ")
+    return f"{len(devices)} devices are not a multiple of {product}:\n      {drawing}"
 
 
 def draw_replicas(devices: Sequence[int], ranks_per_replica: int) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chatlearn_vllm.config.beam_checks import key_of_beams
 from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.server_checks import START
-from chatlearn_vllm.config.transformers_checks import unknown_engine_args
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.model_args import ModelArgs
@@ -33,13 +33,6 @@ METHODS = (*NGRAM_METHODS, *DRAFT_DIR_METHODS, "mtp", "dspark", "custom_class")
 def draws_drafts(args: ModelArgs) -> bool:
     """Whether drafts are drawn from the draft's own distribution."""
     return (args.speculative_config or {}).get("draft_sample_method") == "probabilistic"
-
-
-_OF_VLLM = (
-    "gpu_memory_utilization", "block_size", "max_num_batched_tokens", "enforce_eager",
-    "enable_prefix_caching",
-)  # fmt: skip
-"""Keys of the schema that only an engine reads which is vLLM's and the job's."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +221,6 @@ def conflicts(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[tupl
                 yield _key(FEATURES[name], model), clash.why
 
 
-def without_effect(args: ModelArgs) -> tuple[list[str], str]:
-    """Arguments of an engine that a role's own has no use for, as `key=value`, and why."""
-    given = [f"{name}={args[name]!r}" for name in _OF_VLLM if name in args.model_fields_set]
-    if args.inference_engine == "transformers":
-        return [*given, *unknown_engine_args(args)], "vLLM's, and inference_engine is transformers"
-    if args.inference_engine == "server" and args.vllm_server != (START,):
-        return given, "give them to the server when you start it"
-    return [], ""
-
-
 def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:
     """Why vLLM cannot do on a machine without GPUs what it is asked for; None if it can."""
     for name in asked_for(model, runtime):
@@ -250,4 +233,5 @@ def cpu_problem(model: ModelConfig, runtime: RuntimeConfig) -> str | None:
 def _key(feature: Feature, model: ModelConfig) -> tuple[str, ...]:
     if feature.key.startswith(":"):
         return tuple(feature.key[1:].split("."))
-    return ("models", model.name, "model_args", feature.key)
+    name = key_of_beams(model.model_args) if feature is FEATURES["beam search"] else feature.key
+    return ("models", model.name, "model_args", name)

@@ -47,7 +47,10 @@ def server_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
         yield (*at, "use_vllm"), "contradicts inference_engine: transformers; leave one of them out"
     if args.inference_engine != "server":
         if args.vllm_server:
-            rule = f"is not used with inference_engine: {args.inference_engine}; leave it out"
+            rule = (
+                f"is not used with inference_engine: {args.inference_engine}; leave it out, or set "
+                "inference_engine: server"
+            )
             yield (*at, "vllm_server"), rule
         return
     if not args.vllm_server:
@@ -85,7 +88,7 @@ def _address_problems(model: ModelConfig, addresses: tuple[str, ...]) -> Iterato
             f"of its own: set num_cpu: {num_servers * model.cpu_per_process}"
         )
         yield key, rule
-    elif len({address.rstrip("/") for address in addresses}) < num_servers:
+    elif len({_place_of(address) for address in addresses}) < num_servers:
         yield key, "names a server twice; each replica has a server of its own"
 
 
@@ -99,6 +102,12 @@ def _started_problems(model: ModelConfig, at: Key) -> Iterator[tuple[Key, str]]:
             "a machine without GPUs they are CPU cores)"
         )
         yield (*at, f"{size}_model_parallel_size"), rule
+
+
+def _place_of(address: str) -> tuple[str, str | None, int]:
+    """Where a server listens, however its URL is written."""
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
 def _url_problem(address: str) -> str | None:

@@ -69,8 +69,11 @@ class PlacementPlan:
         """A text table: one row per device, one column per model, `replica.rank` in the cells."""
         models = list(dict.fromkeys(rank.model for rank in self.ranks if rank.bundle is not None))
         rows = [["device", "share", *models]]
+        cells_of: dict[int | None, dict[str, str]] = {}
+        for rank in self.ranks:
+            cells_of.setdefault(rank.bundle, {})[rank.model] = f"{rank.replica}.{rank.rank}"
         for bundle, device in enumerate(self.devices):
-            cells = {r.model: f"{r.replica}.{r.rank}" for r in self.on_bundle(bundle)}
+            cells = cells_of.get(bundle, {})
             row = [str(device), f"1/{len(cells)}", *(cells.get(model, "-") for model in models)]
             rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

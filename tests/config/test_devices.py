@@ -1,9 +1,13 @@
 """Which devices does a device_mapping name, and what is said about one that does not fit?"""
 
+import time
+
 import pytest
 
 from chatlearn_vllm.config import ConfigError, load_config
-from chatlearn_vllm.config.devices import draw_replicas, parse_device_mapping
+from chatlearn_vllm.config.devices import MAX_DEVICES, draw_replicas, parse_device_mapping
+from chatlearn_vllm.job import place
+from tests.config import strategy_job
 
 
 @pytest.mark.parametrize(
@@ -109,3 +113,12 @@ def test_a_mapping_that_does_not_fit_is_named_with_its_rule(write, keys, line):
         load_config(write_job(write, **keys))
     (problem,) = error.value.problems
     assert line in str(problem)
+
+
+def test_a_job_of_many_devices_is_read_and_drawn_in_seconds(write):
+    path = write("job.yaml", strategy_job.JOB)
+    start = time.process_time()
+    job = load_config(path, [f"actor_infer.device_mapping=list(range(0,{MAX_DEVICES}))"])
+    drawing = place(job).describe().splitlines()
+    assert time.process_time() - start < 20  # a minute and more where each looks at all others
+    assert len(drawing) == 1 + MAX_DEVICES + 1  # names of the columns, and the reward on a CPU

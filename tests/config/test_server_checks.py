@@ -78,7 +78,10 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
     "given, message",
     [
         ({"inference_engine": "server"}, "server needs vllm_server: the server's URL, or `start`"),
-        ({"inference_engine": "vllm", "vllm_server": URL}, "is not used with inference_engine"),
+        (
+            {"inference_engine": "vllm", "vllm_server": URL},
+            "is not used with inference_engine: vllm; leave it out, or set inference_engine: serv",
+        ),
         ({"use_vllm": False, "inference_engine": "vllm"}, "contradicts inference_engine: vllm"),
         ({"use_vllm": True, "inference_engine": "transformers"}, "contradicts inference_engine"),
         ({"vllm_server": 8000}, "must be the URL of a server, a list of URLs, or `start`"),
@@ -89,6 +92,8 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
         ({"vllm_server": "http://host:99999"}, "Port out of range"),
         ({"vllm_server": [URL, URL.replace("8000", "8001")]}, "names 2 servers for 1 replicas"),
         ({"vllm_server": [URL, f"{URL}/"], "num_cpu": 2}, "names a server twice"),
+        ({"vllm_server": ["http://a:1", "http://A:1"], "num_cpu": 2}, "names a server twice"),
+        ({"vllm_server": ["http://a", "HTTP://a:80"], "num_cpu": 2}, "names a server twice"),
         ({"vllm_server": f"{URL}\n"}, "is no http or https URL"),
         ({"vllm_server": URL, "flat_logprobs": True}, "sampling keys of vLLM's completions API"),
         ({"vllm_server": URL, "kv_cache_memory_bytes": 9}, "start it with --kv-cache-memory-bytes"),
@@ -112,6 +117,14 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
                 "num_attention_heads": 6,
             },
             "6 heads must be a multiple of tensor_model_parallel_size=4",
+        ),
+        (
+            {"vllm_server": URL, "eval_num_beams": 4},
+            "eval_num_beams=4: needs an engine in the job's own processes",
+        ),
+        (
+            {"vllm_server": URL, "use_beam_search": True, "num_generations": 2},
+            "use_beam_search=True: needs an engine in the job's own processes",
         ),
         ({"vllm_server": URL, "num_generations": 3}, "must be a multiple of 3"),
         ({"vllm_server": URL, "num_generations": 2, "num_inference_per_prompt": 2}, "older name"),

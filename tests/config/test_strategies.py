@@ -10,30 +10,21 @@ from chatlearn_vllm.config import ConfigError, load_config
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.reference import with_tables
 from chatlearn_vllm.job import place
+from tests.config.strategy_job import (
+    ACTOR,
+    CONFIG,
+    INFER,
+    JOB,
+    REFERENCE,
+    TRAIN,
+    args_of,
+    problems_of,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).parent / "strategies"
 SHIPPED = ROOT / "configs/strategies/rlvr_config.yaml"
 
-JOB = """
-rollout_batch_size: 16
-num_return_sequences_in_group: 4
-prompt_length: 40
-response_length: 24
-adv_estimator: grpo
-pretrain: llama
-actor_train:
-  training_args: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2}
-  data_args: {file_name: train.jsonl}
-  strategy_args: {strategy_name: megatron_train}
-  device_mapping: list(range(0,4))
-actor_infer:
-  generating_args: {max_new_tokens: "${response_length}", temperature: 0.9, top_p: 1, top_k: -1}
-  strategy_args: {strategy_name: vllm, strategy_config: {block_size: 16}}
-  device_mapping: list(range(0,2))
-rewards:
-  rule: {worker_cls: my.Rule}
-"""
 SAME_JOB = """
 models:
   policy:
@@ -87,17 +78,6 @@ def job(write) -> Path:
     return write("job.yaml", JOB)
 
 
-def problems_of(path, overrides=()) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load_config(path, overrides)
-    prefix = f"{path.parent}/"
-    return [str(problem).replace(prefix, "") for problem in error.value.problems]
-
-
-def args_of(path, overrides=(), model="policy"):
-    return load_config(path, overrides).models[model].model_args
-
-
 # ---- whole files --------------------------------------------------------------------------------
 
 
@@ -129,10 +109,10 @@ def test_rolls_example_loads_as_it_is():
     loaded = load_config(FILES / "rlvr.yaml")
     plan = place(loaded).describe().splitlines()
     assert plan[0].split() == [
-        "device", "share", "policy", "policy_trainer", "reference", "reward_llm_judge",
+        "device", "share", "policy", "policy_trainer", "reward_llm_judge",
     ]  # fmt: skip
-    assert plan[12].split() == ["11", "1/3", "11.0", "0.11", "11.0", "-"]
-    assert plan[13].split() == ["12", "1/3", "-", "0.12", "12.0", "0.0"]
+    assert plan[12].split() == ["11", "1/2", "11.0", "0.11", "-"]
+    assert plan[13].split() == ["12", "1/2", "-", "0.12", "0.0"]
     assert plan[17:] == [
         "no device: reward_ifeval, 8 x 1 CPU",
         "no device: reward_math_rule, 8 x 1 CPU",
@@ -190,25 +170,13 @@ def test_adapters_experts_and_micro_batches_have_our_keys():
     assert trainer.init_kl_coef == 0.001
     packing = args_of(FILES / "packing.yaml", model="policy_trainer")
     assert (packing.sequence_packing, packing.max_tokens_per_micro_batch) == (True, 8192)
-    batching = load_config(FILES / "batching.yaml").models
+    with_reference = ["add_token_level_kl=True", "init_kl_coef=0.1"]
+    batching = load_config(FILES / "batching.yaml", with_reference).models
     assert batching["policy_trainer"].model_args.max_tokens_per_micro_batch == 12288
     assert batching["reference"].model_args.max_tokens_per_micro_batch == 49125
 
 
-def test_responses_end_at_a_max_model_len_below_the_sum_of_lengths():
-    loaded = load_config(FILES / "batching.yaml")
-    policy, trainer = (loaded.models[name].model_args for name in ("policy", "policy_trainer"))
-    assert (policy.seq_length, policy.max_new_tokens, policy.new_token_limit) == (8000, 5952, False)
-    assert (trainer.seq_length, trainer.max_new_tokens) == (10240, 8192)
-    assert any("max_model_len=8000 is less than prompt_length" in one for one in loaded.notices)
-
-
 # ---- keys ---------------------------------------------------------------------------------------
-
-
-INFER = "actor_infer.generating_args."
-CONFIG = "actor_infer.strategy_args.strategy_config."
-TRAIN = "actor_train.training_args."
 
 
 @pytest.mark.parametrize(
@@ -218,7 +186,7 @@ TRAIN = "actor_train.training_args."
         ("actor_infer.model_args.dtype=fp16", "policy", {"dtype": "float16"}),
         (f"{INFER}max_new_tokens=20", "policy", {"max_new_tokens": 20}),
         ("response_length=30", "policy", {"max_new_tokens": 30, "seq_length": 70}),
-        ("sequence_length=80", "policy", {"max_new_tokens": 24, "seq_length": 80}),
+        ("sequence_length=64", "policy", {"max_new_tokens": 24, "seq_length": 64}),
         (f"{INFER}top_p=0.99", "policy", {"top_p": 0.99}),
         (f"{INFER}top_p=None", "policy", {"top_p": 0.7}),
         (f"{INFER}top_k=100", "policy", {"top_k": 100}),
@@ -359,17 +327,9 @@ def test_devices_batches_and_engine_are_of_the_role(job):
     assert (args.inference_engine, args.max_num_seqs) == ("transformers", 7)
     assert args.attn_implementation == "flash_attention_2"
     assert loaded.notices == (
-        "actor_infer: no effect of block_size=16; vLLM's, and inference_engine is transformers",
+        "actor_infer: no effect of block_size=16; vLLM's, and strategy_name is hf_infer",
     )
     assert loaded.models["reward_rule"].num_replica == 8
-
-
-def test_an_evaluation_has_its_own_sampling(job):
-    overrides = ["validation.generating_args.temperature=0.6",
-                 "validation.generating_args.top_p=0.5"]  # fmt: skip
-    args = args_of(job, overrides)
-    assert (args.eval_temperature, args.eval_top_p, args.eval_top_k) == (0.6, 0.5, 50)
-    assert args_of(job, [*overrides, "val_greedy=True"]).eval_temperature == 0
 
 
 @pytest.mark.parametrize(
@@ -380,9 +340,10 @@ def test_an_evaluation_has_its_own_sampling(job):
          {"advantage_estimator": "reinforce++"}),
         (("adv_estimator=reinforce", "norm_mean_type=group"),
          {"advantage_estimator": "grpo", "advantage_std": False}),
-        (("use_kl_loss=True", "kl_loss_coef=0.01"), {"init_kl_coef": 0.01}),
+        ((*REFERENCE, "use_kl_loss=True", "kl_loss_coef=0.01"), {"init_kl_coef": 0.01}),
         (("kl_loss_coef=0.01",), {"init_kl_coef": 0}),
-        (("adv_estimator=reinforce", "add_token_level_kl=True"), {"init_kl_coef": 0.2}),
+        ((*REFERENCE, "adv_estimator=reinforce", "add_token_level_kl=True"),
+         {"init_kl_coef": 0.2}),
         (("use_pg_clip_range=True", "pg_clip_low=0.1", "pg_clip_high=0.3"),
          {"cliprange": 0.1, "cliprange_high": 0.3}),
         (("dual_clip_loss=True", "pg_clip=0.5"), {"dual_clip": 2.0}),
@@ -411,9 +372,9 @@ critic:
 def test_gae_is_ppo_with_a_critic(job):
     job.write_text(JOB.replace("grpo", "gae") + CRITIC)
     overrides = ["value_clip=0.5", "lambd=0.9", "target_kl=0.1", "add_token_level_kl=True",
-                 "init_kl_coef=0.1"]  # fmt: skip
+                 "init_kl_coef=0.1", *REFERENCE]  # fmt: skip
     models = load_config(job, overrides).models
-    assert list(models) == ["policy", "ppo_policy", "reward_rule", "ppo_value"]
+    assert list(models) == ["policy", "ppo_policy", "reference", "reward_rule", "ppo_value"]
     value = models["ppo_value"]
     assert value.trainable and value.device_mapping == (0, 1)
     assert (value.model_args.load, value.model_args.lr) == ("critic", 1e-5)
@@ -429,7 +390,7 @@ def test_gae_is_ppo_with_a_critic(job):
     [
         (["init_kl_coef=0.1"], "init_kl_coef=0.1 (only with add_token_level_kl: True and"),
         (["kl_loss_coef=0.1"], "kl_loss_coef=0.1 (only with use_kl_loss: True and"),
-        (["kl_loss_coef=0.1", "use_kl_loss=True"], None),
+        ([*REFERENCE, "kl_loss_coef=0.1", "use_kl_loss=True"], None),
         (["pg_clip_low=0.1"], "pg_clip_low=0.1 (only with use_pg_clip_range: True)"),
         (["adv_estimator=reinforce", "whiten_advantages=False"], "whiten_advantages=False (rein"),
         (["whiten_advantages=True"], "whiten_advantages=True (grpo compares a response with its"),
@@ -442,7 +403,29 @@ def test_gae_is_ppo_with_a_critic(job):
         (["validation.generating_args.max_new_tokens=9"], "with the lengths of training"),
         (["validation.generating_args.stop_token_ids=[3]"], "stop_token_ids (an evaluation has "
          "what actor_infer says)"),
-        (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3"], "draws training"),
+        (["validation.generating_args.min_tokens=3", f"{INFER}min_tokens=3",
+          "validation.data_args.file_name=e"], "draws training"),
+        (["norm_mean_type=batch"], "norm_mean_type=batch (grpo compares a response with its group"),
+        (["norm_std_type=batch"], "norm_std_type=batch (grpo compares a response with its group"),
+        ([f"{ACTOR}max_tokens_per_microbatch_in_train=99"], f"{ACTOR}max_tokens_per_microbatch_in_"
+         "train=99 (only with use_dynamic_batching_in_train: True)"),
+        ([f"{ACTOR}sequence_packing_args={{max_packed_sequence_length_train: 99}}"],
+         f"{ACTOR}sequence_packing_args (only with use_sequence_packing: True)"),
+        ([f"{ACTOR}use_dynamic_batching_in_train=True", f"{ACTOR}use_sequence_packing=True",
+          f"{ACTOR}max_tokens_per_microbatch_in_train=99",
+          f"{ACTOR}sequence_packing_args={{max_packed_sequence_length_train: 98}}"],
+         f"{ACTOR}max_tokens_per_microbatch_in_train=99 (with packed rows max_packed_sequence_"),
+        ([f"{ACTOR}use_sequence_packing=True",
+          f"{ACTOR}sequence_packing_args={{min_num_micro_batches_train: 2}}"],
+         "sequence_packing_args.min_num_micro_batches_train=2 (a micro-batch takes all rows"),
+        ([f"{ACTOR}use_dynamic_batching_in_infer=True"], f"{ACTOR}use_dynamic_batching_in_infer"
+         "=True (the role trains, and scores as it trains)"),
+        (["actor_infer.use_sequence_packing=True"], "actor_infer.use_sequence_packing=True (of ro"),
+        (["actor_infer.use_dynamic_batching_in_infer=True"], "batching_in_infer=True (of roles on"),
+        (["rewards.rule.use_sequence_packing=True"], "use_sequence_packing=True (of roles on mega"),
+        (["adv_estimator=reinforce"], None),
+        ([f"{CONFIG}disable_mm_preprocessor_cache=True"], "disable_mm_preprocessor_cache=True "
+         "(prompts are text)"),
         (["system_envs={A: 1}"], "system_envs (set environment variables where the job is start"),
         (["reference.strategy_args.strategy_name=megatron_infer", "reference.device_mapping=[0]"],
          "reference (not started without a KL penalty: use_kl_loss with grpo"),
@@ -457,14 +440,26 @@ def test_a_key_without_effect_in_its_place_is_told(job, overrides, told):
         assert told in line
 
 
+def test_a_reference_without_a_kl_penalty_is_checked_but_no_model_of_the_job(job):
+    reference = ["reference.strategy_args.strategy_name=megatron_infer",
+                 "reference.device_mapping=[0]"]  # fmt: skip
+    loaded = load_config(job, reference)
+    assert "reference" not in loaded.models
+    assert "reference" not in place(loaded).describe()
+    with_penalty = load_config(job, [*reference, "use_kl_loss=True", "kl_loss_coef=0.1"])
+    assert "reference" in place(with_penalty).describe()
+    (line,) = problems_of(job, [*reference, "reference.model_args.dtyp=bf16"])
+    assert "reference.model_args.dtyp='bf16': unknown key; did you mean dtype?" in line
+
+
 def test_a_critic_without_gae_is_named_and_gae_without_a_critic_refused(job):
     job.write_text(JOB + CRITIC)
     loaded = load_config(job)
     assert "ppo_value" not in loaded.models
     assert "critic (only PPO has one: adv_estimator: gae)" in loaded.notices[0]
     job.write_text(JOB.replace("grpo", "gae"))
-    lines = problems_of(job)
-    assert any("adv_estimator='gae': gae needs a critic" in line for line in lines)
+    (line,) = problems_of(job)
+    assert "adv_estimator='gae': gae needs a critic" in line
 
 
 def test_rewards_may_be_rules_and_models(job):
@@ -523,16 +518,21 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         ("rollout_batch_size=0", "rollout_batch_size=0: must be at least 1"),
         ("rollout_batch_size=2", "job.yaml: actor_train.training_args.gradient_accumulation_steps=2"
          ": must be at most rollout_batch_size x num_return_sequences_in_group=8"),
+        ("loss_agg_mode=seq-mean-token-sum", "is a loss that grows with response_length; set "
+         "seq-mean-token-sum-norm, which is this one divided by response_length"),
+        ("actor_train.strategy_args.strategy_config={context_parallel_size: 2, additional_configs: "
+         "{}}", "context_parallel_size=2: must be 1, a sequence is not split over ranks here"),
         ("loss_agg_mode=x", "loss_agg_mode='x': must be one of: token-mean, seq-mean-token-mean"),
         (f"{INFER}num_return_sequences=3", f"{INFER}num_return_sequences=3: must be "
          "num_return_sequences_in_group=4"),
         (f"{INFER}stop_strings=['a;b']", "must be a list of texts without a semicolon"),
         (f"{INFER}logprobs=None", "logprobs=None: must be 0 or more"),
         (f"{CONFIG}tensor_parallel_size=3", "job.yaml: actor_infer.device_mapping="
-         "'list(range(0,2))': 2 devices are not a multiple of tensor_model_parallel_size x"),
+         "'list(range(0,2))': 2 devices are not a multiple of tensor_parallel_size x pipeline_pa"),
         ("actor_infer.device_mapping=__import__('os')", "actor_infer.device_mapping="
          "\"__import__('os')\": \"__import__('os')\" is not understood; write it as list"),
-        ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device"),
+        ("actor_infer.device_mapping=[]", "actor_infer.device_mapping=[]: names no device; "
+         "name some, as in list(range(0,8)) or [0, 1]"),
         ("actor_infer.device_mapping=list(range(0,${nowhere}))", "the file has no key nowhere"),
         ("actor_infer.generating_args.3=4", "generating_args.3=4: unknown key"),
         ("rewards.rule.worker_cls=3", "rewards.rule.worker_cls=3: must be text"),
@@ -541,6 +541,11 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
          "device_mapping: vllm runs on devices"),
         ("adv_estimator=ppo", "adv_estimator='ppo': must be one of: gae, grpo, reinforce"),
         ("resume_from_checkpoint=/x", "resume_from_checkpoint='/x': must be True or False"),
+        ("resume_from_checkpoint=1", "resume_from_checkpoint=1: must be True or False"),
+        ("resume_from_checkpoint=[a]", "resume_from_checkpoint=['a']: must be True or False"),
+        ("actor_infer.model_args={attn_implementation: eager, flash_attn: sdpa}", "command line: "
+         "actor_infer.model_args.flash_attn='sdpa': is the older name of attn_implementation=eager"
+         "; keep one of them"),
         ("checkpoint_config.type=oss", "must be file_system: checkpoints are written to"),
         ("norm_mean_type=running", "norm_mean_type='running': must be group, batch or null"),
         ("add_token_level_kl=True", "add_token_level_kl=True: must be False: grpo has its KL in"),
@@ -554,6 +559,10 @@ def test_a_reward_may_have_a_number_for_a_name_and_none_has_that_of_another(job)
         (f"{INFER}n=2", f"{INFER}n=2: is set by num_return_sequences; leave it out"),
         (f"{INFER}max_tokens=2", "is set by max_new_tokens; leave it out"),
         (f"{CONFIG}dtype=half", "dtype='half': is set by model_args.dtype; leave it out"),
+        (f"{CONFIG}inference_engine=transformers", "inference_engine='transformers': is set by "
+         "strategy_name, vllm or hf_infer; leave it out"),
+        (f"{CONFIG}attn_implementation=eager", "attn_implementation='eager': is set by "
+         "model_args.attn_implementation with hf_infer; vLLM chooses its own, or takes"),
         (f"{CONFIG}VLLM_USE_V1=0", "VLLM_USE_V1=0: must be 1: vLLM has the V1 engine only"),
         ("actor_train.model_args.disable_gradient_checkpointing=True", None),
         # strategies
@@ -584,6 +593,16 @@ def test_a_mistake_names_the_users_key_value_and_rule(job, override, line):
         assert len(lines) == 1
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["max_steps='100'", "ppo_epochs=0", "ppo_epochs=x", "rewards=x", "rewards.rule=x",
+     "actor_infer=x", "actor_infer.device_mapping=x"],
+)  # fmt: skip
+def test_a_wrong_value_is_told_once(job, override):
+    (line,) = problems_of(job, [override])
+    assert line.startswith(f"command line: {override.partition('=')[0]}=")
+
+
 def test_a_file_with_models_and_roles_is_refused(write):
     path = write("job.yaml", JOB + SAME_JOB)
     rule = "a file describes models or roles, not both; docs/strategies.md"
@@ -592,7 +611,7 @@ def test_a_file_with_models_and_roles_is_refused(write):
 
 def test_a_greedy_rollout_has_one_response_per_prompt(job):
     args = args_of(job, [f"{INFER}do_sample=False", "num_return_sequences_in_group=1",
-                         "rollout_batch_size=64"])  # fmt: skip
+                         "rollout_batch_size=64", "adv_estimator=reinforce"])  # fmt: skip
     assert (args.temperature, args.num_inference_per_prompt) == (0.0, 1)
     (line,) = problems_of(job, [f"{INFER}do_sample=False"])
     assert f"command line: {INFER}do_sample=False: must be more than 0 with 4 responses" in line
@@ -600,13 +619,96 @@ def test_a_greedy_rollout_has_one_response_per_prompt(job):
     assert f"command line: {INFER}temperature=0: must be more than 0 with 4 responses" in line
 
 
-def test_beams_are_of_training_or_of_the_evaluation(job):
-    args = args_of(job, [f"{INFER}num_beams=4", f"{INFER}length_penalty=0.5"])
-    assert (args.use_beam_search, args.num_beams, args.length_penalty) == (True, 4, 0.5)
+def test_beams_are_of_the_evaluation(job):
     args = args_of(job, ["validation.generating_args.num_beams=3"])
     assert (args.num_beams, args.eval_num_beams) == (1, 3)
-    (line,) = problems_of(job, [f"{INFER}num_beams=2"])
-    assert f"{INFER}num_beams=2: must be at least num_return_sequences_in_group = 4" in line
+    (line,) = problems_of(job, [f"{INFER}num_beams=4"])
+    assert f"{INFER}num_beams=4: must be 1: training takes the probability with which a" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["num_return_sequences_in_group=1", "rollout_batch_size=64"],
+         "command line: num_return_sequences_in_group=1: must be 2 or more: adv_estimator grpo "
+         "compares the responses of a prompt, and one has nothing to be compared with; or set "
+         "adv_estimator: reinforce without norm_mean_type"),
+        (["num_return_sequences_in_group=None", f"{INFER}num_return_sequences=1",
+          "rollout_batch_size=64"], f"command line: {INFER}num_return_sequences=1: must be 2 or"),
+        (["adv_estimator=reinforce", "importance_sampling=seq"], "command line: importance_sampling"
+         "='seq': must be token with adv_estimator gae or reinforce"),
+        (["use_kl_loss=True", "kl_loss_coef=0.1"], "command line: use_kl_loss=True: needs the role "
+         "reference, whose log-probabilities it compares with; or set use_kl_loss: False"),
+        (["adv_estimator=reinforce", "add_token_level_kl=True"], "command line: add_token_level_kl="
+         "True: needs the role reference"),
+        ([f"{ACTOR}data_args.file_name=None"], f"command line: {ACTOR}data_args.file_name=None: "
+         "must name the jsonl file, or a list of them, with the prompts of training"),
+        ([f"{ACTOR}data_args.max_samples=0"], f"command line: {ACTOR}data_args.max_samples=0: "
+         "leaves no record; set -1 for all, or leave it out"),
+        (["validation.data_args={file_name: e, max_samples: 0}"], "command line: validation."
+         "data_args.max_samples=0: leaves no record"),
+        (["rewards.rule=None"], "command line: rewards.rule=None: needs worker_cls, which says how "
+         "it scores: name a class of yours as package.module.Class (docs/strategies.md, Rewards)"),
+        (["rewards.rule.worker_cls=None"], "job.yaml: rewards.rule: needs worker_cls, which says"),
+        (["rewards.judge={strategy_args: {strategy_name: vllm}, device_mapping: [4]}"],
+         "command line: rewards.judge: needs worker_cls, which says how it scores"),
+        (["rewards.rule.worker_cls=Rule"], "command line: rewards.rule.worker_cls='Rule': is no "
+         "class: name a class of yours as package.module.Class"),
+    ],
+)  # fmt: skip
+def test_what_a_launch_would_refuse_is_refused_by_the_users_keys(job, overrides, line):
+    (found,) = problems_of(job, overrides)
+    assert found.startswith(line)
+
+
+HF = "actor_infer.strategy_args.strategy_name=hf_infer"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            [HF, f"{CONFIG}tensor_parallel_size=2"],
+            f"{CONFIG}tensor_parallel_size=2: works with one "
+            "rank per replica; set tensor_parallel_size: 1, or strategy_name: vllm",
+        ),
+        (
+            [HF, f"{CONFIG}quantization=fp8"],
+            f"{CONFIG}quantization='fp8': is vLLM's; leave it out, or set strategy_name: vllm",
+        ),
+        (
+            [HF, f"{CONFIG}kv_cache_dtype=fp8"],
+            f"{CONFIG}kv_cache_dtype='fp8': has no meaning for "
+            "strategy_name: hf_infer; leave it out, or set strategy_name: vllm",
+        ),
+        (
+            ["validation.generating_args.num_beams=4", f"{INFER}stop_strings=['x']"],
+            f"{INFER}stop_strings=['x']: does not go with num_beams of validation.generating_args: "
+            "a beam ends with a token; leave it out, or say stop_token_ids",
+        ),
+    ],
+)
+def test_rules_of_engines_are_told_in_the_words_of_the_file(job, overrides, line):
+    assert problems_of(job, overrides) == [f"command line: {line}"]
+
+
+def test_what_transformers_reads_of_an_engine_s_arguments_may_be_given(job):
+    loaded = load_config(job, [HF, f"{CONFIG}trust_remote_code=True", f"{CONFIG}swap_space=4"])
+    assert loaded.models["policy"].model_args.engine_args == {"trust_remote_code": True}
+
+
+def test_an_entry_script_of_ones_own_says_itself_what_scores_and_where_prompts_are(job):
+    load_config(job, ["rewards.rule=None", "entry_script=mine.py"])
+    load_config(job, [f"{ACTOR}data_args.file_name=None", "entry_script=mine.py"])
+    load_config(job, ["rewards.rule.worker_cls=Rule", "entry_script=mine.py"])
+
+
+def test_a_horizon_of_few_samples_is_refused(job):
+    job.write_text(JOB.replace("grpo", "gae") + CRITIC)
+    overrides = [*REFERENCE, "add_token_level_kl=True", "init_kl_coef=0.1", "target_kl=0.1",
+                 "kl_horizon=12"]  # fmt: skip
+    (line,) = problems_of(job, overrides)
+    assert "kl_horizon=12: must be more than a fifth of rollout_batch_size x num_ret" in line
 
 
 def test_files_that_are_missed_are_named_by_the_users_keys(job, write, monkeypatch, tmp_path):
@@ -636,6 +738,7 @@ def test_devices_that_make_no_whole_replicas_are_drawn(job):
     overrides = ["actor_infer.device_mapping=list(range(0,3))+[8,9]",
                  f"{CONFIG}tensor_parallel_size=2"]  # fmt: skip
     (line,) = problems_of(job, overrides)
+    assert "5 devices are not a multiple of tensor_parallel_size x pipeline_parallel_size" in line
     assert line.splitlines()[1:] == [
         "      device        0    1    2    8    9",
         "      replica.rank  0.0  0.1  1.0  1.1  left",
@@ -659,7 +762,7 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         "reference: {model_args: '${actor_infer.model_args}', strategy_args: {strategy_name: "
         "megatron_infer, strategy_config: {sequence_parallel: '${.use_distributed_optimizer}', "
         "use_distributed_optimizer: False}}, device_mapping: '${..actor_train.device_mapping}'}\n"
-        + text,
+        "use_kl_loss: True\nkl_loss_coef: 0.1\n" + text,
     )
     loaded = load_config(path, ["actor_infer.model_args={dtype: fp16}", "prompt_length=41"])
     runtime = loaded.runtime
@@ -684,15 +787,27 @@ def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatc
         ("${oc.env:NOT_SET}", "environment variable NOT_SET is not set and there is no default"),
         ("${a b}", "${a b} is neither the name of a key nor"),
         ("${....x}", "leads out of the file"),
+        ("run-${now:%Y-%m-%d}", "${now:...} is not computed here: Hydra does not run the job; "
+         "write the value, or ${NAME:default} with an environment variable"),
+        ("${hydra:runtime.cwd}", "${hydra:...} is not computed here"),
+        ("${eval: 10*4}", "${eval:...} is not computed here"),
+        ("${oc.select:seed,5}", "${oc.select:...} is not computed here"),
+        ("${oc.decode:${oc.env:NOT_SET}}", "${oc.decode:...} is not computed here"),
         ("${open", "a template ${ has no closing brace"),
         ("${" * 3000 + "}" * 3000, "templates are nested too deep"),
     ],
-)
+)  # fmt: skip
 def test_a_template_that_stands_for_nothing_is_named(write, monkeypatch, text, rule):
     monkeypatch.delenv("NOT_SET", raising=False)
     path = write("job.yaml", f"exp_name: '{text}'\n{JOB}")
     (line,) = problems_of(path)
     assert line.startswith(f"job.yaml: exp_name={text!r}"[:300]) and rule in line
+
+
+def test_what_hydra_would_fill_in_for_itself_is_left_alone(write):
+    path = write("job.yaml", f"hydra: {{run: {{dir: '${{now:%Y}}/${{nowhere}}'}}}}\n{JOB}")
+    (notice,) = load_config(path).notices
+    assert "no effect of hydra (Hydra does not run the job)" in notice
 
 
 def test_defaults_are_laid_below_the_file_or_where_it_says(write):

@@ -131,7 +131,9 @@ def test_records_without_the_tag_that_a_reward_chooses_by_are_told():
     ],
 )  # fmt: skip
 def test_a_reward_needs_a_class_of_the_user(worker_cls, problem):
-    model = load_config(EXAMPLE, [f"{RULE}={worker_cls}"]).models["reward_math_rule"]
+    # With a script of one's own: what the file alone shows is refused with that of the example.
+    overrides = [f"{RULE}={worker_cls}", "entry_script=mine.py"]
+    model = load_config(EXAMPLE, overrides).models["reward_math_rule"]
     with pytest.raises(ValueError, match="rewards.math_rule") as error:
         reward_class(model)
     assert problem in str(error.value)

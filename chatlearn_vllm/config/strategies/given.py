@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from chatlearn_vllm.config.problems import NO_VALUE, Key, Problem, dotted_key
+from chatlearn_vllm.config.strategies.homes import home_of
 from chatlearn_vllm.config.strategies.keys import Becomes, Keys, NoEffect
 from chatlearn_vllm.config.tree import BROKEN, Tree
 
@@ -37,6 +38,9 @@ class Translation:
         self.job = Tree()
         self._problems = problems
         self._no_effect: dict[str, list[str]] = {}
+        self._sources: dict[Key, Key] = {}
+        """Our keys, with the one of the strategy file that each stands for."""
+        self._reported: set[Key] = set()
         self._said: list[str] = []
 
     def put(self, target: Key, value: Any, *written: Key) -> None:
@@ -61,6 +65,7 @@ class Translation:
         for key in (there or written)[:1]:
             file, dotted = self.source.origin(key)
             self.job.origins[target] = (file or self.main_file, dotted)
+            self._sources[target] = key
             value = self.source.get(key, NO_VALUE)
             self.job.written[target] = NO_VALUE if isinstance(value, dict) else value
 
@@ -68,10 +73,21 @@ class Translation:
         """Say that a value of the strategy file is wrong."""
         file, dotted = self.source.origin(key)
         value = self.source.get(key, NO_VALUE)
-        if value is not BROKEN:
+        is_value = value is not NO_VALUE and value is not None and not isinstance(value, dict)
+        # What else is wrong with a value of the wrong kind is no news.
+        if value is not BROKEN and not (is_value and key in self._reported):
             shown = NO_VALUE if isinstance(value, dict) else value
             place = file or self.main_file
             self._problems.append(Problem(place, dotted, rule, shown, suggestion))
+        self._reported.add(key)
+
+    def break_reported(self) -> None:
+        """Mark what follows from a wrong value, so that no further rule is told of it."""
+        for target, key in self._sources.items():
+            at = self.job.get(target[:-1], {})
+            is_value = not isinstance(self.source.get(key), dict)
+            if key in self._reported and is_value and not isinstance(at.get(target[-1], {}), dict):
+                at[target[-1]] = BROKEN
 
     def has_no_effect(self, key: Key, why: str) -> None:
         """Note that a key is accepted and does nothing."""
@@ -123,8 +139,10 @@ class Given:
                     translation.has_no_effect((*path, name), entry.why)
             elif entry is None and name not in further:
                 self.unknown.add(name)
+                home = home_of(path, str(name), keys, further)
                 nearest = difflib.get_close_matches(str(name), [*keys, *sorted(further)], n=1)
-                translation.report((*path, name), "unknown key", nearest[0] if nearest else None)
+                suggestion = nearest[0] if nearest and not home else None
+                translation.report((*path, name), home or "unknown key", suggestion)
 
     def __contains__(self, name: str) -> bool:
         """Whether a key has a value that can be used."""

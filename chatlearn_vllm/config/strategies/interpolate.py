@@ -6,7 +6,8 @@
     ${oc.env:NAME,default}     the same in OmegaConf's notation
 
 A name without a colon is a key of the file where there is one; only otherwise it is an environment
-variable. A name with a colon is always an environment variable.
+variable. A name with a colon is always an environment variable, but for those that Hydra and
+OmegaConf would compute something for, as in ${now:%Y}; they are refused.
 """
 
 import copy
@@ -21,6 +22,8 @@ from chatlearn_vllm.config.tree import BROKEN, Tree
 
 _ENVIRONMENT = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<default>.*)\Z", re.DOTALL)
 _OMEGACONF = re.compile(r"oc\.env:\s*(?P<name>[A-Za-z_]\w*)\s*(?:,(?P<default>.*))?\Z", re.DOTALL)
+_COMPUTED = re.compile(r"(?P<name>now|hydra|eval|python_version|oc\.(?!env:)[\w.]+):")
+"""What Hydra, OmegaConf and ROLL would compute."""
 _PATH = re.compile(r"(?P<dots>\.*)(?P<names>[\w-]+(?:\.[\w-]+)*)\Z")
 
 
@@ -37,6 +40,8 @@ def interpolate(
     """
     resolver = _Resolver(tree, env, missing_files)
     for key in [*_leaves(tree.values)]:
+        if key[0] == "hydra":
+            continue  # without effect, and full of what only Hydra can fill in
         parent = tree.get(key[:-1])
         try:
             parent[key[-1]] = resolver.value_at(key)
@@ -100,6 +105,11 @@ class _Resolver:
         return filled + text[start:]
 
     def _template(self, inner: str, at: Key) -> Any:
+        if computed := _COMPUTED.match(inner):
+            raise ValueError(
+                f"${{{computed['name']}:...}} is not computed here: Hydra does not run the job; "
+                "write the value, or ${NAME:default} with an environment variable"
+            )
         variable = _ENVIRONMENT.match(inner) or _OMEGACONF.match(inner)
         if variable:
             return self._variable(variable["name"], variable["default"], at)

@@ -61,7 +61,9 @@ TOP: Keys = {
     ),
     "max_steps": _copied("runtime.num_episode", "default 500"),
     "save_steps": Becomes("runtime.save_episode_interval", "default 50; 0 = never"),
-    "eval_steps": Becomes("runtime.eval_episode_interval", "default 10, if there is a validation"),
+    "eval_steps": Becomes(
+        "runtime.eval_episode_interval", "default 10, if validation names a file"
+    ),
     "logging_steps": _copied("runtime.log_interval", "default 1"),
     "max_ckpt_to_keep": Becomes("runtime.max_ckpt_to_keep", "0 = all"),
     "resume_from_checkpoint": Becomes(
@@ -81,7 +83,10 @@ TOP: Keys = {
     "response_length": Becomes(
         "model_args.max_new_tokens, model_args.seq_length", "longest response"
     ),
-    "sequence_length": Becomes("model_args.seq_length", "default prompt_length + response_length"),
+    "sequence_length": Becomes(
+        "model_args.seq_length",
+        "prompt_length + response_length; needed only where one of them is left out",
+    ),
     "ppo_epochs": _copied("runtime.num_training_epoch", "default 1"),
     "pretrain": Becomes("model_args.load", "of policy, trainer and reference"),
     "reward_pretrain": Becomes("model_args.load", "of critic and reward models"),
@@ -233,16 +238,20 @@ ROLE: Keys = {
     "use_dynamic_batching_in_train": Becomes(
         "model_args.max_tokens_per_micro_batch", "take max_tokens_per_microbatch_in_train"
     ),
-    "max_tokens_per_microbatch_in_train": Becomes("model_args.max_tokens_per_micro_batch"),
+    "max_tokens_per_microbatch_in_train": Becomes(
+        "model_args.max_tokens_per_micro_batch", "with use_dynamic_batching_in_train"
+    ),
     "use_dynamic_batching_in_infer": Becomes(
         "model_args.max_tokens_per_micro_batch",
         "the same of a model that only scores; no effect in actor_train",
     ),
-    "max_tokens_per_microbatch_in_infer": Becomes("model_args.max_tokens_per_micro_batch"),
+    "max_tokens_per_microbatch_in_infer": Becomes(
+        "model_args.max_tokens_per_micro_batch", "with use_dynamic_batching_in_infer"
+    ),
     "use_sequence_packing": Becomes("model_args.sequence_packing"),
     "sequence_packing_args": Becomes(
         "model_args.max_tokens_per_micro_batch",
-        "max_packed_sequence_length_train (_forward of a model that only scores)",
+        "with use_sequence_packing, see below",
     ),
     "sequence_length_round_in_train": NoEffect("rows are padded to what the kernels ask for"),
     "sequence_length_round_in_infer": NoEffect("rows are padded to what the kernels ask for"),
@@ -263,6 +272,21 @@ ROLE: Keys = {
     "eval_steps": NoEffect("eval_steps at the top counts", ()),
 }
 """Keys of a role."""
+
+PACKING: Keys = {
+    "max_packed_sequence_length_train": Becomes(
+        "model_args.max_tokens_per_micro_batch", "of a trainer"
+    ),
+    "max_packed_sequence_length_forward": Becomes(
+        "model_args.max_tokens_per_micro_batch", "of a model that only scores"
+    ),
+    "algorithm": NoEffect(
+        "rows of a micro-batch are always balanced", (None, "none", "load_balance")
+    ),
+    "min_num_micro_batches_train": NoEffect("a micro-batch takes all rows that fit", (None, 1)),
+    "min_num_micro_batches_forward": NoEffect("a micro-batch takes all rows that fit", (None, 1)),
+}
+"""Keys of `sequence_packing_args`."""
 
 REWARD: Keys = {
     **ROLE,
@@ -287,7 +311,10 @@ REWARD: Keys = {
 """Keys of an entry of `rewards`."""
 
 VALIDATION: Keys = {
-    "data_args": Becomes("runtime.eval_data_path", "file_name"),
+    "data_args": Becomes(
+        "runtime.eval_data_path, eval_data_num_limit",
+        "file_name (without it nothing is evaluated), max_samples",
+    ),
     "generating_args": Becomes("model_args.eval_* of the policy"),
     "eval_steps": NoEffect("eval_steps at the top counts", ()),
 }
@@ -366,13 +393,21 @@ TRAINING_ARGS: Keys = {
 """Keys of `training_args`."""
 
 GENERATING_ARGS: Keys = {
-    "max_new_tokens": Becomes("model_args.max_new_tokens", "default response_length"),
+    "max_new_tokens": Becomes(
+        "model_args.max_new_tokens", "default response_length, and at most that"
+    ),
     "temperature": Becomes("model_args.temperature", "of trainer and reference, too; default 0.95"),
     "top_p": Becomes("model_args.top_p", "default 0.7"),
     "top_k": Becomes("model_args.top_k", "default 50"),
     "do_sample": Becomes("model_args.temperature", "False: 0"),
-    "num_beams": Becomes("model_args.use_beam_search, num_beams", "more than 1: beam search"),
-    "length_penalty": Becomes("model_args.length_penalty", "with num_beams > 1"),
+    "num_beams": Becomes(
+        "model_args.eval_num_beams, num_beams",
+        "more than 1: beam search, in validation and in rewards; 1 in actor_infer",
+    ),
+    "length_penalty": Becomes(
+        "model_args.length_penalty",
+        "with num_beams > 1; in validation that of actor_infer, where it has none of its own",
+    ),
     "num_return_sequences": Becomes("model_args.num_inference_per_prompt"),
     "stop_strings": Becomes("model_args.stop_token_list", "list of strings"),
     "include_stop_str_in_output": Becomes(
@@ -395,7 +430,9 @@ DATA_ARGS: Keys = {
     "dataset_dir": NoEffect("file_name is relative to where the job is started"),
     "dataset_type": NoEffect("files are jsonl", (None, "json")),
     "eval_file_name": NoEffect("validation.data_args.file_name counts"),
-    "max_samples": Becomes("runtime.training_data_num_limit"),
+    "max_samples": Becomes(
+        "runtime.training_data_num_limit, eval_data_num_limit", "the first so many; -1 = all"
+    ),
     "preprocessing_num_workers": NoEffect("prompts are tokenised when the policy starts"),
     "custom_data_kwargs_func": NoEffect(_TEXT),
     **{
@@ -413,7 +450,8 @@ VLLM: Keys = {
     "tensor_parallel_size": Becomes("model_args.tensor_model_parallel_size"),
     "pipeline_parallel_size": Becomes("model_args.pipeline_model_parallel_size"),
     "max_model_len": Becomes(
-        "model_args.max_model_len", "less than sequence_length: responses end there"
+        "model_args.max_model_len",
+        "less than sequence_length: a prompt with its response ends there",
     ),
     "cuda_graph_sizes": NoEffect("vLLM calls it cudagraph_capture_sizes now"),
     "sleep_level": Becomes(
@@ -422,6 +460,7 @@ VLLM: Keys = {
     "load_format": Becomes(
         "model_args.load_format", "default dummy (auto for a reward): weights come with the sync"
     ),
+    "disable_mm_preprocessor_cache": NoEffect("prompts are text"),
     "data_parallel_size": NoEffect("replicas follow from device_mapping", (None, 1)),
     "distributed_executor_backend": NoEffect("each rank runs in a process of this job"),
     "enable_sleep_mode": NoEffect("it is on where the policy shares devices", (None, True)),
@@ -438,6 +477,9 @@ VLLM_SET_ELSEWHERE = {
     "worker_extension_cls": "the runtime",
     "worker_cls": "the runtime",
     "enable_lora": "model_args.lora_target of actor_train, whose adapters are merged",
+    "inference_engine": "strategy_name, vllm or hf_infer",
+    "attn_implementation": "model_args.attn_implementation with hf_infer; vLLM chooses its own, or "
+    "takes attention_backend",
 }
 """Fields of EngineArgs that another key says."""
 

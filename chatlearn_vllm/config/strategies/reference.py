@@ -16,6 +16,7 @@ END = "<!-- tables: end -->"
 _TABLES = {
     "The whole job": keys.TOP,
     "A role": keys.ROLE,
+    "`sequence_packing_args`": keys.PACKING,
     "`strategy_args`": keys.STRATEGY,
     "`strategy_config` of vllm": keys.VLLM,
     "`strategy_config` of megatron_train and megatron_infer": keys.MEGATRON,
@@ -31,7 +32,8 @@ _TABLES = {
 _FURTHER = {
     "`strategy_config` of vllm": "Any other field of vLLM's EngineArgs, and our keys of the "
     "scheduler, cache and engine ([configuration.md](configuration.md)), under their own names; "
-    "with hf_infer in actor_infer ([transformers_engine.md](transformers_engine.md)) ours only. "
+    "with hf_infer in actor_infer ([transformers_engine.md](transformers_engine.md)) those of vLLM "
+    "alone are refused where they would change responses, else told. "
     "Refused, because another key says it: ",
     "`strategy_config` of megatron_train and megatron_infer": "Our keys of parallelism and "
     "recomputation, and any field of megatron-core's TransformerConfig, under their own names.",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from chatlearn_vllm.config.devices import parse_device_mapping
-from chatlearn_vllm.config.model_args import (
-    LoraArgs,
-    ParallelArgs,
-    SamplingArgs,
-    SchedulerArgs,
-)
+from chatlearn_vllm.config.devices import parse_device_mapping, uneven_replicas
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies.fields import (
+    ALL_LORA_LAYERS,
+    RECOMPUTE,
+    megatron_fields,
+    sampling_fields,
+    vllm_fields,
+)
 from chatlearn_vllm.config.strategies.given import Given, Translation
 from chatlearn_vllm.config.tree import BROKEN
 from chatlearn_vllm.config.upstream_fields import upstream_fields
@@ -32,15 +33,6 @@ _LORA_LAYERS = {
     "gate_proj": "linear_fc1", "up_proj": "linear_fc1",
     "down_proj": "linear_fc2",
 }  # fmt: skip
-_ALL_LORA_LAYERS = tuple(LoraArgs.model_fields["target_modules"].default)
-_RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-_OURS_ON_MEGATRON = frozenset(
-    {*ParallelArgs.model_fields, *_RECOMPUTE, "bf16", "fp16"} - {"enable_expert_parallel"}
-)
-_OURS_ON_VLLM = frozenset({*SchedulerArgs.model_fields, "enable_expert_parallel", "tokenizer"})
-_SAMPLING = frozenset(
-    name for name in SamplingArgs.model_fields if not name.startswith("eval_")
-) - {"n", "use_beam_search", "stop_token_list", "new_token_limit", "apply_replica_id_to_seed"}
 
 _SCHEDULES = {
     "linear": "linear",
@@ -48,15 +40,11 @@ _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-_PACKING = (
-    "algorithm",
-    "max_packed_sequence_length_train",
-    "max_packed_sequence_length_forward",
-    "min_num_micro_batches_train",
-    "min_num_micro_batches_forward",
-)
-
-
+_MICRO_BATCHES = (
+    "use_dynamic_batching_in_train", "max_tokens_per_microbatch_in_train",
+    "use_dynamic_batching_in_infer", "max_tokens_per_microbatch_in_infer",
+    "use_sequence_packing", "sequence_packing_args",
+)  # fmt: skip
 _REFUSED_MODEL_ARGS = {
     "freeze_module_prefix": "no part of a model can be frozen here, the models trained are of text",
     "ulysses_size": "must be 1, a sequence is not split over ranks here",
@@ -64,6 +52,8 @@ _REFUSED_MODEL_ARGS = {
     "model_config_kwargs": "a model is as its config.json says; change it there",
     "additional_target": "adapters are trained on linear layers only; leave it out",
 }
+ONLY_WITH_BEAMS = "only with num_beams above 1, which searches"
+"""Why a length_penalty has no effect."""
 
 
 class Role:
@@ -118,6 +108,10 @@ class Role:
             and ("generating_args" in self.given)
         ):
             self.t.has_no_effect(self.given.key("generating_args"), "responses are actor_infer's")
+        if self.strategy not in ("megatron_train", "megatron_infer"):
+            for name in _MICRO_BATCHES:
+                if self.given.values.get(name) not in (None, False, BROKEN):
+                    self.t.has_no_effect(self.given.key(name), "of roles on megatron-core")
         if self.num_devices and "world_size" in self.given:
             self.t.has_no_effect(self.given.key("world_size"), "follows from device_mapping")
         if trains and "lora_target" not in self.model_args and "lora_rank" in self.model_args:
@@ -125,6 +119,12 @@ class Role:
 
     def _attention(self) -> None:
         """Set what computes attention, where the role says it."""
+        older, present = (
+            self.model_args.values.get(name) for name in ("flash_attn", "attn_implementation")
+        )
+        if None not in (older, present) and older != present:
+            rule = f"is the older name of attn_implementation={present}; keep one of them"
+            self.t.report(self.model_args.key("flash_attn"), rule)
         for name in ("attn_implementation", "flash_attn"):
             value = self.model_args.choose(name, _ATTENTION, None)
             if name not in self.model_args:
@@ -157,17 +157,12 @@ class Role:
         return allowed[0]
 
     def _strategy_config(self, path: Key) -> Given:
-        upstream = upstream_fields()
         if not self.is_supported:
             return Given(self.t, (*path, "of another strategy"), {})
-        if self.strategy == "vllm":
-            further = (_OURS_ON_VLLM | upstream["engine_args"]) | {*keys.VLLM_SET_ELSEWHERE}
-            return Given(self.t, path, keys.VLLM, further)
-        if self.kind == "actor_infer":
-            return Given(self.t, path, keys.VLLM, _OURS_ON_VLLM | {*keys.VLLM_SET_ELSEWHERE})
+        if self.strategy == "vllm" or self.kind == "actor_infer":
+            return Given(self.t, path, keys.VLLM, vllm_fields())
         if self.strategy in ("megatron_train", "megatron_infer"):
-            further = _OURS_ON_MEGATRON | (upstream["transformer_args"] - {"params_dtype"})
-            return Given(self.t, path, keys.MEGATRON, further)
+            return Given(self.t, path, keys.MEGATRON, megatron_fields())
         return Given(self.t, path, {})
 
     def _devices(self) -> int:
@@ -189,6 +184,11 @@ class Role:
             devices = parse_device_mapping(given)
             if not devices:
                 raise ValueError(f"names no device{self._without_devices()}")
+            if self.strategy == "vllm":
+                # On megatron-core the sizes have our names, and the rule of all models says this.
+                names = ("tensor_parallel_size", "pipeline_parallel_size")
+                if rule := uneven_replicas(devices, {name: self._size(name) for name in names}):
+                    raise ValueError(rule)
         except ValueError as error:
             self.t.report(key, str(error))
             self.t.put((*self.at, "device_mapping"), BROKEN, key)
@@ -201,7 +201,9 @@ class Role:
         return len(devices)
 
     def _without_devices(self) -> str:
-        return "; leave it out for a reward on CPUs" if self.kind == "rewards" else ""
+        if self.kind == "rewards":
+            return "; leave it out for a reward on CPUs"
+        return "; name some, as in list(range(0,8)) or [0, 1]"
 
     def weights(self, seed: Any, *fallbacks: Key) -> None:
         """Set checkpoint, type and seed.
@@ -270,22 +272,36 @@ class Role:
                 self.put("recompute_modules", modules, key)
             elif entry is None and value is not None:
                 self.put(key[-1], value, key)
+        self._micro_batches()
+
+    def _micro_batches(self) -> None:
+        """Set how many tokens a pass of a model on megatron-core takes."""
         in_train = self.kind in ("actor_train", "critic")
-        suffix = "train" if in_train else "infer"
-        if self.given.get(f"use_dynamic_batching_in_{suffix}", bool, False):
-            name = f"max_tokens_per_microbatch_in_{suffix}"
-            if not self.given.get(name, int):
-                self.t.report(self.given.key(f"use_dynamic_batching_in_{suffix}"), f"needs {name}")
-            else:
-                self.put(
-                    "max_tokens_per_micro_batch", self.given.values[name], self.given.key(name)
-                )
-        packing = Given(self.t, self.given.key("sequence_packing_args"), {}, _PACKING)
-        if self.given.get("use_sequence_packing", bool, False):
+        suffix, other = ("train", "infer") if in_train else ("infer", "train")
+        packing = Given(self.t, self.given.key("sequence_packing_args"), keys.PACKING)
+        packed = f"max_packed_sequence_length_{'train' if in_train else 'forward'}"
+        is_packed = self.given.get("use_sequence_packing", bool, False)
+        if is_packed:
             self.put("sequence_packing", True, self.given.key("use_sequence_packing"))
-            name = f"max_packed_sequence_length_{'train' if in_train else 'forward'}"
-            if packing.get(name, int):
-                self.put("max_tokens_per_micro_batch", packing.values[name], packing.key(name))
+        elif "sequence_packing_args" in self.given:
+            self.t.has_no_effect(packing.path, "only with use_sequence_packing: True")
+        switch, name = f"use_dynamic_batching_in_{suffix}", f"max_tokens_per_microbatch_in_{suffix}"
+        tokens = self.given.get(name, int)
+        if not self.given.get(switch, bool, False):
+            if name in self.given:
+                self.t.has_no_effect(self.given.key(name), f"only with {switch}: True")
+        elif not tokens:
+            self.t.report(self.given.key(switch), f"needs {name}")
+        elif is_packed and packing.get(packed, int):
+            self.t.has_no_effect(self.given.key(name), f"with packed rows {packed} counts")
+        else:
+            self.put("max_tokens_per_micro_batch", tokens, self.given.key(name))
+        if is_packed and packing.get(packed, int):
+            self.put("max_tokens_per_micro_batch", packing.values[packed], packing.key(packed))
+        switch = f"use_dynamic_batching_in_{other}"
+        if self.given.get(switch, bool, False):
+            does = "trains, and scores as it trains" if in_train else "only scores"
+            self.t.has_no_effect(self.given.key(switch), f"the role {does}")
 
     def spread_experts_over_replica(self) -> None:
         """Lower expert parallelism to what the ranks of one replica of a frozen model allow."""
@@ -308,9 +324,9 @@ class Role:
     @property
     def data_parallel_size(self) -> int:
         """Of a role on megatron-core; 1 where the devices do not fit, which is reported later."""
-        ranks = self._size("tensor_model_parallel_size") * self._size(
-            "pipeline_model_parallel_size"
-        )
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        # The last is refused, and what follows from that is not told, too.
+        ranks = math.prod(map(self._size, (*names, "context_parallel_size")))
         return max(1, self.num_devices // ranks)
 
     # ---- trainers ---------------------------------------------------------------------------
@@ -344,7 +360,7 @@ class Role:
         key = self.model_args.key("disable_gradient_checkpointing")
         if not self.model_args.get("disable_gradient_checkpointing", bool, False):
             return
-        asked = [name for name in _RECOMPUTE if name in self.config]
+        asked = [name for name in RECOMPUTE if name in self.config]
         if asked:
             self.t.report(key, f"contradicts {asked[0]} of its strategy_config; keep one of them")
 
@@ -356,7 +372,7 @@ class Role:
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
         key = args.key("lora_target")
         if names in (["all"], ["all-linear"]):
-            layers = _ALL_LORA_LAYERS
+            layers = ALL_LORA_LAYERS
         elif not isinstance(names, list) or any(name not in _LORA_LAYERS for name in names):
             self.t.report(key, f"must be all-linear, or some of: {', '.join(_LORA_LAYERS)}")
             return
@@ -371,28 +387,13 @@ class Role:
 
     # ---- generation -------------------------------------------------------------------------
 
-    def samples(self, given: Given, *, max_new_tokens: int, default_key: Key) -> None:
-        """Set the sampling parameters, every field of vLLM's by its name.
-
-        Args:
-            given: the role's `generating_args`.
-            max_new_tokens: longest response, where these do not say it.
-            default_key: that says it then.
-        """
-        length = given.get("max_new_tokens", int, max_new_tokens, least=1)
-        self.put("max_new_tokens", length, given.key("max_new_tokens"), default_key)
+    def samples(self, given: Given) -> None:
+        """Set the sampling parameters of its `generating_args`, vLLM's own by their names."""
         self.put("temperature", temperature(given), *temperature_keys(given))
         self.put("top_p", given.get("top_p", float, 0.7), given.key("top_p"))
         self.put("top_k", given.get("top_k", int, 50), given.key("top_k"))
         self._stops(given)
-        num_beams = given.get("num_beams", int, 1, least=1)
-        if num_beams > 1:
-            self.put("use_beam_search", True, given.key("num_beams"))
-            self.put("num_beams", num_beams, given.key("num_beams"))
-            if "length_penalty" in given:
-                self.put(
-                    "length_penalty", given.values["length_penalty"], given.key("length_penalty")
-                )
+        self._searches(given)
         for name, value in given.values.items():
             if name in keys.SAMPLING_SET_ELSEWHERE:
                 rule = f"is set by {keys.SAMPLING_SET_ELSEWHERE[name]}; leave it out"
@@ -406,6 +407,29 @@ class Role:
                 and (name not in given.unknown)
             ):
                 self.put(name, value, given.key(name))
+
+    def _searches(self, given: Given) -> None:
+        """Set a reward's beam search; the responses of actor_infer cannot come from one."""
+        num_beams = given.get("num_beams", int, 1, least=1)
+        key = given.key("num_beams")
+        if self.kind == "actor_infer":
+            if num_beams > 1:
+                rule = (
+                    "must be 1: training takes the probability with which a response was sampled, "
+                    "and a search samples none; for greedy responses set do_sample: False, for "
+                    "beams in evaluation validation.generating_args.num_beams"
+                )
+                self.t.report(key, rule)
+            return
+        if num_beams > 1:
+            self.put("use_beam_search", True, key)
+            self.put("num_beams", num_beams, key)
+        if "length_penalty" in given:
+            inner = given.key("length_penalty")
+            if num_beams > 1:
+                self.put("length_penalty", given.values["length_penalty"], inner)
+            else:
+                self.t.has_no_effect(inner, ONLY_WITH_BEAMS)
 
     def _stops(self, given: Given) -> None:
         key = given.key("stop_strings")
@@ -425,8 +449,8 @@ class Role:
 
 def generating_args(translation: Translation, path: Key) -> Given:
     """The `generating_args` of a role or of the validation."""
-    further = _SAMPLING | upstream_fields()["sampling_args"] | {*keys.SAMPLING_SET_ELSEWHERE}
-    return Given(translation, (*path, "generating_args"), keys.GENERATING_ARGS, further)
+    at = (*path, "generating_args")
+    return Given(translation, at, keys.GENERATING_ARGS, sampling_fields())
 
 
 def temperature(given: Given) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.config.problems import Key, Problem
 from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies.evaluation import Evaluation, max_samples
 from chatlearn_vllm.config.strategies.given import Given, Translation
+from chatlearn_vllm.config.strategies.lengths import Lengths
+from chatlearn_vllm.config.strategies.loss import Loss
 from chatlearn_vllm.config.strategies.roles import (
     Role,
     generating_args,
     temperature,
     temperature_keys,
 )
-from chatlearn_vllm.config.tree import BROKEN, Tree
+from chatlearn_vllm.config.tree import Tree
 
 _OTHER_DIALECT = {
     "models": "a model is a role there",
@@ -23,22 +27,8 @@ _OTHER_DIALECT = {
     "includes": "files are named in defaults",
 }
 """Sections of our own dialect, and what a strategy file has instead."""
+_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 ENTRY_SCRIPT = "examples/megatron/entry/train_rlvr.py"
-
-_LOSS_AGGREGATIONS = {
-    "token-mean": "token-mean",
-    "seq-mean-token-mean": "seq-mean",
-    "seq-mean-token-sum-norm": "seq-mean-token-sum-norm",
-}
-_KL_IN_USE = {
-    "kl_loss_coef": "only with use_kl_loss: True and adv_estimator: grpo",
-    "init_kl_coef": "only with add_token_level_kl: True and adv_estimator: reinforce or gae",
-}
-_EVALUATED = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty",
-)  # fmt: skip
-"""Sampling keys that an evaluation may have of its own."""
 
 
 def translate(source: Tree, main_file: Path, problems: list[Problem], notices: list[str]) -> Tree:
@@ -52,6 +42,7 @@ def translate(source: Tree, main_file: Path, problems: list[Problem], notices: l
     """
     job = _Job(Translation(source, str(main_file), problems), main_file)
     job.translate()
+    job.t.break_reported()
     notices += [f"{main_file}: {text}" for text in job.t.notices()]
     return job.t.job
 
@@ -67,13 +58,13 @@ class _Job:
                 rule = f"is no key of a file that describes roles; {instead} (docs/strategies.md)"
                 translation.report((name,), rule)
         self.main_file = main_file
-        self.is_ppo = self._estimator() == "gae"
+        self.loss = Loss(translation, self.top)
 
     def translate(self) -> None:
         """Go through the file: lengths, roles, what lies between them."""
-        self._lengths()
+        self.lengths = Lengths(self.t, self.top)
         policy = Role(self.t, ("actor_infer",), "policy", "actor_infer")
-        name = "ppo_policy" if self.is_ppo else "policy_trainer"
+        name = "ppo_policy" if self.loss.is_ppo else "policy_trainer"
         trainer = Role(self.t, ("actor_train",), name, "actor_train")
         trainers = [trainer]
         self._policy(policy)
@@ -88,14 +79,18 @@ class _Job:
             self._reward(path, model)
         if not rewards:
             self.t.report(("rewards",), "must name at least one: nothing is learned without")
-        if self.is_ppo:
+        if self.loss.is_ppo and "critic" in self.top:
             trainers.append(self._critic())
+        elif self.loss.is_ppo:
+            rule = "gae needs a critic; without one take adv_estimator: grpo or reinforce"
+            self.t.report(("adv_estimator",), rule)
         elif "critic" in self.top:
             self.t.has_no_effect(("critic",), "only PPO has one: adv_estimator: gae")
         self._trainers(trainers)
-        self._loss(trainer)
+        self.loss.put(trainer)
         self._data(trainer)
-        self._validation(policy)
+        evaluation = Evaluation(self.t, self.top, policy=policy, training=self.sampling)
+        evaluation.put(self.lengths, trainer.data_args)
         self._runtime()
         self._words(name)
 
@@ -120,8 +115,8 @@ class _Job:
             ("save_steps",))  # fmt: skip
         put(("runtime", "max_ckpt_to_keep"), top.get("max_ckpt_to_keep", int, 0) or None,
             ("max_ckpt_to_keep",))  # fmt: skip
-        resume = top.values.get("resume_from_checkpoint") or False
-        if isinstance(resume, str):
+        resume = top.values.get("resume_from_checkpoint")
+        if resume not in (None, "") and not isinstance(resume, bool):
             self.t.report(
                 ("resume_from_checkpoint",),
                 "must be True or False: a job goes on from the newest checkpoint of its own "
@@ -132,87 +127,49 @@ class _Job:
     def _seed(self) -> Any:
         return self.top.values.get("seed", 42)
 
-    def _lengths(self) -> None:
-        top = self.top
-        prompt = top.get("prompt_length", int, 1024, least=1)
-        self.response = top.get("response_length", int, least=1)
-        total = top.get("sequence_length", int, least=1)
-        if self.response is None and total is None:
-            if "response_length" not in top:
-                rule = "must be given, or sequence_length: how long a response may be"
-                self.t.report(("response_length",), rule)
-            self.response = 512
-        self.sequence = total or prompt + self.response
-        self.response = self.response or self.sequence - prompt
-
-    def _set_length(self, role: Role) -> None:
-        role.put("max_new_tokens", self.response, ("response_length",), ("sequence_length",))
-        role.put(
-            "seq_length", self.sequence,
-            ("sequence_length",), ("response_length",), ("prompt_length",),
-        )  # fmt: skip
-
     # ---- roles ------------------------------------------------------------------------------
 
     def _policy(self, role: Role) -> None:
-        self._set_length(role)
         role.weights(self._seed(), ("pretrain",))
         if role.strategy == "hf_infer":
             name = ("actor_infer", "strategy_args", "strategy_name")
             role.put("inference_engine", "transformers", name)
         role.generates_with_strategy_config()
         self.sampling = generating_args(self.t, role.path)
-        role.samples(self.sampling, max_new_tokens=self.response, default_key=("response_length",))
-        self._max_model_len(role)
+        role.samples(self.sampling)
+        self.lengths.put_policy(role, self.sampling)
         self._group(role)
-
-    def _max_model_len(self, role: Role) -> None:
-        """Set vLLM's longest sequence; where it is shorter than the job's, responses end there."""
-        length = role.config.get("max_model_len", int, least=1)
-        key = role.config.key("max_model_len")
-        if length is None or length >= self.sequence:
-            if length is not None:
-                role.put("max_model_len", length, key)
-            return
-        room = length - (self.sequence - self.response)
-        if room < 1:
-            self.t.report(key, "leaves no room for a response behind prompt_length")
-            return
-        role.put("seq_length", length, key)
-        role.put("max_new_tokens", room, key)
-        role.put("new_token_limit", self.response < length, key)
-        self.t.say(
-            f"{'.'.join(key)}={length} is less than prompt_length + response_length = "
-            f"{self.sequence}: a prompt with its response ends there"
-        )
 
     def _group(self, role: Role) -> None:
         """Set the responses of a prompt, and with them the samples of an episode."""
         group = self.top.get("num_return_sequences_in_group", int, least=1)
         own = self.sampling.get("num_return_sequences", int, least=1)
         key = self.sampling.key("num_return_sequences")
+        keys_of_group = (("num_return_sequences_in_group",), key)
         if group is not None and own not in (None, group):
             rule = f"must be num_return_sequences_in_group={group}, which says how many are made"
             self.t.report(key, rule)
         self.group = group or own or 1
-        role.put("num_inference_per_prompt", self.group, ("num_return_sequences_in_group",), key)
+        role.put("num_inference_per_prompt", self.group, *keys_of_group)
         prompts = self.top.get("rollout_batch_size", int, 128, least=1)
         self.num_samples = prompts * self.group
         self.t.put(("runtime", "sample_per_episode"), self.num_samples, ("rollout_batch_size",))
+        self.loss.check(num_samples=self.num_samples, group=self.group, group_keys=keys_of_group)
 
     def _reference(self) -> None:
         if "reference" not in self.top:
             return
         role = Role(self.t, ("reference",), "reference", "reference")
         self._scores_on_megatron(role, ("pretrain",))
-        if self._kl_coef()[0] == 0:
+        if self.loss.kl_coef()[0] == 0:
+            del self.t.job.values["models"][role.model]
             self.t.has_no_effect(
                 ("reference",), "not started without a KL penalty: use_kl_loss with grpo, else "
                 "add_token_level_kl"
             )  # fmt: skip
 
     def _scores_on_megatron(self, role: Role, *weights: Key) -> None:
-        self._set_length(role)
+        self.lengths.put(role)
         role.weights(self._seed(), *weights)
         role.on_megatron()
         role.spread_experts_over_replica()
@@ -224,7 +181,7 @@ class _Job:
     def _reward(self, path: Key, model: str) -> None:
         role = Role(self.t, path, model, "rewards")
         user_args: dict[str, Any] = {}
-        role.given.get("worker_cls", str)
+        self._reward_class(role)
         role.given.get("tag_included", list)
         if (
             role.strategy in ("vllm", "megatron_infer")
@@ -243,11 +200,13 @@ class _Job:
         if role.strategy == "vllm":
             role.weights(self._seed(), ("reward_pretrain",))
             role.generates_with_strategy_config(load_format="auto")
-            self._set_length(role)
+            self.lengths.put(role)
             sampling = generating_args(self.t, path)
-            role.samples(
-                sampling, max_new_tokens=min(512, self.response), default_key=("response_length",)
-            )
+            role.samples(sampling)
+            longest = min(512, self.lengths.response)
+            longest = sampling.get("max_new_tokens", int, longest, least=1)
+            key = sampling.key("max_new_tokens")
+            role.put("max_new_tokens", longest, key, ("response_length",), ("sequence_length",))
             n = sampling.get("num_return_sequences", int, 1, least=1)
             role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
             length = role.config.get("max_model_len", int, least=1)
@@ -263,10 +222,22 @@ class _Job:
         if user_args:
             role.t.put((*role.at, "model_args", "user_args"), user_args, path)
 
+    def _reward_class(self, role: Role) -> None:
+        """Check that a reward says what scores, where the entry script is ours and asks for it."""
+        name = role.given.get("worker_cls", str)
+        if self._has_own_script():
+            return
+        remedy = "name a class of yours as package.module.Class (docs/strategies.md, Rewards)"
+        if name is not None and not _CLASS.fullmatch(name):
+            self.t.report(role.given.key("worker_cls"), f"is no class: {remedy}")
+        elif role.given.values.get("worker_cls") is None and role.strategy in (None, "vllm"):
+            self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
+
+    def _has_own_script(self) -> bool:
+        """Whether a script of the user's says what trains on what."""
+        return self.top.values.get("entry_script") not in (None, ENTRY_SCRIPT)
+
     def _critic(self) -> Role:
-        if "critic" not in self.top:
-            rule = "gae needs a critic; without one take adv_estimator: grpo or reinforce"
-            self.t.report(("adv_estimator",), rule)
         role = Role(self.t, ("critic",), "ppo_value", "critic")
         clip = self.top.get("value_clip", float)
         role.put("cliprange_value", clip, ("value_clip",))
@@ -300,7 +271,7 @@ class _Job:
         num_steps = self.top.get("max_steps", int, 500) * -(-samples // batch)
         directory = self._checkpoints()
         for role in trainers:
-            self._set_length(role)
+            self.lengths.put(role)
             names = [("pretrain",)] if role is actor else [("reward_pretrain",), ("pretrain",)]
             role.weights(self._seed(), *names)
             role.on_megatron()
@@ -326,171 +297,20 @@ class _Job:
             self.t.report(given.key("type"), rule)
         return given.get("output_dir", str)
 
-    def _estimator(self) -> str:
-        """gae, or one of our advantage_estimator."""
-        choices = {"gae": "gae", "grpo": "grpo", "reinforce": "reinforce++"}
-        # Of one that is refused, what else it would need is not told.
-        default = "grpo" if "adv_estimator" in self.top else "gae"
-        chosen = self.top.choose("adv_estimator", choices, default)
-        if chosen == "reinforce++" and self.top.values.get("norm_mean_type") == "group":
-            return "grpo"
-        return chosen
-
-    def _loss(self, trainer: Role) -> None:
-        top, put = self.top, trainer.put
-        self._advantages(trainer)
-        coefficient, name, in_use = self._kl_coef()
-        put("init_kl_coef", coefficient, name, in_use)
-        for other, why in _KL_IN_USE.items():
-            if top.values.get(other) and ((other,) != name or not coefficient):
-                self.t.has_no_effect((other,), why)
-        for name, ours in (
-            ("gamma", "gamma"),
-            ("lambd", "lam"),
-            ("entropy_loss_coef", "entropy_coef"),
-        ):
-            if name in top:
-                put(ours, top.values[name], (name,))
-        clip = top.get("pg_clip", float, 0.2)
-        if top.get("use_pg_clip_range", bool, False):
-            put("cliprange", top.get("pg_clip_low", float, 0.2), ("pg_clip_low",))
-            put("cliprange_high", top.get("pg_clip_high", float, 0.2), ("pg_clip_high",))
-        else:
-            put("cliprange", clip, ("pg_clip",))
-            for name in ("pg_clip_low", "pg_clip_high"):
-                if name in top:
-                    self.t.has_no_effect((name,), "only with use_pg_clip_range: True")
-        if top.get("dual_clip_loss", bool, False):
-            put("dual_clip", 1 + 2 * clip, ("dual_clip_loss",))
-        self._correction(trainer)
-        put("loss_agg", top.choose("loss_agg_mode", _LOSS_AGGREGATIONS, "seq-mean"),
-            ("loss_agg_mode",))  # fmt: skip
-        ratio = top.choose("importance_sampling", {"token": "token", "seq": "sequence"}, "token")
-        put("ratio_level", ratio, ("importance_sampling",))
-        if self.is_ppo and "target_kl" in top:
-            put("target", top.values["target_kl"], ("target_kl",))
-            put("fix_kl_coef", False, ("target_kl",))
-            put("horizon", top.values.get("kl_horizon", 10000), ("kl_horizon",))
-        only_ppo = () if self.is_ppo else ("value_clip", "lambd", "target_kl", "kl_horizon")
-        for name in only_ppo:
-            if name in top:
-                self.t.has_no_effect((name,), "only with adv_estimator: gae")
-
-    def _correction(self, trainer: Role) -> None:
-        """Set the weights that make up for the rollout's other log-probabilities."""
-        path = ("train_infer_correction",)
-        given = Given(self.t, path, {}, ("is_weight", "filters"))
-        if given.values.get("filters"):
-            self.t.has_no_effect(given.key("filters"), "samples are weighed, none is left out")
-        known = ("enabled", "weight_type", "upper_bound", "detach")
-        weight = Given(self.t, given.key("is_weight"), {}, known)
-        if not weight.get("enabled", bool, False):
-            return
-        if weight.values.get("weight_type", "token") != "token":
-            rule = "must be token: each token is weighed by its own probabilities"
-            self.t.report(weight.key("weight_type"), rule)
-        bound = weight.values.get("upper_bound", 1.2)
-        if bound is None:
-            self.t.report(weight.key("upper_bound"), "must be a number of at least 1")
-        else:
-            trainer.put("tis_imp_ratio_cap", bound, weight.key("upper_bound"), path)
-
-    def _advantages(self, trainer: Role) -> None:
-        top = self.top
-        estimator = self._estimator()
-        if estimator != "gae":
-            trainer.put("advantage_estimator", estimator, ("adv_estimator",))
-        mean, std = top.values.get("norm_mean_type"), top.values.get("norm_std_type")
-        allowed = (None, "batch", "group")
-        for name, value in (("norm_mean_type", mean), ("norm_std_type", std)):
-            if value not in allowed:
-                self.t.report((name,), "must be group, batch or null: there are no running values")
-        if estimator == "grpo":
-            by_group = top.values.get("adv_estimator") == "grpo" or std == "group"
-            trainer.put("advantage_std", by_group, ("norm_std_type",))
-            told = ("whiten_advantages", "reward_clip")
-            why = "grpo compares a response with its group, and does no more"
-        else:
-            clip = top.get("reward_clip", float)
-            if clip:
-                trainer.put("cliprange_reward", clip, ("reward_clip",))
-            told = ("norm_mean_type", "norm_std_type")
-            why = "whitening over the episode undoes it"
-            if std == "group":
-                rule = "needs norm_mean_type: group, which makes it grpo; or leave it out"
-                self.t.report(("norm_std_type",), rule)
-            if not top.get("whiten_advantages", bool, False):
-                whitened = "reinforce and gae always whiten advantages"
-                self.t.has_no_effect(("whiten_advantages",), whitened)
-        for name in told:
-            if top.values.get(name) not in (None, False, "group", BROKEN):
-                self.t.has_no_effect((name,), why)
-
-    def _kl_coef(self) -> tuple[float, Key, Key]:
-        """Weight of the KL penalty, and the keys that say it: the number's, and the switch."""
-        top = self.top
-        if self._estimator() == "grpo":
-            in_use, name, default = "use_kl_loss", "kl_loss_coef", 0.0
-            other, remedy = "add_token_level_kl", "grpo has its KL in the loss: use_kl_loss: True"
-        else:
-            in_use, name, default = "add_token_level_kl", "init_kl_coef", 0.2
-            other = "use_kl_loss"
-            remedy = "reinforce and gae have their KL in the rewards: add_token_level_kl: True"
-        if top.get(other, bool, False):
-            self.t.report((other,), f"must be False: {remedy} and its coefficient")
-        used = top.get(in_use, bool, False)
-        return (top.get(name, float, default, least=0) if used else 0.0, (name,), (in_use,))
-
     # ---- data -------------------------------------------------------------------------------
 
     def _data(self, trainer: Role) -> None:
         given = trainer.data_args
-        if "file_name" in given:
-            self.t.put(("runtime", "data_path"), given.values["file_name"], given.key("file_name"))
-        if "max_samples" in given:
-            limit = given.values["max_samples"]
+        self.t.put(("runtime", "data_path"), given.values.get("file_name"), given.key("file_name"))
+        if given.values.get("file_name") in (None, "", []) and not self._has_own_script():
+            rule = "must name the jsonl file, or a list of them, with the prompts of training"
+            self.t.report(given.key("file_name"), rule)
+        limit = max_samples(self.t, given)
+        if limit is not None:
             self.t.put(("runtime", "training_data_num_limit"), limit, given.key("max_samples"))
         if "prompt" in given:
             target = ("models", "policy", "model_args", "prompt_key")
             self.t.put(target, given.values["prompt"], given.key("prompt"))
-
-    def _validation(self, policy: Role) -> None:
-        if "validation" not in self.top:
-            return
-        given = Given(self.t, ("validation",), keys.VALIDATION)
-        data = Given(self.t, given.key("data_args"), keys.DATA_ARGS)
-        if "file_name" in data:
-            path = ("runtime", "eval_data_path")
-            self.t.put(path, data.values["file_name"], data.key("file_name"))
-        interval = self.top.get("eval_steps", int, 10)
-        self.t.put(("runtime", "eval_episode_interval"), max(0, interval), ("eval_steps",))
-        self.t.put(("runtime", "enable_eval_before_training"), interval > 0, ("eval_steps",))
-        self.t.put(("runtime", "eval_data_num_limit"), -1, given.path)
-        sampling = generating_args(self.t, given.path)
-        greedy = self.top.get("val_greedy", bool, False)
-        value = 0.0 if greedy else temperature(sampling)
-        policy.put("eval_temperature", value, *temperature_keys(sampling), ("val_greedy",))
-        defaults = {"top_p": 0.7, "top_k": 50}
-        for name in _EVALUATED[1:]:
-            if name in sampling or name in defaults:
-                set_to = sampling.values.get(name, defaults.get(name))
-                policy.put(f"eval_{name}", set_to, sampling.key(name))
-        num_beams = sampling.get("num_beams", int, 1, least=1)
-        if num_beams > 1:
-            policy.put("eval_num_beams", num_beams, sampling.key("num_beams"))
-        for name, value in sampling.values.items():
-            same = {"max_new_tokens": self.response, "num_return_sequences": 1}
-            if name in (*_EVALUATED, "do_sample", "num_beams") or value in (
-                None,
-                same.get(name, BROKEN),
-            ):
-                continue
-            why = "an evaluation takes one response per prompt, with the lengths of training"
-            if name not in same:
-                if value == self.sampling.values.get(name):
-                    continue
-                why = "an evaluation has what actor_infer says"
-            self.t.has_no_effect(sampling.key(name), why)
 
     # ---- the user's words -------------------------------------------------------------------
 
@@ -514,5 +334,13 @@ class _Job:
                 "lr_warmup_iters": "warmup_steps",
                 "lr_decay_style": "lr_scheduler_type",
                 "lr": "learning_rate",
+                "eval_num_beams": "num_beams of validation.generating_args",
+                "inference_engine: vllm": "strategy_name: vllm",
+                "inference_engine: transformers": "strategy_name: hf_infer",
+                "inference_engine is transformers": "strategy_name is hf_infer",
+                # In remedies of the model that generates; on megatron-core they have our names.
+                "set tensor_model_parallel_size: 1": "set tensor_parallel_size: 1",
+                "set pipeline_model_parallel_size: 1": "set pipeline_parallel_size: 1",
+                "a larger tensor_model_parallel_size": "a larger tensor_parallel_size",
             }
         )
