@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,26 +63,9 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
     for name, (values, rule) in _REFUSED.items():
         key = ("models", model.name, "model_args", name)
         report.require(model.model_args.engine_args.get(name) not in values, key, rule)
-    _check_positions(model, report)
     _check_quantization(model, report)
     if model.model_args.speculative_config is not None:
         _check_speculation(model, report)
-
-
-def _check_positions(model: ModelConfig, report: Reporter) -> None:
-    """Check that the model has positions for the longest sequence, unless it stretches them."""
-    args = model.model_args
-    config = read_config_json(args.load)
-    positions = config.get("max_position_embeddings")
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    is_stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
-    is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
-    if args.inference_engine == "vllm" and not (is_stretched or is_allowed):
-        report.require(
-            not isinstance(positions, int) or args.seq_length <= positions,
-            ("models", model.name, "model_args", "seq_length"),
-            f"must be at most {positions}: {args.load}/config.json says max_position_embeddings",
-        )
 
 
 def _check_quantization(model: ModelConfig, report: Reporter) -> None:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.server_checks import START
 from chatlearn_vllm.config.upstream_fields import sampling_map_fields
 
@@ -60,7 +59,6 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "extra_args": (lambda value: isinstance(value, dict), "must be a map of keys"),
     "min_tokens": (_is_count, "must be a number of tokens, 0 or more"),
 }
-_OF_TOKENS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
 """Fields that hold more than one value: how these must look."""
 
 
@@ -71,12 +69,6 @@ def sampling_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
     for name, (holds, rule) in _FORMS.items():
         if name in given and not holds(given[name]):
             yield (*at, name), rule
-    num_tokens = read_config_json(args.load).get("vocab_size")
-    for name in _OF_TOKENS:
-        if name in given and _FORMS[name][0](given[name]):
-            largest = max(given[name], default=0)
-            if isinstance(num_tokens, int) and largest >= num_tokens:
-                yield (*at, name), f"token {largest} is none of the {num_tokens} of {args.load}"
     for name in ("structured_outputs", "repetition_detection"):
         if name in given and (rule := _map_problem(name, given[name])):
             yield (*at, name), rule

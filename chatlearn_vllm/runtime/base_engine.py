@@ -19,6 +19,7 @@ from chatlearn_vllm.data.prompts import (
 from chatlearn_vllm.job.placement import place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
+from chatlearn_vllm.modules.vllm_module import VLLMModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.observability.metrics import MetricWriter
 from chatlearn_vllm.observability.progress import EpisodeProgress
@@ -34,6 +35,7 @@ from chatlearn_vllm.runtime.checkpoint import (
 from chatlearn_vllm.runtime.cluster import Cluster, existing_cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.named_servers import check_named_servers
+from chatlearn_vllm.runtime.rollout_checks import check_model_has
 from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
@@ -232,8 +234,8 @@ class BaseEngine(ABC):
         """Start all ranks, build the models in order, hand out the evaluation's prompts.
 
         Raises:
-            UserError: the evaluator has no prompts, or a server that the yaml names is not there;
-                nothing is started then.
+            UserError: the evaluator has no prompts, a model has not what its keys ask for, or a
+                server that the yaml names is not there; nothing is started then.
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
@@ -241,6 +243,9 @@ class BaseEngine(ABC):
         if idle := [f"models.{name}" for name in self.job.models if name not in names]:
             engine = type(self).__name__
             logger.warning("not started, as this %s has no use for it: %s", engine, ", ".join(idle))
+        for module in self.modules:
+            if isinstance(module, VLLMModule):
+                check_model_has(module)
         if not existing_cluster():
             check_named_servers(self.modules)
         self._cluster = Cluster(self.job, self.modules)

@@ -6,7 +6,10 @@ which module plays which role.
 
 from __future__ import annotations
 
+import os
+
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
+from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
@@ -18,6 +21,9 @@ from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.observability.logging import get_logger
 
 logger = get_logger(__name__)
+
+_OF_TOKENS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
+"""Keys that hold token ids."""
 
 
 def check_beam_search(policy: BaseModule, trainer: BaseModule) -> None:
@@ -53,6 +59,33 @@ def check_sleep_level(policy: BaseModule, *, sleeps: bool) -> None:
             f"weight sync, and sleep_level={sleep_level} drops the weights in between; set "
             "sleep_level: 1"
         )
+
+
+def check_model_has(policy: BaseModule) -> None:
+    """Check that a model has the positions and tokens that its keys ask for.
+
+    Raises:
+        UserError: it does not.
+    """
+    args = policy.model_args
+    config = read_config_json(args.load)
+    positions, num_tokens = config.get("max_position_embeddings"), config.get("vocab_size")
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    is_stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
+    is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
+    is_vllms = args.inference_engine == "vllm" and not (is_stretched or is_allowed)
+    if is_vllms and isinstance(positions, int) and args.seq_length > positions:
+        raise UserError(
+            f"models.{policy.name}: seq_length={args.seq_length} must be at most {positions}, "
+            f"max_position_embeddings of {args.load}/config.json"
+        )
+    for name in _OF_TOKENS if isinstance(num_tokens, int) else ():
+        largest = max(args.sampling_args.get(name) or (), default=0)
+        if largest >= num_tokens:
+            raise UserError(
+                f"models.{policy.name}: {name}: token {largest} is none of the {num_tokens} that "
+                f"{args.load}/config.json says the model has"
+            )
 
 
 def check_quantization(target: BaseModule) -> None:

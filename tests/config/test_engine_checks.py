@@ -193,25 +193,6 @@ def test_vllms_flags_for_drafts_have_one_place(job) -> None:
     ]
 
 
-def test_a_model_has_positions_and_tokens_for_what_is_asked_of_it(job, write) -> None:
-    config = {"vocab_size": 100, "max_position_embeddings": 48}
-    load = f"load={write('model/config.json', json.dumps(config)).parent}"
-    (problem,) = problems_of(job, load)
-    assert problem.endswith(
-        "seq_length=64: must be at most 48: "
-        f"{load.removeprefix('load=')}/config.json says max_position_embeddings"
-    )
-    for rope in ({"rope_type": "linear"}, {"type": "yarn"}):
-        write("model/config.json", json.dumps(config | {"rope_scaling": rope}))
-        policy_args(job, load)
-    write("model/config.json", json.dumps({"vocab_size": 100}))
-    policy_args(job, load, "stop_token_ids=[99]")
-    assert problems_of(job, load, "stop_token_ids=[99, 100]", "logit_bias={200: 1.0}") == [
-        f"stop_token_ids=[99, 100]: token 100 is none of the 100 of {load.removeprefix('load=')}",
-        f"logit_bias={{200: 1.0}}: token 200 is none of the 100 of {load.removeprefix('load=')}",
-    ]
-
-
 def test_a_draft_must_be_there_and_know_the_same_tokens(job, models) -> None:
     tokens = "num_speculative_tokens=3"
     assert problems_of(job, "speculative_model=/nowhere", tokens, check_files=True) == [

@@ -1,0 +1,59 @@
+"""Is a job told before it starts that its model has no positions or tokens for what it asks?"""
+
+import json
+
+import pytest
+
+from chatlearn_vllm.config import UserError
+from chatlearn_vllm.runtime import base_engine
+from chatlearn_vllm.runtime.eval_engine import EvalEngine
+from chatlearn_vllm.runtime.rollout_checks import check_model_has
+from tests.helpers.engines import policy_job
+from tests.modules.test_vllm_module import VLLMPolicyInference
+
+CONFIG = {"vocab_size": 100, "max_position_embeddings": 48}
+
+
+def policy(tmp_path, config, **model_args):
+    model_dir = tmp_path / "model"
+    model_dir.mkdir(exist_ok=True)
+    (model_dir / "config.json").write_text(json.dumps(config))
+    return VLLMPolicyInference("policy", policy_job(tmp_path, model_dir, **model_args))
+
+
+def test_no_sequence_is_longer_than_the_positions(tmp_path) -> None:
+    check_model_has(policy(tmp_path, CONFIG, seq_length=48))
+    long = policy(tmp_path, CONFIG, seq_length=49)
+    with pytest.raises(UserError, match="policy: seq_length=49 must be at most 48, max_position_"):
+        check_model_has(long)
+
+
+@pytest.mark.parametrize(
+    ("more", "model_args"),
+    [
+        ({"rope_scaling": {"rope_type": "linear"}}, {}),
+        ({"rope_scaling": {"type": "yarn"}}, {}),
+        ({"max_position_embeddings": None}, {}),
+        ({}, {"inference_engine": "transformers"}),
+    ],
+)
+def test_models_that_go_further_are_not_refused(tmp_path, more, model_args) -> None:
+    check_model_has(policy(tmp_path, CONFIG | more, seq_length=64, **model_args))
+
+
+def test_tokens_are_those_of_the_model(tmp_path) -> None:
+    check_model_has(policy(tmp_path, CONFIG, seq_length=48, stop_token_ids=[99]))
+    for key, value in (("stop_token_ids", [99, 100]), ("logit_bias", {100: 1.0})):
+        with pytest.raises(UserError, match=f"{key}: token 100 is none of the 100 that"):
+            check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: value}))
+
+
+def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(base_engine, "Cluster", None)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
+    module = policy(tmp_path, CONFIG, seq_length=64, load_format="auto")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    engine = EvalEngine(lambda prompts: module.eval_forward(prompts))
+    engine.set_dataset([{"prompt": "1+1="}])
+    with pytest.raises(UserError, match="seq_length=64 must be at most 48"):
+        engine.eval()
