@@ -22,12 +22,8 @@ from chatlearn_vllm.bench.workload import (
 )
 from chatlearn_vllm.config import ConfigError
 from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
-from chatlearn_vllm.config.model_files import read_json_object
+from chatlearn_vllm.config.model_files import longest_sequence, read_json_object
 
-_SCALED_ALREADY = (
-    "default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling",
-)  # fmt: skip
-"""Kinds of rotary positions whose `max_position_embeddings` is the whole length, as vLLM has it."""
 _OPTIONS = {
     "load": "model", "max_new_tokens": "max_tokens", "n": "completions",
     "speculative_config.model": "draft",
@@ -122,15 +118,7 @@ def _longest_sequence(options: BenchOptions, config: Mapping[str, Any]) -> int |
     """Tokens that the model has positions for, as vLLM counts them; None where nothing says so."""
     if options.model is None or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":
         return None
-    positions = config.get("max_position_embeddings")
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    if positions is None or any(isinstance(value, dict) for value in rope.values()):
-        return None  # the second: each kind of layer has its own
-    tokenizer = read_json_object(Path(options.model, "tokenizer_config.json"))
-    longest = min(positions, tokenizer.get("model_max_length") or positions)
-    if rope.get("rope_type", rope.get("type", "default")) not in _SCALED_ALREADY:
-        longest *= rope.get("factor") or 1
-    return max(int(longest), config.get("model_max_length") or 0)
+    return longest_sequence(config)
 
 
 def _draft_problems(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from chatlearn_vllm.version import __version__
 
 READER_GONE = 128 + signal.SIGPIPE
+_PRINTING = ("plan", "sync-plan")
 USER_ERROR = 2
 """Exit code for a job that cannot start as described."""
 
@@ -31,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
-    except BrokenPipeError:  # whoever read the output, as in `... | head`, has enough
+    except BrokenPipeError:
+        if arguments.command not in _PRINTING:
+            raise
+        # Whoever read the output, as in `... | head`, has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
 

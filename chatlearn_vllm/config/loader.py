@@ -169,7 +169,7 @@ class _Validation:
                 self._report_unreadable(key, f"must be {_KINDS[kind]}")
                 return []
         choices = engine_choices().get(key[-1]) if "engine_args" in targets else None
-        if choices and value is not None and value not in choices:
+        if choices and value is not None and _folded(key[-1], value) not in choices:
             nearest = difflib.get_close_matches(str(value), map(str, choices), n=1)
             rule = f"must be one of vLLM's: {', '.join(map(str, choices))}"
             self._report(key, rule, nearest[0] if nearest else None)
@@ -223,6 +223,12 @@ def keys_of(section: type[Section]) -> dict[str, type[Section] | None]:
         for name, field in section.model_fields.items()
         if name not in internal
     }
+
+
+def _folded(name: str, value: Any) -> Any:
+    """A choice as vLLM reads it: backends may be written as on its command line."""
+    is_backend = name.endswith("_backend") and isinstance(value, str)
+    return value.lower().replace("-", "_") if is_backend else value
 
 
 def _is_kind(value: Any, kind: type) -> bool:

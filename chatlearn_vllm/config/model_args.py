@@ -7,7 +7,7 @@ docs/configuration.md. Names are ChatLearn's, which are Megatron's and vLLM's.
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
 from chatlearn_vllm.config.section import (
     Count,
@@ -26,6 +26,11 @@ from chatlearn_vllm.config.section import (
 DTYPE_OF_FLAG = {"bf16": "bfloat16", "fp16": "float16"}
 _DTYPE_OF_NAME = {"half": "float16", "float": "float32"}
 """Further names that vLLM has for them."""
+
+
+def _lower(value: Any) -> Any:
+    """A name of vLLM's without regard to capitals; none where it is empty."""
+    return (value.lower() or None) if isinstance(value, str) else value
 
 
 class WeightArgs(Section):
@@ -345,7 +350,7 @@ class SchedulerArgs(Section):
     weight_sync_path: Literal["auto", "direct", "load_weights"] = "auto"
     """How new weights enter the engine. direct: copied into its parameters. load_weights: whole
     tensors through vLLM's loader, which quantises them again. auto: direct where possible."""
-    quantization: Annotated[str, Field(min_length=1), AfterValidator(str.lower)] | None = None
+    quantization: Annotated[str | None, BeforeValidator(_lower)] = None
     """fp8: vLLM quantises weights as they come, again at each weight sync. awq, gptq, or another of
     vLLM's names: how the checkpoint in `load` is quantised, for models that no trainer sends
     weights to; docs/engines.md."""

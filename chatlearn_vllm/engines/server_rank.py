@@ -7,7 +7,7 @@ answers nor weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -122,7 +122,6 @@ class ServerPeer(ServerRank):
         self,
         min_finished: int | None = None,
         max_steps: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[Any]:
         """Forget the requests; the answers come to the first rank.
 

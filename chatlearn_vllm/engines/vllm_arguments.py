@@ -10,7 +10,7 @@ import torch
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization_of_checkpoint
-from chatlearn_vllm.config.model_files import read_config_json, read_json_object
+from chatlearn_vllm.config.model_files import longest_sequence, read_config_json
 from chatlearn_vllm.layouts import ModelShape
 
 MOST_CAPTURED_TOKENS = 1024
@@ -18,6 +18,8 @@ MOST_CAPTURED_TOKENS = 1024
 (1,024 on Blackwell)."""
 CAPTURE_STEP = 16
 """vLLM captures every multiple of it above 256."""
+_OTHER_LENGTHS = {"hf_overrides", "hf_config_path", "disable_sliding_window"}
+"""Engine arguments with which a model's longest sequence is not that of its config.json."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU attention takes KV blocks of a multiple of this many tokens."""
 
@@ -100,26 +102,26 @@ def engine_arguments(
 
 
 def _max_model_len(args: ModelArgs, model_dir: Path) -> int:
-    """`seq_length`, and room behind it for drafts, as far as the model has positions.
+    """`seq_length`, and room behind it for drafts, as far as vLLM is sure to take it.
 
     When one sequence of a step is so near to the end that drafts after its drafts would not fit,
     vLLM drafts nothing for any of them.
     """
+    given = args.engine_args
     drafted = (args.speculative_config or {}).get("num_speculative_tokens") or 0
-    if not drafted:
-        return args.seq_length
     config = read_config_json(str(model_dir))
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    limits = [
-        config.get("max_position_embeddings"),
-        read_json_object(model_dir / "tokenizer_config.json").get("model_max_length"),
-    ]
+    longest = longest_sequence(config)
+    if not drafted or longest is None or given.keys() & _OTHER_LENGTHS:
+        return args.seq_length
+    limits = [args.seq_length + 2 * (drafted + 1), longest]
     # Beyond that length some models turn their positions in another way (longrope).
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     original = rope.get("original_max_position_embeddings")
     if original is not None and original >= args.seq_length:
         limits.append(original)
-    longest = min((int(limit) for limit in limits if limit is not None), default=0)
-    return max(args.seq_length, min(args.seq_length + 2 * (drafted + 1), longest))
+    if given.get("enable_chunked_prefill") is False and args.max_num_batched_tokens is not None:
+        limits.append(args.max_num_batched_tokens)
+    return max(args.seq_length, min(limits))
 
 
 def _cuda_graphs(args: ModelArgs) -> dict[str, Any]:

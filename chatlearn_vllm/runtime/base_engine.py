@@ -32,7 +32,7 @@ from chatlearn_vllm.runtime.checkpoint import (
     save_state,
     saved_episodes,
 )
-from chatlearn_vllm.runtime.cluster import Cluster, existing_cluster
+from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.named_servers import check_named_servers
 from chatlearn_vllm.runtime.rollout_checks import check_model_has
@@ -246,8 +246,7 @@ class BaseEngine(ABC):
         for module in self.modules:
             if isinstance(module, VLLMModule):
                 check_model_has(module)
-        if not existing_cluster():
-            check_named_servers(self.modules)
+        check_named_servers(self.modules)
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()
         imports = [call for group in self.groups.values() for call in group.start("preload")]

@@ -12,6 +12,8 @@ from contextlib import closing
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.server_checks import START
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.vllm_module import VLLMModule
+from chatlearn_vllm.runtime.cluster import existing_cluster
 
 
 def check_named_servers(modules: Iterable[BaseModule]) -> None:
@@ -21,11 +23,16 @@ def check_named_servers(modules: Iterable[BaseModule]) -> None:
         UserError: one does not answer, asks for another key, or is no vLLM server for the job's
             sequences.
     """
-    for module in modules:
-        args = module.model_args
-        if args.inference_engine == "server" and args.vllm_server != (START,):
-            for url in args.vllm_server:
-                _check(module, url)
+    named = [
+        (module, url)
+        for module in modules
+        if isinstance(module, VLLMModule) and module.model_args.inference_engine == "server"
+        for url in module.model_args.vllm_server or ()
+        if url != START
+    ]
+    if named and not existing_cluster():
+        for module, url in named:
+            _check(module, url)
 
 
 def _check(module: BaseModule, url: str) -> None:
@@ -34,8 +41,12 @@ def _check(module: BaseModule, url: str) -> None:
 
     args = module.model_args
     key = args.vllm_server_api_key.get_secret_value() if args.vllm_server_api_key else None
-    seconds = args.vllm_server_timeout
-    client = ServerClient(url, api_key=key, timeout_s=seconds, max_retries=0)
+    client = ServerClient(
+        url,
+        api_key=key,
+        timeout_s=args.vllm_server_timeout,
+        max_retries=args.vllm_server_max_retries,
+    )
     with closing(client):
         try:
             find_server(client, args.seq_length)

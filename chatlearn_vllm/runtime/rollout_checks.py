@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
-from chatlearn_vllm.config.model_files import read_config_json
+from chatlearn_vllm.config.model_files import longest_sequence, read_config_json
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
@@ -69,16 +69,21 @@ def check_model_has(policy: BaseModule) -> None:
     """
     args = policy.model_args
     config = read_config_json(args.load)
-    positions, num_tokens = config.get("max_position_embeddings"), config.get("vocab_size")
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    is_stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
+    positions, num_tokens = longest_sequence(config), config.get("vocab_size")
+    is_other = args.engine_args.keys() & {"hf_overrides", "hf_config_path"}
     is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
-    is_vllms = args.inference_engine == "vllm" and not (is_stretched or is_allowed)
-    if is_vllms and isinstance(positions, int) and args.seq_length > positions:
+    if (
+        positions is not None
+        and args.seq_length > positions
+        and args.inference_engine == "vllm"
+        and not (is_other or is_allowed)
+    ):
         raise UserError(
-            f"models.{policy.name}: seq_length={args.seq_length} must be at most {positions}, "
-            f"max_position_embeddings of {args.load}/config.json"
+            f"models.{policy.name}: seq_length={args.seq_length} must be at most {positions}, for "
+            f"which the model has positions ({args.load}/config.json)"
         )
+    if is_other:
+        return
     for name in _OF_TOKENS if isinstance(num_tokens, int) else ():
         largest = max(args.sampling_args.get(name) or (), default=0)
         if largest >= num_tokens:

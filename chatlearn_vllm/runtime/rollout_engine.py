@@ -379,7 +379,7 @@ class RolloutEngine(BaseEngine):
             Of several modules the mean reward of each, before its weight.
 
         Raises:
-            UserError: a module returned no `rewards` [B], or such that are not finite.
+            ValueError: a module returned no `rewards` [B], or such that are not finite.
         """
         metrics = {}
         total: torch.Tensor | float = 0.0
@@ -411,7 +411,7 @@ class RolloutEngine(BaseEngine):
         """Add `ref_logprobs` [B, S-1] to the batch.
 
         Raises:
-            UserError: the reference returned none, or some that are not finite.
+            ValueError: the reference returned none, or some that are not finite.
         """
         with self.timers.phase("reference"):
             scores = self.forward(reference, batch, episode)

@@ -657,7 +657,8 @@ def test_beams_are_of_the_evaluation(job):
     ],
 )  # fmt: skip
 def test_what_a_launch_would_refuse_is_refused_by_the_users_keys(job, overrides, line):
-    (found,) = problems_of(job, overrides)
+    script = "entry_script=examples/megatron/entry/train_rlvr.py"
+    (found,) = problems_of(job, [*overrides, script])
     assert found.startswith(line)
 
 
@@ -698,9 +699,10 @@ def test_what_transformers_reads_of_an_engine_s_arguments_may_be_given(job):
 
 
 def test_an_entry_script_of_ones_own_says_itself_what_scores_and_where_prompts_are(job):
-    load_config(job, ["rewards.rule=None", "entry_script=mine.py"])
-    load_config(job, [f"{ACTOR}data_args.file_name=None", "entry_script=mine.py"])
-    load_config(job, ["rewards.rule.worker_cls=Rule", "entry_script=mine.py"])
+    for script in (["entry_script=mine.py"], []):  # python mine.py -c JOB needs no key for it
+        load_config(job, ["rewards.rule=None", *script])
+        load_config(job, [f"{ACTOR}data_args.file_name=None", *script])
+        load_config(job, ["rewards.rule.worker_cls=Rule", *script])
 
 
 def test_a_horizon_of_few_samples_is_refused(job):

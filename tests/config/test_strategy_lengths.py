@@ -46,10 +46,16 @@ def test_responses_are_no_longer_than_any_key_says_and_prompts_keep_their_length
 
 def test_a_notice_says_which_sum_max_model_len_is_less_than(job):
     (line,) = load_config(job, [f"{CONFIG}max_model_len=60"]).notices
-    assert "max_model_len=60 is less than prompt_length + response_length = 64: a prompt" in line
+    assert (
+        "max_model_len=60 is less than prompt_length + response_length = 64: responses have at"
+        in line
+    )
     overrides = [f"{CONFIG}max_model_len=60", f"{INFER}max_new_tokens=22"]
     (line,) = load_config(job, overrides).notices
-    assert "max_model_len=60 is less than prompt_length + max_new_tokens = 62: a prompt" in line
+    assert (
+        "max_model_len=60 is less than prompt_length + max_new_tokens = 62: responses have at"
+        in line
+    )
     assert load_config(job, [f"{CONFIG}max_model_len=60", f"{INFER}max_new_tokens=5"]).notices == ()
 
 

@@ -48,29 +48,46 @@ def test_steps_of_many_sequences_have_cuda_graphs_unless_the_yaml_says_otherwise
 
 
 @pytest.mark.parametrize(
-    ("seq_length", "of_files", "longest"),
+    ("seq_length", "of_config", "longest"),
     [
         (100, {}, 108),
         (254, {}, 256),  # the model has 256 positions
         (256, {}, 256),
-        (100, {"tokenizer_config.json": {"model_max_length": 103}}, 103),
-        (100, {"tokenizer_config.json": {"model_max_length": 1e30}}, 108),
-        (100, {"config.json": {"rope_scaling": {"original_max_position_embeddings": 100}}}, 100),
-        (100, {"config.json": {"rope_scaling": {"original_max_position_embeddings": 50}}}, 108),
+        (100, {"rope_scaling": {"original_max_position_embeddings": 100}}, 100),
+        (100, {"rope_scaling": {"original_max_position_embeddings": 50}}, 108),
+        (254, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 262),
+        (100, {"max_sequence_length": 102}, 102),  # vLLM takes the least of them
+        (254, {"model_max_length": 300}, 262),
+        (100, {"max_position_embeddings": None}, 100),
     ],
 )  # fmt: skip
 def test_behind_the_longest_sequence_there_is_room_for_drafts(
-    tmp_path, seq_length, of_files, longest
+    tmp_path, seq_length, of_config, longest
 ) -> None:
     model_dir = tmp_path / "model"
     save_tiny_llama(model_dir)
-    for name, changes in of_files.items():
-        content = json.loads((model_dir / name).read_text())
-        (model_dir / name).write_text(json.dumps(content | changes))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | of_config))
     keys = {"seq_length": seq_length, "speculative_config": NGRAM}
     assert arguments(model_dir, tmp_path, on_gpu=True, **keys)[0]["max_model_len"] == longest
     plain, _ = arguments(model_dir, tmp_path, on_gpu=True, seq_length=seq_length)
     assert plain["max_model_len"] == seq_length
+
+
+@pytest.mark.parametrize(
+    ("given", "longest"),
+    [
+        ({"hf_overrides": {"max_position_embeddings": 100}}, 100),
+        ({"disable_sliding_window": True}, 100),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 104}, 104),
+        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 104}, 108),
+        ({"max_model_len": 120}, 120),
+    ],
+    ids=str,
+)
+def test_that_room_is_not_more_than_vllm_takes(model_dir, tmp_path, given, longest) -> None:
+    keys = {"seq_length": 100, "max_num_seqs": 8, "speculative_config": NGRAM, **given}
+    assert arguments(model_dir, tmp_path, on_gpu=True, **keys)[0]["max_model_len"] == longest
 
 
 def test_on_cpu_a_step_takes_whole_prompts(model_dir, tmp_path) -> None:

@@ -24,15 +24,16 @@ def policy(tmp_path, config, **model_args):
 def test_no_sequence_is_longer_than_the_positions(tmp_path) -> None:
     check_model_has(policy(tmp_path, CONFIG, seq_length=48))
     long = policy(tmp_path, CONFIG, seq_length=49)
-    with pytest.raises(UserError, match="policy: seq_length=49 must be at most 48, max_position_"):
+    with pytest.raises(UserError, match="policy: seq_length=49 must be at most 48, for which"):
         check_model_has(long)
 
 
 @pytest.mark.parametrize(
     ("more", "model_args"),
     [
-        ({"rope_scaling": {"rope_type": "linear"}}, {}),
-        ({"rope_scaling": {"type": "yarn"}}, {}),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),
+        ({"model_max_length": 64}, {}),
+        ({}, {"hf_overrides": {"max_position_embeddings": 64}}),
         ({"max_position_embeddings": None}, {}),
         ({}, {"inference_engine": "transformers"}),
     ],

@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from chatlearn_vllm import BaseModule
 from chatlearn_vllm.config import UserError
 from chatlearn_vllm.runtime.named_servers import check_named_servers
 from tests.helpers.engines import policy_job
@@ -34,8 +35,14 @@ def address():
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
 def module(tmp_path, *urls: str, **more):
     keys = {"inference_engine": "server", "vllm_server": list(urls)} if urls else {}
+    more = {"vllm_server_max_retries": 0} | more if urls else more
     job = policy_job(tmp_path, tmp_path, num_gpu=max(1, len(urls)), **keys, **more)
     return VLLMPolicyInference("policy", job)
 
@@ -53,3 +60,10 @@ def test_something_else_that_listens_there_is_no_server(tmp_path, address) -> No
 
 def test_servers_that_the_job_starts_and_engines_in_its_ranks_are_not_asked_for(tmp_path) -> None:
     check_named_servers([module(tmp_path), module(tmp_path, "start")])
+
+
+def test_who_calls_no_server_needs_none(tmp_path, monkeypatch) -> None:
+    generates = module(tmp_path, "http://127.0.0.1:9")
+    check_named_servers([BaseModule("policy", generates.job)])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # ranks may be where a server answers
+    check_named_servers([generates])

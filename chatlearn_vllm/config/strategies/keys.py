@@ -451,7 +451,7 @@ VLLM: Keys = {
     "pipeline_parallel_size": Becomes("model_args.pipeline_model_parallel_size"),
     "max_model_len": Becomes(
         "model_args.max_model_len",
-        "less than sequence_length: a prompt with its response ends there",
+        "less than sequence_length: responses are as much shorter",
     ),
     "cuda_graph_sizes": NoEffect("vLLM calls it cudagraph_capture_sizes now"),
     "sleep_level": Becomes(

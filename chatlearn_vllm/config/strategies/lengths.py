@@ -103,5 +103,6 @@ class Lengths:
         name = "response_length" if response == self.response else "max_new_tokens"
         self.t.say(
             f"{'.'.join(key)}={length} is less than prompt_length + {name} = "
-            f"{self.prompt + response}: a prompt with its response ends there"
+            f"{self.prompt + response}: responses have at most {length - self.prompt} tokens"
+            + (", more behind a short prompt" if response >= length else "")
         )

@@ -210,8 +210,12 @@ class _Job:
             n = sampling.get("num_return_sequences", int, 1, least=1)
             role.put("num_inference_per_prompt", n, sampling.key("num_return_sequences"))
             length = role.config.get("max_model_len", int, least=1)
-            if length is not None:
-                role.put("seq_length", length, role.config.key("max_model_len"))
+            key = role.config.key("max_model_len")
+            if length is not None and length <= longest:
+                rule = f"must be more than the {longest} tokens of a response, for the prompt"
+                self.t.report(key, rule)
+            elif length is not None:
+                role.put("seq_length", length, key)
         elif role.strategy == "megatron_infer":
             self._scores_on_megatron(role, ("reward_pretrain",))
         elif role.strategy == "hf_infer":
@@ -234,8 +238,8 @@ class _Job:
             self.t.report(role.path, f"needs worker_cls, which says how it scores: {remedy}")
 
     def _has_own_script(self) -> bool:
-        """Whether a script of the user's says what trains on what."""
-        return self.top.values.get("entry_script") not in (None, ENTRY_SCRIPT)
+        """Whether a script of the user's may say what trains on what; it need not be named."""
+        return self.top.values.get("entry_script") != ENTRY_SCRIPT
 
     def _critic(self) -> Role:
         role = Role(self.t, ("critic",), "ppo_value", "critic")

@@ -56,6 +56,10 @@ def main() -> None:
         return answers
 
     args = job.runtime
+    if not args.data_path:
+        raise UserError(
+            "actor_train.data_args.file_name must name the prompts: a jsonl file, or a list"
+        )
     prompts = load_prompts(args.data_path, args.training_data_num_limit)
     check_tags(job, prompts)
     engine.set_dataset(prompts)
