@@ -7,7 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from chatlearn_vllm.bench.workload import Prompt
 
 PERCENTILES = (50, 90, 99)
 
@@ -113,6 +116,36 @@ def latency(watches: Sequence[Stopwatch]) -> dict[str, Any]:
         "inter_token_s": summary([gap for watch in watches for gap in watch.between]),
         "request_s": summary([seconds for watch in watches for seconds in watch.last.values()]),
         "num_requests": len(first),
+    }
+
+
+class Stream(Protocol):
+    """Sends requests together and waits for all of them."""
+
+    def __call__(self, prompts: list[Prompt], completions: int, first: int = 0) -> Stopwatch:
+        """Note when tokens come.
+
+        Args:
+            prompts: of the requests.
+            completions: per prompt.
+            first: number of the first prompt among those of this kind, for the seeds.
+        """
+
+
+def latencies(
+    stream: Stream, alone: Sequence[Prompt], together: list[Prompt], completions: int
+) -> dict[str, Any]:
+    """Those of requests that have the engine to themselves, and of others that are sent together.
+
+    Args:
+        stream: sends them.
+        alone: prompts of the former, each with one completion.
+        together: prompts of the latter.
+        completions: per prompt of the latter.
+    """
+    return {
+        "alone": latency([stream([one], 1, number) for number, one in enumerate(alone)]),
+        "loaded": latency([stream(together, completions)]),
     }
 
 

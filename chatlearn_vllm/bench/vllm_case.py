@@ -6,7 +6,7 @@ import copy
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.measure import Pass, Stopwatch, latencies, throughput
 from chatlearn_vllm.bench.vllm_arguments import (
     bare_engine_arguments,
     make_job,
@@ -65,7 +65,7 @@ def measure(task: Task) -> dict[str, Any]:
     }
     if options.latency_requests:
         task.phase("latency")
-        result["latency"] = bare.latencies()
+        result["latency"] = latencies(bare.stream, *task.latency_prompts(), options.completions)
     return result
 
 
@@ -105,22 +105,8 @@ class _BareVLLM:
         ordinal = (number * options.prompts + row) * options.completions
         return sample_seed(options.seed, ordinal, is_eval=False)
 
-    def latencies(self) -> dict[str, Any]:
-        """Of requests that have the engine to themselves, and of all of a pass, sent together."""
-        alone, together = self._task.latency_prompts()
-        return {
-            "alone": latency([self._stream([one], 1, first=n) for n, one in enumerate(alone)]),
-            "loaded": latency([self._stream(together, self._task.options.completions)]),
-        }
-
-    def _stream(self, prompts: list[Prompt], completions: int, *, first: int = 0) -> Stopwatch:
-        """Step the engine until all are answered, and note when tokens come.
-
-        Args:
-            prompts: of the requests, which are sent together.
-            completions: per prompt.
-            first: number of the first prompt among those of this kind, for the seeds.
-        """
+    def stream(self, prompts: list[Prompt], completions: int, first: int = 0) -> Stopwatch:
+        """See measure.Stream: step the engine until all are answered."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.measure import Pass, Stopwatch, latencies, throughput
 from chatlearn_vllm.bench.vllm_arguments import make_job, speculation
 from chatlearn_vllm.bench.workload import model_config
 from chatlearn_vllm.data.carried import Begun
@@ -100,7 +100,9 @@ def measure(task: Task) -> dict[str, Any]:
         }
         if options.latency_requests:
             task.phase("latency")
-            result["latency"] = measured.latencies()
+            result["latency"] = latencies(
+                measured.stream, *task.latency_prompts(), options.completions
+            )
         return result
     finally:
         policy.shutdown()
@@ -131,22 +133,8 @@ class _MeasuredPolicy:
             return Pass(seconds, 1, 0)
         return Pass(seconds, len(batch["loss_mask"]), int(batch["loss_mask"].sum()))
 
-    def latencies(self) -> dict[str, Any]:
-        """Of requests that have the engine to themselves, and of all of a pass, sent together."""
-        alone, together = self._task.latency_prompts()
-        return {
-            "alone": latency([self._stream([one], 1, first=n) for n, one in enumerate(alone)]),
-            "loaded": latency([self._stream(together, self._task.options.completions)]),
-        }
-
-    def _stream(self, prompts: list[Prompt], completions: int, *, first: int = 0) -> Stopwatch:
-        """Step the engine until all are answered, and note when tokens come.
-
-        Args:
-            prompts: of the requests, which are sent together.
-            completions: per prompt.
-            first: number of the first prompt among those of this kind, for the seeds.
-        """
+    def stream(self, prompts: list[Prompt], completions: int, first: int = 0) -> Stopwatch:
+        """See measure.Stream: step the engine until all are answered."""
         from chatlearn_vllm.engines.vllm_arguments import max_response_tokens, sampling_arguments
         from chatlearn_vllm.engines.vllm_partial import PartialRequest
 

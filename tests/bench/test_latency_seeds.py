@@ -7,6 +7,7 @@ import pytest
 
 from chatlearn_vllm.bench.cases import parse_case
 from chatlearn_vllm.bench.child import Task
+from chatlearn_vllm.bench.measure import latencies
 from chatlearn_vllm.bench.options import BenchOptions
 from chatlearn_vllm.bench.vllm_arguments import make_job
 from chatlearn_vllm.bench.vllm_case import _BareVLLM
@@ -47,6 +48,6 @@ def test_each_request_has_a_seed_of_its_own(case, measured, tmp_path):
     options = BenchOptions.of({"prompts": 2, "completions": 2, "latency_requests": 3})
     task = Task(parse_case(case), options, tmp_path, tmp_path, tmp_path / "events.jsonl")
     engine = Engine()
-    measured(task, engine).latencies()
+    latencies(measured(task, engine).stream, *task.latency_prompts(), options.completions)
     alone = engine.seeds[:3]
     assert len(set(alone)) == 3
