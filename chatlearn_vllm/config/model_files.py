@@ -14,6 +14,8 @@ _LENGTHS = (
     "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
 """Keys of config.json of which vLLM takes the least; `model_max_length` counts before all."""
+OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path"})
+"""Engine arguments with which vLLM reads something else than config.json."""
 _SCALED_ALREADY = (
     "default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling",
 )  # fmt: skip
@@ -49,6 +51,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     raise ConfigError([Problem(str(path), "", rule)])
 
 
+def rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary positions, under the key of either version of it."""
+    return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+
+
 def longest_sequence(config: Mapping[str, Any]) -> int | None:
     """Tokens for which a model has positions, as vLLM counts them.
 
@@ -58,7 +65,7 @@ def longest_sequence(config: Mapping[str, Any]) -> int | None:
     Returns:
         None where the file does not say it: then the model's class has a length of its own.
     """
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    rope = rotary_keys(config)
     has_kinds = any(isinstance(value, dict) for value in rope.values())  # of layers, each its own
     if config.get("max_position_embeddings") is None or has_kinds:
         return None

@@ -100,6 +100,8 @@ class SampledLogprobs:
         came = (counts > 0) & (rows != _GONE)
         # Where each request's tokens begin: several of one may have come, those that were drafted.
         begins = lists.cu_num_generated_tokens
+        if begins is None and counts.max(initial=0) > 1:
+            raise RuntimeError("vLLM does not say which log-probabilities are of which request")
         first = np.arange(len(ids)) if begins is None else np.array(begins[: len(ids)])
         rows, first, counts = rows[came], first[came], counts[came]
         if not rows.size:

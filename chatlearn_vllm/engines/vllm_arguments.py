@@ -10,7 +10,12 @@ import torch
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization_of_checkpoint
-from chatlearn_vllm.config.model_files import longest_sequence, read_config_json
+from chatlearn_vllm.config.model_files import (
+    OTHER_CONFIG,
+    longest_sequence,
+    read_config_json,
+    rotary_keys,
+)
 from chatlearn_vllm.layouts import ModelShape
 
 MOST_CAPTURED_TOKENS = 1024
@@ -18,8 +23,6 @@ MOST_CAPTURED_TOKENS = 1024
 (1,024 on Blackwell)."""
 CAPTURE_STEP = 16
 """vLLM captures every multiple of it above 256."""
-_OTHER_LENGTHS = {"hf_overrides", "hf_config_path", "disable_sliding_window"}
-"""Engine arguments with which a model's longest sequence is not that of its config.json."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU attention takes KV blocks of a multiple of this many tokens."""
 
@@ -109,14 +112,14 @@ def _max_model_len(args: ModelArgs, model_dir: Path) -> int:
     """
     given = args.engine_args
     drafted = (args.speculative_config or {}).get("num_speculative_tokens") or 0
+    if not drafted or given.keys() & {*OTHER_CONFIG, "disable_sliding_window"}:
+        return args.seq_length
     config = read_config_json(str(model_dir))
-    longest = longest_sequence(config)
-    if not drafted or longest is None or given.keys() & _OTHER_LENGTHS:
+    if (longest := longest_sequence(config)) is None:
         return args.seq_length
     limits = [args.seq_length + 2 * (drafted + 1), longest]
     # Beyond that length some models turn their positions in another way (longrope).
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    original = rope.get("original_max_position_embeddings")
+    original = rotary_keys(config).get("original_max_position_embeddings")
     if original is not None and original >= args.seq_length:
         limits.append(original)
     if given.get("enable_chunked_prefill") is False and args.max_num_batched_tokens is not None:

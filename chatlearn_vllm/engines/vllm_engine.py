@@ -148,8 +148,7 @@ class VLLMEngine(GenerationEngine):
             self._add_search(request_id, prompt, list(token_ids), sampling)
         else:
             fast, self._text_keys[request_id] = without_text(sampling)
-            in_bulk = sampling.get("logprobs") == 0
-            self._take_logprobs(in_bulk)
+            self._take_logprobs(in_bulk=sampling.get("logprobs") == 0)
             if self._sampled is not None:
                 self._sampled.expect(request_id, sampling.get("n", 1))
             self._add(request_id, prompt, list(token_ids), fast, "FINAL_ONLY")

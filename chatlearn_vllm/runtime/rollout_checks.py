@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
-from chatlearn_vllm.config.model_files import longest_sequence, read_config_json
+from chatlearn_vllm.config.model_files import OTHER_CONFIG, longest_sequence, read_config_json
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
@@ -68,22 +68,17 @@ def check_model_has(policy: BaseModule) -> None:
         UserError: it does not.
     """
     args = policy.model_args
+    if args.engine_args.keys() & OTHER_CONFIG:
+        return
     config = read_config_json(args.load)
     positions, num_tokens = longest_sequence(config), config.get("vocab_size")
-    is_other = args.engine_args.keys() & {"hf_overrides", "hf_config_path"}
     is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
-    if (
-        positions is not None
-        and args.seq_length > positions
-        and args.inference_engine == "vllm"
-        and not (is_other or is_allowed)
-    ):
+    is_checked = args.inference_engine == "vllm" and not is_allowed
+    if is_checked and positions is not None and args.seq_length > positions:
         raise UserError(
             f"models.{policy.name}: seq_length={args.seq_length} must be at most {positions}, for "
             f"which the model has positions ({args.load}/config.json)"
         )
-    if is_other:
-        return
     for name in _OF_TOKENS if isinstance(num_tokens, int) else ():
         largest = max(args.sampling_args.get(name) or (), default=0)
         if largest >= num_tokens:

@@ -77,9 +77,11 @@ def check_tags(job: JobConfig, prompts: list[dict[str, Any]]) -> None:
     """
     for name, model in job.models.items():
         args = model.model_args.user_args
+        if not args.get("tag_included"):
+            continue
         tag = args.get("tag", "tag")
         number = next((row for row, record in enumerate(prompts) if tag not in record), None)
-        if args.get("tag_included") and number is not None:
+        if number is not None:
             raise UserError(
                 f"rewards.{name.removeprefix('reward_')}.tag_included={args['tag_included']}: "
                 f"record {number + 1} of {job.runtime.data_path} has no `{tag}`; say in "
