@@ -4,17 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from chatlearn_vllm.config.beam_checks import beam_problems
-from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
-from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
-from chatlearn_vllm.config.engine_notices import without_effect
-from chatlearn_vllm.config.model_args import (
-    DTYPE_OF_FLAG,
+from chatlearn_vllm.config.accepted_args import (
     LoggingArgs,
     MegatronArgs,
     RetiredArgs,
     UnusedArgs,
 )
+from chatlearn_vllm.config.beam_checks import beam_problems
+from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
+from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
+from chatlearn_vllm.config.engine_notices import without_effect
+from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG
 from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.parallel_checks import check_experts, check_layers
 from chatlearn_vllm.config.problems import Key

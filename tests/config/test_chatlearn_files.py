@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from chatlearn_vllm.config import load_config
-from chatlearn_vllm.config.model_args import (
+from chatlearn_vllm.config.accepted_args import (
     LoggingArgs,
     MegatronArgs,
-    ModelArgs,
     RetiredArgs,
     UnusedArgs,
 )
+from chatlearn_vllm.config.model_args import ModelArgs
 
 FILES = Path(__file__).parent / "chatlearn"
 NAMES = {path.stem: yaml.safe_load(path.read_text()) for path in FILES.glob("*.yaml")}

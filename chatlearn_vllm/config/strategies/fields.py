@@ -1,7 +1,7 @@
 """Which fields of engines may a strategy file hold under their own names?"""
 
 from chatlearn_vllm.config.model_args import LoraArgs, ParallelArgs, SamplingArgs, SchedulerArgs
-from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies import keys, strategy_keys
 from chatlearn_vllm.config.upstream_fields import upstream_fields
 
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
@@ -23,7 +23,7 @@ def sampling_fields() -> frozenset[str]:
 
 def vllm_fields() -> frozenset[str]:
     """Of the strategy_config of vllm, and of hf_infer, which has no use for some of them."""
-    return _OURS_ON_VLLM | upstream_fields()["engine_args"] | {*keys.VLLM_SET_ELSEWHERE}
+    return _OURS_ON_VLLM | upstream_fields()["engine_args"] | {*strategy_keys.VLLM_SET_ELSEWHERE}
 
 
 def megatron_fields() -> frozenset[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from chatlearn_vllm.config.problems import Key, dotted_key
-from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies import keys, strategy_keys
 from chatlearn_vllm.config.strategies.fields import megatron_fields, sampling_fields, vllm_fields
 
 _GENERATES, _TRAINS = ("actor_infer", "rewards", "reward_model"), ("actor_train", "critic")
@@ -25,13 +25,13 @@ _SERVER = (
 _MAPS: tuple[tuple[tuple[str, ...], keys.Keys, tuple[str, ...]], ...] = (
     # the map, its table, and the roles that it means something in, the usual one first
     ((), keys.ROLE, _ROLES),
-    (("strategy_args",), keys.STRATEGY, _ROLES),
+    (("strategy_args",), strategy_keys.STRATEGY, _ROLES),
     (("model_args",), keys.MODEL_ARGS, _ROLES),
     (("training_args",), keys.TRAINING_ARGS, _TRAINS),
     (("generating_args",), keys.GENERATING_ARGS, (*_GENERATES, "validation")),
     (("data_args",), keys.DATA_ARGS, ("actor_train", "validation")),
-    (("strategy_args", "strategy_config"), keys.VLLM, _GENERATES),
-    (("strategy_args", "strategy_config"), keys.MEGATRON, (*_TRAINS, "reference")),
+    (("strategy_args", "strategy_config"), strategy_keys.VLLM, _GENERATES),
+    (("strategy_args", "strategy_config"), strategy_keys.MEGATRON, (*_TRAINS, "reference")),
     (("sequence_packing_args",), keys.PACKING, (*_TRAINS, "reference")),
 )
 

@@ -8,7 +8,7 @@ writes the tables anew between the file's two markers.
 import sys
 from pathlib import Path
 
-from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies import keys, strategy_keys
 
 BEGIN = "<!-- tables: begin, written by `python -m chatlearn_vllm.config.strategies.reference` -->"
 END = "<!-- tables: end -->"
@@ -17,9 +17,9 @@ _TABLES = {
     "The whole job": keys.TOP,
     "A role": keys.ROLE,
     "`sequence_packing_args`": keys.PACKING,
-    "`strategy_args`": keys.STRATEGY,
-    "`strategy_config` of vllm": keys.VLLM,
-    "`strategy_config` of megatron_train and megatron_infer": keys.MEGATRON,
+    "`strategy_args`": strategy_keys.STRATEGY,
+    "`strategy_config` of vllm": strategy_keys.VLLM,
+    "`strategy_config` of megatron_train and megatron_infer": strategy_keys.MEGATRON,
     "`model_args`": keys.MODEL_ARGS,
     "`training_args`": keys.TRAINING_ARGS,
     "`generating_args`": keys.GENERATING_ARGS,
@@ -41,7 +41,7 @@ _FURTHER = {
     "because another key says it: ",
 }
 _SET_ELSEWHERE = {
-    "`strategy_config` of vllm": keys.VLLM_SET_ELSEWHERE,
+    "`strategy_config` of vllm": strategy_keys.VLLM_SET_ELSEWHERE,
     "`generating_args`": keys.SAMPLING_SET_ELSEWHERE,
 }
 

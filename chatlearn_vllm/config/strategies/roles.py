@@ -7,7 +7,7 @@ from typing import Any
 
 from chatlearn_vllm.config.devices import parse_device_mapping, uneven_replicas
 from chatlearn_vllm.config.problems import Key
-from chatlearn_vllm.config.strategies import keys
+from chatlearn_vllm.config.strategies import keys, strategy_keys
 from chatlearn_vllm.config.strategies.fields import (
     ALL_LORA_LAYERS,
     RECOMPUTE,
@@ -74,7 +74,7 @@ class Role:
         translation.stands_for(self.at, path)
         table = keys.REWARD if kind == "rewards" else keys.ROLE
         self.given = Given(translation, path, table)
-        strategy = Given(translation, (*path, "strategy_args"), keys.STRATEGY)
+        strategy = Given(translation, (*path, "strategy_args"), strategy_keys.STRATEGY)
         self.strategy = self._strategy(strategy)
         self.model_args = Given(translation, (*path, "model_args"), keys.MODEL_ARGS)
         self.training_args = Given(translation, (*path, "training_args"), keys.TRAINING_ARGS)
@@ -136,7 +136,7 @@ class Role:
                 self.t.has_no_effect(self.model_args.key(name), why)
 
     def _strategy(self, given: Given) -> str | None:
-        allowed = keys.STRATEGIES_OF_ROLE[self.kind]
+        allowed = strategy_keys.STRATEGIES_OF_ROLE[self.kind]
         name = given.get("strategy_name", str)
         key = given.key("strategy_name")
         if name is None and self.kind == "rewards":
@@ -145,7 +145,9 @@ class Role:
         self.is_supported = name in allowed
         if name in allowed:
             return name
-        remedy = keys.UNSUPPORTED_STRATEGIES.get(name or "", f"takes {' or '.join(allowed)}")
+        remedy = strategy_keys.UNSUPPORTED_STRATEGIES.get(
+            name or "", f"takes {' or '.join(allowed)}"
+        )
         if name == "hf_infer" and self.kind == "reference":
             remedy = (
                 "a reference scores on megatron-core, which computes the trainer's numbers: set "
@@ -160,9 +162,9 @@ class Role:
         if not self.is_supported:
             return Given(self.t, (*path, "of another strategy"), {})
         if self.strategy == "vllm" or self.kind == "actor_infer":
-            return Given(self.t, path, keys.VLLM, vllm_fields())
+            return Given(self.t, path, strategy_keys.VLLM, vllm_fields())
         if self.strategy in ("megatron_train", "megatron_infer"):
-            return Given(self.t, path, keys.MEGATRON, megatron_fields())
+            return Given(self.t, path, strategy_keys.MEGATRON, megatron_fields())
         return Given(self.t, path, {})
 
     def _devices(self) -> int:
@@ -242,9 +244,10 @@ class Role:
         self.put("load_format", load_format, self.config.key("load_format"))
         for name, value in self.config.values.items():
             key = self.config.key(name)
-            if name in keys.VLLM_SET_ELSEWHERE:
-                self.t.report(key, f"is set by {keys.VLLM_SET_ELSEWHERE[name]}; leave it out")
-            elif isinstance(keys.VLLM.get(name), keys.NoEffect) or name == "max_model_len":
+            entry = strategy_keys.VLLM.get(name)
+            if (elsewhere := strategy_keys.VLLM_SET_ELSEWHERE.get(name)) is not None:
+                self.t.report(key, f"is set by {elsewhere}; leave it out")
+            elif isinstance(entry, keys.NoEffect) or name == "max_model_len":
                 continue
             elif value is not None and name not in self.config.unknown:
                 self.put(names.get(name, name), value, key)
@@ -266,7 +269,7 @@ class Role:
         for key, value in (own | inner).items():
             if key in own and key[-1] in self.config.unknown:
                 continue
-            entry = keys.MEGATRON.get(key[-1])
+            entry = strategy_keys.MEGATRON.get(key[-1])
             if key[-1] == "recompute_modules":
                 modules = value.split(",") if isinstance(value, str) else value
                 self.put("recompute_modules", modules, key)
