@@ -168,7 +168,9 @@ class _Validation:
             if kind is not None and value is not None and not _is_kind(value, kind):
                 self._report_unreadable(key, f"must be {_KINDS[kind]}")
                 return []
-        choices = engine_choices().get(key[-1]) if "engine_args" in targets else None
+        is_scalar = key[-1] in upstream_scalars().get("engine_args", {})  # spares reading vLLM
+        has_choices = "engine_args" in targets and not is_scalar
+        choices = engine_choices().get(key[-1]) if has_choices else None
         if choices and value is not None and _folded(key[-1], value) not in choices:
             nearest = difflib.get_close_matches(str(value), map(str, choices), n=1)
             rule = f"must be one of vLLM's: {', '.join(map(str, choices))}"
