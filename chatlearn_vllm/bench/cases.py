@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from chatlearn_vllm.layouts import ModelShape
@@ -20,7 +20,8 @@ ENGINES = (*TRANSFORMERS, *VLLM)
 DEFAULT_CASES = ("transformers-sdpa", "vllm", "vllm-module")
 
 _VARIANT = re.compile(r"(tp|pp)=(.*)")
-_GRAMMAR = "ENGINE[:tp=N][:pp=N][:speculative][:logprobs][:seeds]"
+_SETTING = re.compile(r"[a-z_]\w*(\.\w+)*=.*")
+_GRAMMAR = "ENGINE[:tp=N][:pp=N][:speculative][:logprobs][:seeds][:KEY=VALUE]"
 
 
 class OptionError(ValueError):
@@ -41,6 +42,8 @@ class Case:
     """Bare vLLM: return log-probabilities of the sampled tokens, as VLLMModule does."""
     seeds: bool = False
     """Bare vLLM: give each request a seed, as VLLMModule does with seed_per_response."""
+    settings: tuple[str, ...] = ()
+    """vLLM: further keys of the policy's yaml file, each `KEY=VALUE` with the value in yaml."""
 
     @property
     def is_vllm(self) -> bool:
@@ -60,7 +63,8 @@ class Case:
     @property
     def comparable(self) -> tuple[Any, ...]:
         """Equal for cases that differ in the engine alone."""
-        return (self.tensor_parallel_size, self.pipeline_parallel_size, self.speculative)
+        sizes = self.tensor_parallel_size, self.pipeline_parallel_size
+        return (*sizes, self.speculative, sorted(self.settings))
 
     def __str__(self) -> str:
         parts = [self.engine]
@@ -69,11 +73,17 @@ class Case:
         if self.pipeline_parallel_size > 1:
             parts.append(f"pp={self.pipeline_parallel_size}")
         flags = ("speculative", "logprobs", "seeds")
-        return ":".join(parts + [flag for flag in flags if getattr(self, flag)])
+        return ":".join([*parts, *(name for name in flags if getattr(self, name)), *self.settings])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"case": str(self), **asdict(self), "num_gpus": self.num_gpus}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Case:
+        """Back from JSON, which may hold more, or come from a version that knew less."""
+        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        return cls(**{**known, "settings": tuple(known.get("settings", ()))})
 
 
 def parse_case(
@@ -113,6 +123,8 @@ def parse_case(
             case = replace(case, speculative=True)
         elif variant in ("logprobs", "seeds"):
             case = replace(case, **{variant: True})
+        elif _SETTING.fullmatch(variant):
+            case = replace(case, settings=(*case.settings, variant))
         else:
             raise OptionError(f"case {text!r}: unknown variant {variant!r}; cases are {_GRAMMAR}")
     if not case.is_vllm and case.num_gpus > 1:
@@ -123,6 +135,11 @@ def parse_case(
         raise OptionError(
             f"case {text!r}: logprobs and seeds are variants of vllm; vllm-module has them as a "
             "job does"
+        )
+    if not case.is_vllm and case.settings:
+        raise OptionError(
+            f"case {text!r}: {case.settings[0]} would be a key of vLLM's; take it off, or measure "
+            "vllm"
         )
     return case
 
@@ -205,11 +222,7 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         Dicts of `case`, `to` and `ratio`.
     """
-    done = [
-        (result, Case(**{name: result[name] for name in Case.__dataclass_fields__}))
-        for result in results
-        if result["status"] == "ok"
-    ]
+    done = [(result, Case.from_dict(result)) for result in results if result["status"] == "ok"]
 
     def speed(result: Mapping[str, Any]) -> float:
         return result["throughput"]["output_tokens_per_s"]

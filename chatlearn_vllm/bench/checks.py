@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from chatlearn_vllm.bench.cases import Case, OptionError
 from chatlearn_vllm.bench.child import Task
 from chatlearn_vllm.bench.options import BenchOptions, named
-from chatlearn_vllm.bench.vllm_arguments import make_job
+from chatlearn_vllm.bench.vllm_arguments import SETTINGS_OF, make_job
 from chatlearn_vllm.bench.workload import (
     NUM_SPECIAL,
     has_tokenizer,
@@ -23,6 +25,7 @@ from chatlearn_vllm.bench.workload import (
 from chatlearn_vllm.config import ConfigError
 from chatlearn_vllm.config.engine_support import DRAFT_SAMPLE_METHODS
 from chatlearn_vllm.config.model_files import longest_sequence, read_json_object
+from chatlearn_vllm.config.upstream_fields import upstream_fields
 
 _OPTIONS = {
     "load": "model", "max_new_tokens": "max_tokens", "n": "completions",
@@ -31,6 +34,17 @@ _OPTIONS = {
     "speculative_config.draft_sample_method": "draft_sample_method",
 }  # fmt: skip
 """Option by key of a job."""
+_HAVE_OPTIONS = {
+    "model": "--model", "dtype": "--dtype", "seed": "--seed", "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs", "max_num_batched_tokens": "--max-num-batched-tokens",
+    "gpu_memory_utilization": "--gpu-memory-utilization", "enforce_eager": "--enforce-eager",
+    "disable_log_stats": "--log-stats", "tensor_parallel_size": "tp=N",
+    "pipeline_parallel_size": "pp=N", "speculative_config": "speculative_config.FIELD",
+    "speculative_config.model": "--draft",
+    "speculative_config.num_speculative_tokens": "--num-speculative-tokens",
+    "speculative_config.draft_sample_method": "--draft-sample-method",
+}  # fmt: skip
+"""What is used for an engine argument instead of a setting of a case."""
 _KEY_TO_SET = re.compile(r", or set \w+: .* in speculative_config$")
 """The end of a rule that names a key which the benchmark has no option for."""
 
@@ -55,6 +69,7 @@ def check_workload(
         *_model_problems(options, cases, config),
         *_length_problems(options, cases, config),
         *_draft_problems(options, cases, config),
+        *_setting_problems(cases),
     ]
     texts: list[str] = []
     if options.prompt_file is not None:
@@ -144,6 +159,21 @@ def _draft_problems(
         )
 
 
+def _setting_problems(cases: Sequence[Case]) -> Iterator[str]:
+    arguments = upstream_fields()["engine_args"]
+    for case, setting in ((one, setting) for one in cases for setting in one.settings):
+        key = setting.partition("=")[0]
+        name = key.partition(".")[0]
+        if key in _HAVE_OPTIONS:
+            yield f"{case}: {key} has a place of its own; use {_HAVE_OPTIONS[key]}"
+        elif find_spec("vllm") is not None and name not in arguments:
+            nearest = difflib.get_close_matches(name, sorted(arguments), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            yield f"{case}: {name} must be an engine argument of vLLM{hint}"
+        elif name == "speculative_config" and not case.speculative:
+            yield f"{case}: {key} has no effect without speculative; add it to the case"
+
+
 def _prompts_of(path: str) -> list[str]:
     from chatlearn_vllm.data.prompts import load_prompts
 
@@ -213,16 +243,16 @@ def _job_problems(
             try:
                 make_job(Task(case, options, directory, Path(scratch), Path(scratch, "events")))
             except ConfigError as error:
-                problems += [
-                    f"{_in_options(problem.key, options)}: {_KEY_TO_SET.sub('', problem.rule)}"
-                    for problem in error.problems
-                ]
+                for problem in error.problems:
+                    where = _in_options(problem.key, options, case)
+                    problems.append(f"{where}: {_KEY_TO_SET.sub('', problem.rule)}")
     return problems
 
 
-def _in_options(key: str, options: BenchOptions) -> str:
-    """An option with its value, as a user knows them, for a key of the job."""
+def _in_options(key: str, options: BenchOptions, case: Case) -> str:
+    """An option with its value, or the case, as a user knows them, for a key of the job."""
+    key = key.removeprefix(SETTINGS_OF)
     name = _OPTIONS.get(key, key)
     if name in BenchOptions.__dataclass_fields__:
         return f"{named(name)}={getattr(options, name)}"
-    return key
+    return f"{case}: {key}" if case.settings else key

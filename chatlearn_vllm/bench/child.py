@@ -44,9 +44,8 @@ class Task:
 
     def save(self, path: Path) -> None:
         """Write it for the child."""
-        case = self.case.to_dict()
         content = {
-            "case": {name: case[name] for name in Case.__dataclass_fields__},
+            "case": self.case.to_dict(),
             "options": self.options.to_dict(),
             "model_dir": str(self.model_dir),
             "work_dir": str(self.work_dir),
@@ -59,7 +58,7 @@ class Task:
         """Read what `save` wrote."""
         content = json.loads(path.read_text())
         return cls(
-            Case(**content["case"]),
+            Case.from_dict(content["case"]),
             BenchOptions.from_dict(content["options"]),
             *(Path(content[name]) for name in ("model_dir", "work_dir", "events")),
         )

@@ -38,6 +38,8 @@ _CAUSE = re.compile(r"\b\w+(?:Error|Exception): .+")
 """An exception in a log."""
 _LOG_END = 20_000
 """Characters of a log in which the cause of a failure is looked for."""
+_LOG_NAME = 100
+"""Longest name of a log, in characters."""
 
 
 class Bench:
@@ -132,7 +134,8 @@ class Bench:
     def _measure(self, number: int, case: Case, directory: Path) -> dict[str, Any]:
         if missing := _missing(case, on_gpu=bool(self._machine.gpus)):
             return missing
-        log = self._out / f"{number + 1:02d}-{str(case).replace(':', '_').replace('=', '')}.log"
+        name = re.sub(r"[^\w.-]", "", str(case).replace(":", "_"))[:_LOG_NAME]
+        log = self._out / f"{number + 1:02d}-{name}.log"
         with tempfile.TemporaryDirectory(prefix="chatlearn-bench-") as work_dir:
             events = Path(work_dir, "events.jsonl")
             events.touch()

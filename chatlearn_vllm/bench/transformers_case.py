@@ -13,9 +13,8 @@ import torch
 import transformers
 
 from chatlearn_vllm.bench.cases import TRANSFORMERS
-from chatlearn_vllm.bench.measure import Pass, Stopwatch, latency, throughput
+from chatlearn_vllm.bench.measure import Pass, Stopwatch, acceptance, latency, throughput
 from chatlearn_vllm.bench.options import DTYPES
-from chatlearn_vllm.bench.vllm_arguments import speculation_of
 from chatlearn_vllm.bench.workload import has_tokenizer, has_weights
 
 if TYPE_CHECKING:
@@ -209,7 +208,12 @@ class _Generator:
 
     def speculation(self) -> dict[str, Any]:
         """What was accepted since they were forgotten."""
-        return speculation_of(self._task, **self._counts)
+        options = self._task.options
+        return {
+            "method": "draft_model" if options.draft else "ngram",
+            "num_speculative_tokens": options.num_speculative_tokens,
+            **acceptance(**self._counts),
+        }
 
     def free(self) -> None:
         """Give back what an attempt that failed holds."""

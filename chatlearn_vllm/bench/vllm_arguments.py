@@ -34,8 +34,16 @@ COUNTERS = {
 }
 
 
+SETTINGS_OF = "models.policy.model_args."
+"""What stands before the settings of a case, in the words of the job."""
+
+
 def make_job(task: Task) -> JobConfig:
-    """Write and read the job with a policy that does what the options say."""
+    """Write and read the job with a policy that does what the options and the case say.
+
+    Raises:
+        ConfigError: they break rules of a job.
+    """
     options, case = task.options, task.case
     policy = {
         "load": str(task.model_dir),
@@ -68,7 +76,7 @@ def make_job(task: Task) -> JobConfig:
     }
     path = task.work_dir / "job.yaml"
     path.write_text(yaml.safe_dump(job))
-    return load_config(path)
+    return load_config(path, [SETTINGS_OF + setting for setting in case.settings])
 
 
 def speculative_config(task: Task) -> dict[str, Any]:
@@ -103,12 +111,13 @@ def bare_engine_arguments(
     arguments, notices = engine_arguments(
         args, task.model_dir, shape, seed=args.seed, on_gpu=on_gpu
     )
-    for name in ONLY_OF_MODULE:
+    asked_for = {setting.partition("=")[0] for setting in case.settings}
+    for name in set(ONLY_OF_MODULE) - asked_for:
         arguments.pop(name, None)
     arguments |= vllm_compat.engine_overrides(pipeline_parallel_size=case.pipeline_parallel_size)
-    if case.num_gpus > 1:
+    if case.num_gpus > 1 and "distributed_executor_backend" not in asked_for:
         arguments["distributed_executor_backend"] = "mp"
-    if case.logprobs:
+    if case.logprobs and "logprobs_mode" not in asked_for:
         arguments["logprobs_mode"] = "processed_logprobs"
     # The counters of accepted tokens are part of the statistics.
     arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
@@ -116,24 +125,16 @@ def bare_engine_arguments(
     return arguments, [notice for notice in notices if not notice.startswith("sleep mode")]
 
 
-def speculation(task: Task, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+def speculation(job: JobConfig, metrics: Mapping[str, float]) -> dict[str, Any] | None:
     """What vLLM's counters say about drafts; None for a case without.
 
     `mean_accepted_length` counts the target's own token, as vLLM's log does.
     """
-    if not task.case.speculative:
+    config = job.models["policy"].model_args.speculative_config
+    if config is None:
         return None
-    counts = {name: metrics.get(counter, 0.0) for name, counter in COUNTERS.items()}
-    return speculation_of(task, **counts)
-
-
-def speculation_of(
-    task: Task, *, drafts: float, draft_tokens: float, accepted_tokens: float
-) -> dict[str, Any]:
-    """The same from counts of drafts, of the tokens in them and of those accepted."""
-    method = "draft_model" if task.options.draft else "ngram"
     return {
-        "method": method,
-        "num_speculative_tokens": task.options.num_speculative_tokens,
-        **acceptance(drafts, draft_tokens, accepted_tokens),
+        "method": config["method"],
+        "num_speculative_tokens": config["num_speculative_tokens"],
+        **acceptance(**{name: metrics.get(counter, 0.0) for name, counter in COUNTERS.items()}),
     }

@@ -57,7 +57,7 @@ def measure(task: Task) -> dict[str, Any]:
         "load_s": load_s,
         "throughput": throughput(passes, options.num_completions),
         "latency": None,
-        "speculation": speculation(task, {name: after[name] - before[name] for name in after}),
+        "speculation": speculation(job, {name: after[name] - before[name] for name in after}),
         "engine_arguments": arguments,
         "sampling": sampling | {"seed": "one per request" if task.case.seeds else None},
         "notices": notices,

@@ -91,7 +91,7 @@ def measure(task: Task) -> dict[str, Any]:
             "load_s": load_s,
             "throughput": throughput(passes, options.num_completions),
             "latency": None,
-            "speculation": speculation(task, drafts),
+            "speculation": speculation(job, drafts),
             "engine_arguments": arguments,
             "sampling": sampling_arguments(args, is_eval=False)
             | {"seed": "one per request" if policy.engine.seed_per_response else "one per pass"},

@@ -134,7 +134,7 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         at_key("num_speculative_tokens") if number is not None else inside,
         "num_speculative_tokens must say how many tokens are drafted at a time, 1 or more",
     )
-    if method == "ngram":
+    if method in ("ngram", "ngram_gpu"):
         _check_ngrams(config, inside, report)
     report.require(
         config.get("rejection_sample_method", "standard") != "synthetic",

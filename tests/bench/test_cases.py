@@ -1,5 +1,7 @@
 """Which cases can be asked for, and how are they compared?"""
 
+import json
+
 import pytest
 
 from chatlearn_vllm.bench.cases import Case, OptionError, check_cases, parse_case, ratios
@@ -26,11 +28,24 @@ SHAPE = ModelShape.from_hf_config(
         ("vllm:tp=2:pp=4", Case("vllm", 2, 4)),
         ("vllm-module:speculative:tp=4", Case("vllm-module", 4, 1, speculative=True)),
         ("vllm:logprobs:seeds", Case("vllm", logprobs=True, seeds=True)),
+        (
+            "vllm-module:tp=2:block_size=32:speculative_config.method=ngram_gpu",
+            Case(
+                "vllm-module", 2, settings=("block_size=32", "speculative_config.method=ngram_gpu")
+            ),
+        ),
     ],
 )
 def test_a_case_is_read(text, case):
     assert parse_case(text) == case
     assert parse_case(str(case)) == case
+    assert Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+
+
+def test_results_of_a_version_without_settings_are_read():
+    values = Case("vllm", 2).to_dict()
+    del values["settings"]
+    assert Case.from_dict(values) == Case("vllm", 2)
 
 
 def test_sizes_of_the_options_are_for_vllm_cases_that_name_none():
@@ -47,6 +62,8 @@ def test_sizes_of_the_options_are_for_vllm_cases_that_name_none():
         ("vllm:tp=0", "tp='0' must be a whole number >= 1"),
         ("vllm:tp=two", "tp='two' must be a whole number >= 1"),
         ("vllm:tp=2:tp=4", "tp has two values; keep one"),
+        ("vllm:block_size=16:block_size=32", "block_size has two values; keep one"),
+        ("transformers:block_size=16", "block_size=16 would be a key of vLLM's; take it off"),
         ("vllm:fast", "unknown variant 'fast'; cases are ENGINE"),
         ("transformers:tp=2", "transformers runs on one GPU here; take tp and pp off"),
         ("vllm-module:logprobs", "logprobs and seeds are variants of vllm"),

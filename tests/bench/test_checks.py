@@ -55,6 +55,37 @@ def test_what_the_job_of_a_vllm_case_refuses_is_said_in_words_of_options():
     assert str(refusal.value) == "--temperature=3.0: must be at most 2, vLLM takes no higher one"
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "vllm:blocksize=32",
+            "blocksize must be an engine argument of vLLM; did you mean block_size?",
+        ),
+        ("vllm:temperature=0.5", "temperature must be an engine argument of vLLM"),
+        ("vllm-module:max_num_seqs=8", "max_num_seqs has a place of its own; use --max-num-seqs"),
+        ("vllm:tensor_parallel_size=2", "tensor_parallel_size has a place of its own; use tp=N"),
+        (
+            "vllm:speculative:speculative_config.model=DIR",
+            "speculative_config.model has a place of its own; use --draft",
+        ),
+        (
+            "vllm:speculative_config.method=ngram_gpu",
+            "speculative_config.method has no effect without speculative; add it to the case",
+        ),
+        ("vllm:block_size=many", "block_size: must be a valid integer"),
+        (
+            "vllm-module:speculative:speculative_config.method=ngrm",
+            "speculative_config.method: must be one of vLLM's methods that draft tokens: ngram, ",
+        ),
+    ],
+)
+def test_a_setting_that_a_case_cannot_have_is_refused(case, message):
+    with pytest.raises(OptionError) as refusal:
+        check(case)
+    assert str(refusal.value).startswith(f"{case}: {message}")
+
+
 def test_a_draft_with_another_vocabulary_is_refused(tmp_path):
     draft = model(tmp_path / "draft", "model.safetensors", vocab_size=300)
     for case in ("vllm:speculative", "vllm-module:speculative", "transformers:speculative"):

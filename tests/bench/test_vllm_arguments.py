@@ -118,6 +118,21 @@ def test_every_variable_reaches_the_engine(tmp_path):
     assert (speculative["method"], speculative["num_speculative_tokens"]) == ("ngram", 4)
 
 
+def test_settings_of_a_case_reach_both_engines(tmp_path):
+    settings = "block_size=32:enable_sleep_mode=true:speculative_config.prompt_lookup_max=7"
+    options = BenchOptions.of({"cases": [f"vllm:speculative:{settings}"]})
+    (case,) = options.parsed_cases()
+    make_model(config_of(options), tmp_path / "model")
+    task = Task(case, options, tmp_path / "model", tmp_path, tmp_path / "events.jsonl")
+    job = make_job(task)
+    arguments, _ = bare_engine_arguments(task, job, on_gpu=True)
+    of_module = job.models["policy"].model_args
+    assert arguments["block_size"] == of_module.block_size == 32
+    assert arguments["enable_sleep_mode"] is True  # which bare vLLM otherwise goes without
+    for speculative in (arguments["speculative_config"], of_module.speculative_config):
+        assert (speculative["prompt_lookup_max"], speculative["method"]) == (7, "ngram")
+
+
 def test_one_completion_of_one_prompt_is_enough_for_a_job(tmp_path):
     options = BenchOptions.of({"prompts": 1, "completions": 1})
     (tmp_path / "config.json").write_text(json.dumps(config_of(options)))

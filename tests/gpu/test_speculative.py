@@ -113,12 +113,12 @@ def logprob_error(module, model):
     return torch.cat(differences).mean().item()
 
 
-def drafts_through_sleep_and_sync(root, job_dir, speculative_config):
+def drafts_through_sleep_and_sync(root, job_dir, model_args):
     """On a rank: what a drafting policy answers, before and after."""
     from tests.helpers.engines import put_weights
 
     facts = {}
-    module, models = build(root, job_dir, {"speculative_config": speculative_config})
+    module, models = build(root, job_dir, model_args)
     batch, stats = greedy(module)
     facts["regret"] = regret(models["model"], batch)
     facts["rate"] = stats.acceptance_rate
@@ -145,13 +145,23 @@ def drafts_through_sleep_and_sync(root, job_dir, speculative_config):
     return facts
 
 
-@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
-def test_drafts_outlive_sleep_level_2_and_a_sync(rank, root, tmp_path, method) -> None:
-    config = NGRAM
-    if method != "ngram":
+@pytest.mark.parametrize(
+    ("method", "engine_args"),
+    [
+        ("ngram", {}),
+        ("ngram_gpu", {}),
+        ("draft_model", {"async_scheduling": False}),
+        ("draft_model", {"async_scheduling": True}),
+        ("eagle", {}),
+    ],
+)
+def test_drafts_outlive_sleep_level_2_and_a_sync(rank, root, tmp_path, method, engine_args) -> None:
+    config = NGRAM | {"method": method}
+    if not method.startswith("ngram"):
         draft = root / {"draft_model": "draft", "eagle": "eagle"}[method]
         config = {"method": method, "model": str(draft), "num_speculative_tokens": 3}
-    facts = rank(drafts_through_sleep_and_sync, root, tmp_path / "job", config)
+    model_args = engine_args | {"speculative_config": config}
+    facts = rank(drafts_through_sleep_and_sync, root, tmp_path / "job", model_args)
     # bf16 products round differently in batches of other shapes, and a near tie falls either way.
     assert facts["regret"] < 0.01
     assert facts["regret_of_trained"] < 0.01
