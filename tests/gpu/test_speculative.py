@@ -176,6 +176,48 @@ def test_drafts_outlive_sleep_level_2_and_a_sync(rank, root, tmp_path, method, e
         assert facts["rate"] > 0.3
 
 
+def drawn(root, job_dir, model_args, sampling):
+    """On a rank: how likely what it draws is, by the chi-square test, and what drafting did."""
+    from tests.helpers import draft_ranks
+
+    module, models = build(
+        root, job_dir, {"enforce_eager": True, "max_num_seqs": 512, **model_args}
+    )
+    draft_ranks.adopt("policy", module, models["model"].float().cpu())
+    prompt = [30, 31, 32, 33, 31, 30, 33, 32, 30, 32]
+    sampling = {"temperature": 1.5, **sampling}
+    return draft_ranks.distribution_p_value("policy", prompt, sampling, 4000, False)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "async_scheduling"),
+    [
+        ("greedy", False), ("greedy", True), ("probabilistic", False), ("probabilistic", True),
+        ("eagle", False), ("eagle", True), ("ngram", False), ("ngram_gpu", True),
+    ],
+)  # fmt: skip
+def test_drafts_do_not_change_what_is_drawn_how_often(
+    rank, root, tmp_path, drafts, async_scheduling
+) -> None:
+    sampling = {"top_k": 4}
+    if drafts in ("greedy", "probabilistic"):
+        config = {
+            "method": "draft_model",
+            "model": str(root / "draft"),
+            "num_speculative_tokens": 3,
+        }
+        config["draft_sample_method"] = drafts
+    elif drafts == "eagle":
+        config = {"method": "eagle", "model": str(root / "eagle"), "num_speculative_tokens": 3}
+    else:
+        config = NGRAM | {"method": drafts}
+        sampling = {"allowed_token_ids": [30, 31, 32, 33]}  # n-grams of four tokens
+    model_args = {"speculative_config": config, "async_scheduling": async_scheduling}
+    p_value, stats = rank(drawn, root, tmp_path / "job", model_args, sampling)
+    assert p_value > 1e-4  # a right engine is found odd once in so many tests
+    assert 0.01 < stats.acceptance_rate < 0.99
+
+
 def fp8_syncs(root, job_dir):
     """On a rank: how far a policy with fp8 weights is from the model, after several syncs."""
     from tests.helpers.engines import put_weights

@@ -103,6 +103,11 @@ def build(root: Path) -> None:
         sync(name, "model", 1)
 
 
+def adopt(name: str, policy: Any, model: LlamaForCausalLM) -> None:
+    """Ask a policy that was built elsewhere, whose weights are those of `model`."""
+    _policies[name], _models["model"] = policy, model
+
+
 def sync(name: str, model: str, version: int) -> int:
     """Put a model's weights into a policy; the bytes that were written."""
     return put_weights(_policies[name], _models[model], version)
