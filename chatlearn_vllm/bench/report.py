@@ -173,8 +173,9 @@ def draw_engines(results: Results, path: Path) -> None:
     bars = axes.barh(names, speeds, color=[_color(case["engine"]) for case in done])
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set(xlabel="output tokens/s", title=_title(results))
+    axes.set_xlim(right=1.2 * max(speeds, default=1))  # room for the numbers
+    axes.set(xlabel="output tokens/s")
+    figure.suptitle(_title(results))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -228,7 +229,7 @@ def lines_by_gpus(
 
 
 def _without_sizes(case: Mapping[str, Any]) -> list[str]:
-    return [part for part in case["case"].split(":") if "=" not in part]
+    return [part for part in case["case"].split(":") if not part.startswith(("tp=", "pp="))]
 
 
 def _title(results: Results) -> str:

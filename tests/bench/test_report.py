@@ -4,7 +4,7 @@ from typing import Any
 
 from chatlearn_vllm.bench.cases import parse_case, ratios
 from chatlearn_vllm.bench.measure import Pass, throughput
-from chatlearn_vllm.bench.report import remarks
+from chatlearn_vllm.bench.report import lines_by_gpus, remarks
 
 
 def measured(name: str, tokens: int = 80, **more: Any) -> dict[str, Any]:
@@ -37,3 +37,17 @@ def test_what_engines_made_of_options_is_said_once_with_all_their_cases():
         measured("vllm-module"),  # of an earlier version
     )
     assert remarks(results) == [f"note: transformers, vllm: {becomes}", f"note: vllm: {eager}"]
+
+
+def test_other_engine_arguments_are_a_line_of_their_own_over_the_gpus():
+    uncached = "enable_prefix_caching=false"
+    cases = [
+        measured("vllm", 80),
+        measured("vllm:tp=2", 120),
+        measured(f"vllm:{uncached}", 60),
+        measured(f"vllm:tp=2:{uncached}", 100),
+    ]
+    assert lines_by_gpus(cases) == [
+        ("vllm, tensor parallel", [(1, 80), (2, 120)]),
+        (f"vllm:{uncached}, tensor parallel", [(1, 60), (2, 100)]),
+    ]
