@@ -109,7 +109,8 @@ def _max_model_len(args: ModelArgs, model_dir: Path) -> int:
     """`seq_length`, and room behind it for drafts, as far as vLLM is sure to take it.
 
     When one sequence of a step is so near to the end that drafts after its drafts would not fit,
-    vLLM drafts nothing for any of them.
+    vLLM drafts nothing for any of them. With asynchronous scheduling it reckons with those of the
+    step that has not ended, too.
     """
     given = args.engine_args
     drafted = (args.speculative_config or {}).get("num_speculative_tokens") or 0
@@ -118,7 +119,7 @@ def _max_model_len(args: ModelArgs, model_dir: Path) -> int:
     config = read_config_json(str(model_dir))
     if (longest := longest_sequence(config)) is None:
         return args.seq_length
-    limits = [args.seq_length + 2 * (drafted + 1), longest]
+    limits = [args.seq_length + 3 * (drafted + 1), longest]
     # Beyond that length some models turn their positions in another way (longrope).
     original = rotary_keys(config).get("original_max_position_embeddings")
     if original is not None and original >= args.seq_length:

@@ -50,14 +50,14 @@ def test_steps_of_many_sequences_have_cuda_graphs_unless_the_yaml_says_otherwise
 @pytest.mark.parametrize(
     ("seq_length", "of_config", "longest"),
     [
-        (100, {}, 108),
+        (100, {}, 112),
         (254, {}, 256),  # the model has 256 positions
         (256, {}, 256),
         (100, {"rope_scaling": {"original_max_position_embeddings": 100}}, 100),
-        (100, {"rope_scaling": {"original_max_position_embeddings": 50}}, 108),
-        (254, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 262),
+        (100, {"rope_scaling": {"original_max_position_embeddings": 50}}, 112),
+        (254, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 266),
         (100, {"max_sequence_length": 102}, 102),  # vLLM takes the least of them
-        (254, {"model_max_length": 300}, 262),
+        (254, {"model_max_length": 300}, 266),
         (100, {"max_position_embeddings": None}, 100),
     ],
 )  # fmt: skip
@@ -80,7 +80,7 @@ def test_behind_the_longest_sequence_there_is_room_for_drafts(
         ({"hf_overrides": {"max_position_embeddings": 100}}, 100),
         ({"disable_sliding_window": True}, 100),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 104}, 104),
-        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 104}, 108),
+        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 104}, 112),
         ({"max_model_len": 120}, 120),
     ],
     ids=str,
