@@ -74,11 +74,16 @@ def check_model_has(policy: BaseModule) -> None:
     positions, num_tokens = longest_sequence(config), config.get("vocab_size")
     is_allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
     is_checked = args.inference_engine == "vllm" and not is_allowed
-    if is_checked and positions is not None and args.seq_length > positions:
-        raise UserError(
-            f"models.{policy.name}: seq_length={args.seq_length} must be at most {positions}, for "
-            f"which the model has positions ({args.load}/config.json)"
-        )
+    lengths = {
+        "seq_length": args.seq_length,
+        "max_model_len": args.engine_args.get("max_model_len"),
+    }
+    for name, length in lengths.items() if is_checked and positions is not None else ():
+        if length is not None and length > positions:
+            raise UserError(
+                f"models.{policy.name}: {name}={length} must be at most {positions}, for which the "
+                f"model has positions ({args.load}/config.json)"
+            )
     for name in _OF_TOKENS if isinstance(num_tokens, int) else ():
         largest = max(args.sampling_args.get(name) or (), default=0)
         if largest >= num_tokens:

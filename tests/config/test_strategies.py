@@ -202,7 +202,6 @@ def test_adapters_experts_and_micro_batches_have_our_keys():
          {"stop_token_list": "a;b c", "sampling_args": {"include_stop_str_in_output": True}}),
         (f"{INFER}include_stop_str_in_output=False", "policy",
          {"sampling_args": {"include_stop_str_in_output": False}}),
-        (f"{INFER}num_return_sequences=4", "policy", {"num_inference_per_prompt": 4}),
         (f"{CONFIG}gpu_memory_utilization=0.8", "policy", {"gpu_memory_utilization": 0.8}),
         (f"{CONFIG}block_size=32", "policy", {"block_size": 32}),
         (f"{CONFIG}max_model_len=8000", "policy", {"engine_args": {"max_model_len": 8000}}),
@@ -297,7 +296,7 @@ actor_infer:
     assert (args.top_p, args.top_k, args.temperature, args.num_beams) == (0.99, 100, 0.99, 1)
     assert (args.inference_engine, args.load_format, args.sleep_level) == ("vllm", "dummy", 1)
     assert (args.gpu_memory_utilization, args.block_size) == (0.8, 16)
-    assert args.seq_length == 8000  # vLLM's max_model_len
+    assert args.engine_args == {"max_model_len": 8000}
     assert (policy.device_mapping, policy.generation_batch_size) == (tuple(range(12)), 1)
     # Without max_model_len: as long as prompt and response together.
     unset = load_config(job, [*long, "prompt_length=100", f"{CONFIG}max_model_len=None"])
@@ -617,6 +616,16 @@ def test_a_greedy_rollout_has_one_response_per_prompt(job):
     assert f"command line: {INFER}do_sample=False: must be more than 0 with 4 responses" in line
     (line,) = problems_of(job, [f"{INFER}temperature=0"])
     assert f"command line: {INFER}temperature=0: must be more than 0 with 4 responses" in line
+
+
+def test_responses_per_prompt_may_be_said_of_the_rollout_alone(job):
+    loaded = load_config(
+        job, ["num_return_sequences_in_group=None", f"{INFER}num_return_sequences=4"]
+    )
+    assert loaded.models["policy"].model_args.num_inference_per_prompt == 4
+    prompts = loaded.runtime.sample_per_episode / 4
+    six = load_config(job, ["num_return_sequences_in_group=None", f"{INFER}num_return_sequences=6"])
+    assert six.runtime.sample_per_episode == 6 * prompts
 
 
 def test_beams_are_of_the_evaluation(job):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.conftest import LLAMA_100M
-from tests.helpers.engines import policy_job, put_weights, start_policy
+from tests.helpers.engines import change_model_args, policy_job, put_weights, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
 from tests.modules.test_vllm_module import VLLMPolicyInference
 
@@ -55,6 +55,24 @@ def test_weights_arrive_bitwise_and_survive_sleep_level_2(policy, model) -> None
     resampled = policy.generate([0, 1, 2], first_sample=0)
     assert torch.equal(resampled["all_tokens"], sampled["all_tokens"])
     assert torch.equal(resampled["logprobs"], sampled["logprobs"])
+
+
+def test_weights_survive_sleep_level_1_without_a_sync(policy, monkeypatch) -> None:
+    change_model_args(monkeypatch, policy, sleep_level=1)
+    greedy = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
+    before = {name: p.detach().clone() for name, p in policy.engine.parameters().items()}
+    state = policy.engine_state()
+    free_awake, _ = torch.cuda.mem_get_info()
+    policy.sleep()
+    free_asleep, total = torch.cuda.mem_get_info()
+    assert free_asleep - free_awake > 0.15 * total
+    policy.wake_weights()
+    assert policy.engine_state() == f"{state} without KV cache"
+    policy.wake_kv_cache()
+    for name, parameter in policy.engine.parameters().items():
+        assert torch.equal(parameter, before[name]), name
+    again = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
+    assert torch.equal(again["all_tokens"], greedy["all_tokens"])
 
 
 def test_logprobs_are_those_of_the_model(policy, model) -> None:

@@ -75,3 +75,11 @@ def put_weights(
     arrival = module.finish_weight_sync(version, senders, *[sent for _ in senders])
     assert arrival.is_good
     return arrival.num_bytes
+
+
+def change_model_args(monkeypatch: Any, module: Any, **changes: Any) -> None:
+    """Give a policy that is there other values of keys, for the length of a test."""
+    config = module.module_args
+    args = config.model_args.model_copy(update=changes)
+    models = {**module.job.models, module.name: config.model_copy(update={"model_args": args})}
+    monkeypatch.setattr(module, "job", module.job.model_copy(update={"models": models}))

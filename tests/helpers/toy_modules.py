@@ -190,7 +190,8 @@ class ToyPolicy(ToyTarget):
 
     def sleep(self):
         self.note("sleep")
-        self.scores.fill_(float("nan"))
+        if self.model_args.sleep_level == 2:
+            self.scores.fill_(float("nan"))
 
     def wake_weights(self):
         self.note("wake_weights")

@@ -11,6 +11,7 @@ import torch
 from ray import cloudpickle
 from vllm import EngineArgs, SamplingParams
 
+from chatlearn_vllm import HFRewardModule, RewardModule
 from chatlearn_vllm.config import UserError, load_config
 from chatlearn_vllm.engines.vllm_arguments import engine_arguments, sampling_arguments
 from chatlearn_vllm.engines.vllm_compat import undisturbed_process
@@ -34,7 +35,8 @@ def model_dir(tmp_path_factory) -> Path:
 
 def test_vllm_gets_what_the_file_says(model_dir):
     config = "actor_infer.strategy_args.strategy_config."
-    overrides = [f"pretrain={model_dir}", f"{config}gpu_memory_utilization=0.8",
+    overrides = [f"pretrain={model_dir}", "actor_infer.model_args.dtype=fp16",
+                 f"{config}gpu_memory_utilization=0.8",
                  f"{config}block_size=16", f"{config}max_model_len=200",
                  f"{config}max_num_seqs=8", f"{config}kv_cache_dtype=auto",
                  f"{config}trust_remote_code=True"]  # fmt: skip
@@ -42,7 +44,7 @@ def test_vllm_gets_what_the_file_says(model_dir):
     shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
     kwargs, _ = engine_arguments(args, model_dir, shape, seed=3, on_gpu=True)
     wanted = {
-        "dtype": "bfloat16", "gpu_memory_utilization": 0.8, "block_size": 16, "max_model_len": 200,
+        "dtype": "float16", "gpu_memory_utilization": 0.8, "block_size": 16, "max_model_len": 200,
         "max_num_seqs": 8, "load_format": "dummy", "kv_cache_dtype": "auto",
         "trust_remote_code": True,
         "enable_sleep_mode": True, "tensor_parallel_size": 1,
@@ -109,6 +111,24 @@ def test_a_reward_scores_the_records_of_its_tags_and_evaluations_add_up(tmp_path
     none_of_them = {**data, "tag": ["x", "x", "x"]}
     torch.testing.assert_close(reward.forward_step(none_of_them)["rewards"], torch.zeros(3))
     assert for_tags(ArithmeticReward).__name__ == "TaggedArithmeticReward"
+
+
+@pytest.mark.parametrize(
+    ("strategy_name", "cls"), [("hf_infer", HFRewardModule), ("megatron_infer", RewardModule)]
+)
+def test_a_reward_without_a_class_scores_as_its_strategy_says(strategy_name, cls):
+    role = f"{{strategy_args: {{strategy_name: {strategy_name}}}, device_mapping: [0]}}"
+    job = load_config(EXAMPLE, [f"rewards.judge={role}", "reward_pretrain=DIR"])
+    assert reward_class(job.models["reward_judge"]) is cls
+
+
+def test_a_reward_of_transformers_without_devices_is_on_cpus():
+    role = "{strategy_args: {strategy_name: hf_infer}}"
+    judge = load_config(EXAMPLE, [f"rewards.judge={role}", "reward_pretrain=DIR"]).models[
+        "reward_judge"
+    ]
+    assert (judge.num_gpu, judge.num_cpu) == (0, 1)
+    assert reward_class(judge) is HFRewardModule
 
 
 def test_records_without_the_tag_that_a_reward_chooses_by_are_told():

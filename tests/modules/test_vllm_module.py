@@ -17,7 +17,13 @@ from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.vllm_executor import Step
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from chatlearn_vllm.utils.vllm_utils import get_model, print_rank_0
-from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
+from tests.helpers.engines import (
+    SEQ_LENGTH,
+    change_model_args,
+    policy_job,
+    put_weights,
+    start_policy,
+)
 from tests.helpers.tiny_llama import save_tiny_llama
 
 PROMPTS = ["12+34=", "a", "The sum of 1 and 2 is", "0" * 40, "x y z"]
@@ -356,6 +362,18 @@ def test_states_follow_sleep_wake_and_sync(ready, hf_model) -> None:
     ready.wake_kv_cache()
     assert ready.engine_state() == "READY(2)"
     assert ready.generate([0], first_sample=0)["weight_version"].tolist() == [2] * 3
+
+
+def test_sleep_level_1_keeps_the_weights_without_a_sync(ready, monkeypatch) -> None:
+    before = ready.generate([0], first_sample=0)
+    change_model_args(monkeypatch, ready, sleep_level=1)
+    ready.sleep()
+    ready.wake_weights()
+    assert ready.engine_state() == "READY(1) without KV cache"
+    ready.wake_kv_cache()
+    after = ready.generate([0], first_sample=0)
+    assert after["weight_version"].tolist() == [1] * 3
+    assert torch.equal(after["all_tokens"], before["all_tokens"])
 
 
 def test_a_sync_that_fails_leaves_the_engine_stale(ready, hf_model) -> None:

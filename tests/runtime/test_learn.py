@@ -127,6 +127,22 @@ def test_the_policy_gets_better_and_the_metrics_say_so(existing_cluster, tmp_pat
     assert {"str_prompts", "str_outputs", "rewards", "accuracy"} <= samples[0].keys()
 
 
+def test_the_policy_gets_new_weights_as_often_as_the_yaml_says(existing_cluster, tmp_path):
+    engine = make_engine(
+        write_job(tmp_path, num_episode=3), "models.policy.sync_frequency=2",
+        "models.policy.model_args.sleep_level=1",
+    )  # fmt: skip
+
+    _, *episodes = engine.learn()
+
+    assert [line["rollout/weight_version"] for line in episodes] == [1, 1, 2]
+    assert [line["sync/weight_version"] for line in episodes] == [1, 2, 2]
+    calls = calls_of(engine.run_dir)
+    assert calls.count("policy import_weights") == 2
+    # Each episode it gives its memory back, and takes it again also where no weights come.
+    assert calls.count("policy wake_weights") == calls.count("policy wake_kv_cache") == 4
+
+
 def test_an_interrupted_job_goes_on_as_if_it_had_not_been(existing_cluster, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

@@ -26,6 +26,9 @@ def test_no_sequence_is_longer_than_the_positions(tmp_path) -> None:
     long = policy(tmp_path, CONFIG, seq_length=49)
     with pytest.raises(UserError, match="policy: seq_length=49 must be at most 48, for which"):
         check_model_has(long)
+    check_model_has(policy(tmp_path, CONFIG, seq_length=16, max_model_len=48))
+    with pytest.raises(UserError, match="policy: max_model_len=49 must be at most 48, for which"):
+        check_model_has(policy(tmp_path, CONFIG, seq_length=16, max_model_len=49))
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,9 @@ MODEL_ARGS: Keys = {
     "model_name_or_path": Becomes("model_args.load", "wins over pretrain"),
     "dtype": Becomes("model_args.dtype", "bf16 (default), fp16, fp32"),
     "disable_gradient_checkpointing": Becomes(
-        "model_args.recompute_granularity", "True: nothing is recomputed"
+        "model_args.recompute_granularity",
+        "of a trainer; True: nothing is recomputed, and keys that ask for it are refused. Other "
+        "roles recompute nothing",
     ),
     "lora_target": Becomes(
         "model_args.target_modules, lora_r",

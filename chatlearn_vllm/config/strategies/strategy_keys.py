@@ -14,7 +14,8 @@ VLLM: Keys = {
     "pipeline_parallel_size": Becomes("model_args.pipeline_model_parallel_size"),
     "max_model_len": Becomes(
         "model_args.max_model_len",
-        "less than sequence_length: responses are as much shorter",
+        "a number; default prompt_length + response_length, not what the model has, which would "
+        "leave room for fewer sequences. Less than sequence_length: responses are as much shorter",
     ),
     "cuda_graph_sizes": NoEffect("vLLM calls it cudagraph_capture_sizes now"),
     "sleep_level": Becomes(
@@ -26,7 +27,7 @@ VLLM: Keys = {
     "disable_mm_preprocessor_cache": NoEffect("prompts are text"),
     "data_parallel_size": NoEffect("replicas follow from device_mapping", (None, 1)),
     "distributed_executor_backend": NoEffect("each rank runs in a process of this job"),
-    "enable_sleep_mode": NoEffect("it is on where the policy shares devices", (None, True)),
+    "enable_sleep_mode": NoEffect("it is always on, on GPUs", (None, True)),
     "VLLM_USE_V1": NoEffect("vLLM has the V1 engine only", (None, 1, "1", True)),
     **{name: NoEffect(RetiredArgs.no_effect) for name in RetiredArgs.model_fields},
 }
