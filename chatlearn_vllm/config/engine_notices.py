@@ -56,6 +56,9 @@ def _unused(model: ModelConfig) -> Iterator[tuple[list[str], str]]:
         yield _changed(args, *_OF_CALLS), "only with inference_engine: server"
     if not any(args.beam_width(is_eval=is_eval) > 1 for is_eval in (False, True)):
         yield _changed(args, "length_penalty"), "only beams, num_beams above 1, are compared by it"
+    if args.use_beam_search and args.eval_num_beams == 1:
+        why = "set eval_num_beams to the number of beams that they are to search"
+        yield ["use_beam_search=True in evaluations"], why
 
 
 def _changed(args: ModelArgs, *names: str) -> list[str]:

@@ -299,7 +299,8 @@ class SamplingArgs(Section):
     effect then. A beam has no sampling probability: policies that are trained on that of their
     responses cannot use it, those trained on preferences (Online DPO) can. docs/beam_search.md."""
     use_beam_search: bool = False
-    """Older spelling: True with num_beams: 1 searches as many beams as responses are returned."""
+    """Older spelling: True with num_beams: 1 searches as many beams as responses are returned.
+    Evaluations search with eval_num_beams only."""
     length_penalty: float = 1.0
     """Beams are compared by log-probability / length ** length_penalty."""
     eval_num_beams: Positive = 1
@@ -307,7 +308,8 @@ class SamplingArgs(Section):
     ignore_eos: bool = False
     """Go on after the end-of-sequence token, until the length limit."""
     stop_token_list: str | None = None
-    """Strings that end a response, separated by semicolons, e.g. `<EOS>;</s>`."""
+    """Strings that end a response, separated by semicolons, e.g. `<|im_end|>;###`. One that is a
+    special token ends it as a token, as `stop_token_ids` do, the others where the text has them."""
     new_token_limit: bool = True
     """True: at most max_new_tokens per response. False: up to seq_length."""
     prompt_logprobs: Count | None = None

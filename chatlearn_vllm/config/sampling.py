@@ -33,7 +33,7 @@ _OF_WHOLE_RESPONSES = (
 def changed_sampling(args: ModelArgs) -> list[str]:
     """Keys, as `key=value`, by which responses are not drawn from the whole softmax."""
     if (width := args.beam_width(is_eval=False)) > 1:
-        return [f"num_beams={width}"]
+        return ["use_beam_search=True" if args.num_beams == 1 else f"num_beams={width}"]
     names = [name for name, neutral in _NEUTRAL.items() if args[name] != neutral]
     names += ["top_k"] if args.top_k > 0 else []
     names += [name for name in _VLLM_KEYS if args.sampling_args.get(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,18 +186,27 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         return TokenizerGroup(AutoTokenizer.from_pretrained(self._tokenizer_dir()))
 
     def _add_request_internal(
-        self, prompt_list: list[str], prompt_token_id_list: list[list[int]], is_eval: bool = False
+        self,
+        prompt_list: list[str],
+        prompt_token_id_list: list[list[int]],
+        is_eval: bool | None = None,
     ) -> None:
         """Add prompts to the engine with the yaml's sampling keys and a seed for each response.
+
+        Args:
+            prompt_list: their texts.
+            prompt_token_id_list: their tokens.
+            is_eval: whether to sample with the `eval_*` keys; None: as the prompts are asked for.
 
         Raises:
             ValueError: a prompt leaves no room for a response, or vLLM refuses it.
         """
-        from chatlearn_vllm.engines.vllm_arguments import max_response_tokens, sampling_arguments
+        from chatlearn_vllm.engines.vllm_arguments import max_response_tokens
         from chatlearn_vllm.engines.vllm_partial import PartialRequest
 
         args = self.model_args
-        sampling = sampling_arguments(args, is_eval=is_eval)
+        is_eval = self._is_eval if is_eval is None else is_eval
+        sampling = self._sampling(is_eval)
         for row, (prompt, ids) in enumerate(zip(prompt_list, prompt_token_id_list, strict=True)):
             room = max_response_tokens(args, len(ids))
             if room < 1:
@@ -215,6 +225,19 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 )
             else:
                 self.engine.add_request(str(ordinal), prompt, ids, request)
+
+    def _sampling(self, is_eval: bool) -> dict[str, Any]:
+        """The yaml's sampling keys as arguments of a request."""
+        from chatlearn_vllm.engines.stop_tokens import with_stop_tokens
+        from chatlearn_vllm.engines.vllm_arguments import sampling_arguments
+
+        sampling = sampling_arguments(self.model_args, is_eval=is_eval)
+        if not sampling.get("stop"):
+            return sampling
+        try:
+            return with_stop_tokens(sampling, self.tokenizer.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"models.{self.name}: {error}") from None
 
     def execute_step(
         self,
@@ -266,6 +289,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def model_setup(self) -> None:
         """Run the user's `setup`, and build the engine if that did not."""
+        self._sampling(is_eval=False)  # tells what is wrong with it before an engine is built
         self.setup()
         self._build_engine()
         if self.model is None:
@@ -384,7 +408,9 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         num_before = len(self.engine.requests)
         self._asking = asking
         data = self._datasets[is_eval].collate_fn([one.record for one in asking])
-        self._add_request(data, is_eval=is_eval)
+        # ChatLearn's documents show the hook without the argument, too.
+        keywords = {"is_eval": is_eval} if _takes(self._add_request, "is_eval") else {}
+        self._add_request(data, **keywords)
         added = self.engine.requests[num_before:]
         if len(added) != len(asking):
             raise ValueError(
@@ -534,3 +560,9 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self.rank == 0 and self.replica_id == 0 and not weights.is_direct:
             logger.info("%s: %s go through vLLM's loader: %s", self.name, what, weights.reason)
         return weights
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function has an argument of this name, or takes all names."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)

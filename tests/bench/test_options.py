@@ -242,7 +242,14 @@ def test_the_script_has_no_effectless_values_of_its_own(tmp_path, environ, notic
     )  # fmt: skip
     lines = (tmp_path / "python.environ").read_text().splitlines()
     set_by_script = dict(line.split("=", 1) for line in lines)
-    assert list(options_from_environment(set_by_script)["notices"]) == notices
+    found = options_from_environment(set_by_script)
+    assert list(found["notices"]) == notices
+    of_the_guide = {
+        "gpu_memory_utilization": 0.9, "max_model_len": 4096, "max_num_seqs": 128, "dtype": "half",
+        "num_speculative_tokens": 5, "cases": (environ.get("INFERENCE_ENGINE", "transformers"),),
+    }  # fmt: skip
+    assert {name: found[name] for name in of_the_guide} == of_the_guide
+    assert "max_num_batched_tokens" not in found
 
 
 def test_paths_of_the_script_are_relative_to_the_caller(tmp_path):

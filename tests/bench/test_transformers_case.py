@@ -53,6 +53,17 @@ def test_drafts_of_the_warm_up_do_not_count(model, tmp_path):
     assert warm == [alone]
 
 
+def test_no_more_tokens_are_drafted_at_a_time_than_asked_for(model, tmp_path):
+    options = {"ignore_eos": True, "temperature": 0.0, "completions": 1, "max_tokens": 20}
+    one, four = (
+        measured(model, "transformers:speculative", num_speculative_tokens=number, **options)
+        for number in (1, 4)
+    )
+    assert one["speculation"]["draft_tokens"] == one["speculation"]["drafts"] > 0
+    many = four["speculation"]
+    assert many["drafts"] < many["draft_tokens"] <= 4 * many["drafts"]
+
+
 def test_a_batch_size_that_was_given_is_measured_as_often_as_asked_for(model):
     options = {"repeat": 4, "hf_search_seconds": 0.0, "warmup": 0}
     assert (

@@ -56,6 +56,17 @@ def test_a_key_that_is_read_or_says_what_happens_anyway_is_not_told(tmp_path, gi
     assert notices_of(tmp_path, **given) == []
 
 
+def test_the_older_key_of_beams_is_told_to_be_none_of_evaluations(tmp_path) -> None:
+    beams = {"n": 2, "use_beam_search": True}
+    told, of_training = notices_of(tmp_path, **beams)
+    assert told == (
+        "use_beam_search=True in evaluations; set eval_num_beams to the number of beams that they "
+        "are to search"
+    )
+    assert "use_beam_search=True draws training responses from" in of_training
+    assert len(notices_of(tmp_path, **beams, eval_num_beams=2)) == 1
+
+
 def test_a_server_of_a_model_that_does_not_generate_is_told(tmp_path) -> None:
     (trainer,) = notices_of(tmp_path, "policy_trainer", vllm_server=URL)
     assert trainer == "vllm_server; a model that is trained calls no server"

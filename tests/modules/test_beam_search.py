@@ -243,6 +243,16 @@ def test_keys_that_contradict_a_search_are_refused(hf_model, tmp_path, keys, mes
     assert message in str(refusal.value)
 
 
+def test_the_older_key_searches_as_many_beams_as_responses_in_training_alone(
+    hf_model, tmp_path
+) -> None:
+    keys = {"n": 2, "num_inference_per_prompt": 3, "use_beam_search": True}
+    args = policy_job(tmp_path, hf_model.directory, **keys).models["policy"].model_args
+    searched = sampling_arguments(args, is_eval=False)
+    assert (searched["beam_width"], searched["n"]) == (6, 6)
+    assert "beam_width" not in sampling_arguments(args, is_eval=True)
+
+
 def test_a_search_in_evaluation_leaves_the_keys_of_training_alone(hf_model, tmp_path) -> None:
     keys = {"eval_num_beams": 3, "frequency_penalty": 0.5, "stop_token_ids": [9]}
     args = policy_job(tmp_path, hf_model.directory, **keys).models["policy"].model_args

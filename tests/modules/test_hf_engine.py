@@ -17,7 +17,13 @@ from chatlearn_vllm import GRPOEngine, VLLMModule, load_config
 from chatlearn_vllm.config import ConfigError
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from examples.megatron.models.policy_trainer import PolicyTrainer
-from tests.helpers.engines import SEQ_LENGTH, policy_job, put_weights, start_policy
+from tests.helpers.engines import (
+    SEQ_LENGTH,
+    change_model_args,
+    policy_job,
+    put_weights,
+    start_policy,
+)
 from tests.helpers.job_modules import CountingPolicy, DigitReward
 from tests.helpers.tiny_llama import save_tiny_llama
 from tests.helpers.tiny_moe import save_tiny_moe
@@ -38,9 +44,10 @@ class Policy(VLLMModule):
 
     def setup(self):
         self.batches = []
+        super().setup()
 
     def model_provider(self):
-        return super().model_provider()
+        pass  # as in ChatLearn's skeleton of a policy
 
     def build_dataset(self, train_prompts, is_eval=False):
         return super().build_dataset(train_prompts, is_eval)
@@ -189,6 +196,29 @@ def test_an_evaluation_gives_the_same_batch(ready, with_vllm) -> None:
     assert torch.equal(got["loss_mask"], expected["loss_mask"])
     assert (got["logprobs"] - expected["logprobs"]).abs().max() < 1e-4
     assert got["str_outputs"] == expected["str_outputs"]
+
+
+def test_a_model_provider_that_does_nothing_leaves_the_model_to_the_engine(
+    ready, with_vllm
+) -> None:
+    for module in (ready, with_vllm):
+        assert module.model is module.engine.model
+
+
+def test_a_special_token_among_the_stop_strings_ends_a_response(
+    ready, with_vllm, monkeypatch
+) -> None:
+    likely = {"stop_token_list": "~;<pad>", "sampling_args": {"logit_bias": {0: 3.0}}}
+    for module in (ready, with_vllm):
+        change_model_args(monkeypatch, module, **likely)
+        batch = module.generate([0, 1, 2] * 4, first_sample=0)
+        num_ended = 0
+        for tokens, mask in zip(batch["all_tokens"], batch["loss_mask"], strict=True):
+            response = tokens[mask == 1].tolist()
+            num_ended += 0 in response
+            assert 0 not in response[:-1]
+        assert num_ended > 6
+        assert not any("<pad>" in text for text in batch["str_outputs"])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.server_client import ServerClient, ServerError
 from chatlearn_vllm.engines.server_start import _probe_logprobs, inspect_server
-from tests.helpers.engines import SEQ_LENGTH, build_policy, policy_job, put_weights, start_policy
+from tests.helpers.engines import (
+    SEQ_LENGTH,
+    build_policy,
+    change_model_args,
+    policy_job,
+    put_weights,
+    start_policy,
+)
 from tests.helpers.ranks import Ranks
 from tests.helpers.tiny_llama import save_tiny_llama
 
@@ -142,6 +149,25 @@ def test_answers_are_those_of_an_engine_in_the_process_before_and_after_a_sync(
             assert torch.equal(ours["loss_mask"], theirs["loss_mask"])
             torch.testing.assert_close(ours["logprobs"], theirs["logprobs"], atol=1e-5, rtol=1e-5)
             assert ours["weight_version"].tolist() == [version] * (5 if is_eval else 15)
+
+
+def test_logprobs_of_prompts_and_stop_tokens_are_those_of_an_engine_in_the_process(
+    ready, in_process, models, monkeypatch
+) -> None:
+    put_weights(in_process, models[0], version=1)
+    keys = {
+        "prompt_logprobs": 1, "stop_token_list": "~;<pad>",
+        "sampling_args": {"logit_bias": {0: 3.0}},
+    }  # fmt: skip
+    batches = []
+    for module in (ready, in_process):
+        change_model_args(monkeypatch, module, **keys)
+        batches.append(module.generate([0, 2], first_sample=0))
+    ours, theirs = batches
+    assert torch.equal(ours["all_tokens"], theirs["all_tokens"])
+    torch.testing.assert_close(ours["logprobs"], theirs["logprobs"], atol=1e-5, rtol=1e-5)
+    assert (ours["logprobs"][:, 0] < 0).all()  # of a prompt's second token
+    assert (ours["all_tokens"][ours["loss_mask"] == 1] == 0).any()
 
 
 def test_the_hook_sees_each_batch_of_requests_once(ready) -> None:

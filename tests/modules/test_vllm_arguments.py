@@ -1,13 +1,19 @@
-"""Which engine arguments does a policy get that its yaml does not name?"""
+"""How do keys of a yaml become arguments of engine and requests, and what is added to them?"""
 
 import json
 
 import pytest
+from vllm import SamplingParams
 
-from chatlearn_vllm.engines.vllm_arguments import engine_arguments
+from chatlearn_vllm.engines.vllm_arguments import (
+    engine_arguments,
+    max_response_tokens,
+    sampling_arguments,
+)
 from chatlearn_vllm.layouts import ModelShape
 from tests.helpers.engines import policy_job
 from tests.helpers.tiny_llama import save_tiny_llama
+from tests.modules.test_vllm_module import VLLMPolicyInference
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 
@@ -23,6 +29,45 @@ def arguments(model_dir, job_dir, on_gpu, **model_args):
     args = policy_job(job_dir, model_dir, **model_args).models["policy"].model_args
     shape = ModelShape.from_hf_config(json.loads((model_dir / "config.json").read_text()))
     return engine_arguments(args, model_dir, shape, seed=1, on_gpu=on_gpu)
+
+
+def test_every_sampling_key_reaches_the_request(model_dir, tmp_path) -> None:
+    training = {
+        "temperature": 0.7, "top_p": 0.8, "top_k": 9, "min_p": 0.1, "presence_penalty": 0.2,
+        "frequency_penalty": 0.3, "repetition_penalty": 1.1,
+    }  # fmt: skip
+    evaluation = {
+        "temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": 0.2, "presence_penalty": 0.4,
+        "frequency_penalty": 0.5, "repetition_penalty": 1.2,
+    }  # fmt: skip
+    both = {"ignore_eos": True, "prompt_logprobs": 1, "skip_special_tokens": False, "min_tokens": 3}
+    keys = training | {f"eval_{name}": value for name, value in evaluation.items()} | both
+    job = policy_job(tmp_path, model_dir, n=4, stop_token_list="~;###", **keys)
+    for is_eval, own in ((False, training), (True, evaluation)):
+        sampling = sampling_arguments(job.models["policy"].model_args, is_eval=is_eval)
+        made = SamplingParams(**sampling, max_tokens=5)
+        expected = own | both | {"n": 1 if is_eval else 4, "stop": ["~", "###"], "logprobs": 0}
+        assert {name: getattr(made, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("limit", "of_a_short_prompt"), [(True, 12), (False, 86)])
+def test_new_token_limit_says_whether_responses_end_before_the_sequence_does(
+    model_dir, tmp_path, limit, of_a_short_prompt
+) -> None:
+    job = policy_job(tmp_path, model_dir, seq_length=96, max_new_tokens=12, new_token_limit=limit)
+    args = job.models["policy"].model_args
+    assert max_response_tokens(args, 10) == of_a_short_prompt
+    assert max_response_tokens(args, 90) == 6
+
+
+def test_the_tokenizer_may_be_of_another_directory(model_dir, tmp_path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text((model_dir / "config.json").read_text())
+    keys = {"load": str(weights), "tokenizer": str(model_dir)}
+    assert arguments(model_dir, tmp_path, on_gpu=True, **keys)[0]["tokenizer"] == str(model_dir)
+    policy = VLLMPolicyInference("policy", policy_job(tmp_path, weights, **keys))
+    assert policy.tokenizer.tokenizer.encode("a") == [68]
 
 
 @pytest.mark.parametrize(

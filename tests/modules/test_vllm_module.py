@@ -51,7 +51,7 @@ class VLLMPolicyInference(VLLMModule):
     misbehave: str | None = None
 
     def setup(self):
-        self.steps = []
+        self.steps, self.eval_modes = [], []
         self.model = get_model(self.model_provider, self.model_args)
         print_rank_0("model is built")
 
@@ -79,6 +79,7 @@ class VLLMPolicyInference(VLLMModule):
         blocks_to_swap_out = data["blocks_to_swap_out"]
         blocks_to_copy = data["blocks_to_copy"]
         self.steps.append((iteration, sum(g.token_chunk_size for g in seq_group_metadata_list)))
+        self.eval_modes.append(eval_mode)
         if self.misbehave == "raise":
             raise KeyError("my own bug")
         if self.misbehave == "raise late":
@@ -133,6 +134,7 @@ def ready(policy, hf_model):
     put_weights(policy, hf_model, version=1)
     policy.wake_kv_cache()
     policy.steps.clear()
+    policy.eval_modes.clear()
     return policy
 
 
@@ -175,6 +177,42 @@ def test_forward_step_sees_every_scheduled_token_once(ready) -> None:
     scheduled = sum(tokens for _, tokens in ready.steps)
     # The last token of a response is sampled and not fed back.
     assert prompt_tokens - cached <= scheduled <= prompt_tokens + responses - 6
+
+
+def test_evaluations_have_a_step_of_their_own(ready) -> None:
+    ready.generate([0], first_sample=0)
+    num_steps = len(ready.eval_modes)
+    assert ready.eval_modes == [False] * num_steps
+    ready.generate([0], first_sample=0, is_eval=True)
+    assert ready.eval_modes[num_steps:] == [True] * (len(ready.eval_modes) - num_steps)
+    assert len(ready.eval_modes) > num_steps > 0
+
+
+def test_add_request_without_is_eval_samples_as_the_prompts_are_asked_for(
+    ready, monkeypatch
+) -> None:
+    """The signature of the documentation page's first listing."""
+    expected = [
+        ready.generate([0, 1], first_sample=0, is_eval=is_eval) for is_eval in (False, True)
+    ]
+
+    def _add_request(data):
+        return ready._add_request_internal(data["prompt"], data["input_ids"])
+
+    monkeypatch.setattr(ready, "_add_request", _add_request)
+    for is_eval, batch in zip((False, True), expected, strict=True):
+        again = ready.generate([0, 1], first_sample=0, is_eval=is_eval)
+        assert torch.equal(again["all_tokens"], batch["all_tokens"])
+
+
+def test_logprobs_of_prompts_come_if_the_yaml_asks_for_them(ready, hf_model, monkeypatch) -> None:
+    change_model_args(monkeypatch, ready, prompt_logprobs=1)
+    batch = ready.generate([0, 2], first_sample=0)
+    assert len(batch["logprobs"]) == 6
+    for row in range(6):
+        prompt = batch["no_padded_query_ids"][row]
+        got = batch["logprobs"][row, : len(prompt) - 1]
+        torch.testing.assert_close(got, hf_logprobs(hf_model, prompt), atol=1e-4, rtol=0)
 
 
 def test_logprobs_are_of_the_distribution_at_the_sampling_temperature(ready, hf_model) -> None:
