@@ -157,7 +157,10 @@ def test_reports_of_several_runs_become_one(ran, tmp_path, capsys):
 def test_no_process_is_left_when_the_terminal_or_the_benchmark_is_gone(tmp_path, number, code):
     command = [sys.executable, "-m", "chatlearn_vllm.cli.main", "bench", "transformers", *OPTIONS]
     long = ["--repeat", "100000", "--out", tmp_path]
-    run = subprocess.Popen([*command, *long], stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [*command, *long], stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup's is inherited
+    )  # fmt: skip
     while not (children := psutil.Process(run.pid).children()):
         time.sleep(0.01)
     run.send_signal(number)
