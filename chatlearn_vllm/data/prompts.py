@@ -24,12 +24,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> list[dict[str, Any]]:
+def load_prompts(
+    path: str | Path | Sequence[str | Path], limit: int = -1, prompt_key: str = "prompt"
+) -> list[dict[str, Any]]:
     """Read jsonl files: one JSON object per line, blank lines are skipped.
 
     The prompt is taken from the first of these keys that the object has:
 
-    * `prompt`: used as it is;
+    * `prompt`, or what `prompt_key` names: used as it is;
     * `query`: becomes "\\n\\nHuman: {query}\\n\\nAssistant: ";
     * `text`: a dialogue; cut behind its last "\\n\\nAssistant: ", what follows is left out.
 
@@ -39,6 +41,7 @@ def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> li
     Args:
         path: one file, or several that are read one after another.
         limit: keep only the first so many records; -1 keeps all.
+        prompt_key: another name than "prompt", of a field that stays beside it.
 
     Returns:
         Records with the field "prompt" first, in the order of the file.
@@ -53,7 +56,7 @@ def load_prompts(path: str | Path | Sequence[str | Path], limit: int = -1) -> li
             "runtime.eval_data_path for evaluation"
         )
     paths = [path] if isinstance(path, str | Path) else path
-    records = [record for one in paths for record in _read_file(Path(one))]
+    records = [record for one in paths for record in _read_file(Path(one), prompt_key)]
     fields = {field: None for record in records for field in record}
     chosen = records if limit < 0 else records[:limit]
     return [{**fields, **record} for record in chosen]
@@ -72,13 +75,13 @@ def require_records(prompts: Any) -> None:
         )
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")
     records, problems = [], []
     for place, line in _numbered_lines(path):
         try:
-            records.append(_read_record(line))
+            records.append(_read_record(line, prompt_key))
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
@@ -89,6 +92,20 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"prompt file {path} holds no record")
     return records
+
+
+def prompt_token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a prompt, with what the tokenizer adds to it where that belongs there.
+
+    A text from a chat template begins with a BOS already, of which one is enough; and an EOS that
+    is added behind a prompt would have the model go on behind the end.
+    """
+    ids = list(tokenizer.encode(text))
+    bos, eos = (getattr(tokenizer, name, None) for name in ("bos_token", "eos_token"))
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    end = [getattr(tokenizer, "eos_token_id", None)] * (2 if eos and text.endswith(eos) else 1)
+    return ids[:-1] if eos and len(ids) > 1 and ids[-len(end) :] == end else ids
 
 
 def keep_tail(ids: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
@@ -110,12 +127,17 @@ class PromptPipeline:
     may skip this constructor and assign `data` or `prompts_ids`, which are the same list, itself.
     """
 
+    num_cut = 0
+    """Prompts that were too long and lost tokens at their head."""
+
     def __init__(
         self, prompts: Sequence[Any], max_prompt_length: int, tokenizer: Tokenizer | None = None
     ) -> None:
         """Tokenise plain prompts; see `VLLMPromptPipeline`, of which this is the simple case."""
         self.tokenizer = tokenizer
-        self.data = _tokenize(prompts, max_prompt_length, tokenizer, prompt_key="prompt")
+        self.data, self.num_cut = _tokenize(
+            prompts, max_prompt_length, tokenizer, prompt_key="prompt"
+        )
 
     @property
     def data(self) -> list[dict[str, Any]]:
@@ -172,7 +194,7 @@ class VLLMPromptPipeline(PromptPipeline):
             ValueError: names the row and key of the first prompt that is missing or empty.
         """
         self.tokenizer = tokenizer
-        self.data = _tokenize(
+        self.data, self.num_cut = _tokenize(
             prompts,
             max_prompt_length,
             tokenizer,
@@ -267,7 +289,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path}, line {number}", line
 
 
-def _read_record(line: str) -> dict[str, Any]:
+def _read_record(line: str, prompt_key: str) -> dict[str, Any]:
     """Parse one line; ValueError says what is wrong without naming the place."""
     try:
         record = json.loads(line)
@@ -278,13 +300,15 @@ def _read_record(line: str) -> dict[str, Any]:
     reserved = sorted(_RESERVED_KEYS & record.keys())
     if reserved:
         raise ValueError(f"keys {reserved} are used by the framework; rename them")
-    source = next((key for key in _SOURCE_KEYS if key in record), None)
+    sources = dict.fromkeys((prompt_key, *_SOURCE_KEYS))
+    source = next((key for key in sources if key in record), None)
     if source is None:
-        raise ValueError(f"has keys {sorted(record)}, needs one of {list(_SOURCE_KEYS)}")
-    text = record.pop(source)
+        raise ValueError(f"has keys {sorted(record)}, needs one of {list(sources)}")
+    text = record[source] if source not in _SOURCE_KEYS else record.pop(source)
     if not isinstance(text, str) or not text:
         raise ValueError(f"key {source!r} is {text!r}, must be a non-empty string")
-    return {"prompt": _format_prompt(source, text), **record}
+    others = {key: value for key, value in record.items() if key != "prompt"}
+    return {"prompt": _format_prompt(source, text), **others}
 
 
 def _format_prompt(source: str, text: str) -> str:
@@ -307,7 +331,8 @@ def _tokenize(
     tokenizer: Tokenizer | None,
     *,
     prompt_key: str,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int]:
+    """The items, and how many prompts were cut."""
     if max_prompt_length < 1:
         raise ValueError(
             f"max_prompt_length={max_prompt_length} must be at least 1; "
@@ -315,16 +340,18 @@ def _tokenize(
         )
     if tokenizer is None:
         raise ValueError("a prompt pipeline needs a tokenizer; pass self.tokenizer.tokenizer")
-    items = []
+    items, num_cut = [], 0
     for row, entry in enumerate(prompts):
         text, fields = _text_and_fields(entry, prompt_key)
         if not isinstance(text, str) or not text:
             raise ValueError(
                 f"prompts[{row}] (key {prompt_key!r}) is {text!r}, must be a non-empty string"
             )
-        input_ids = keep_tail(tokenizer.encode(text), max_prompt_length, tokenizer.bos_token_id)
+        whole = prompt_token_ids(text, tokenizer)
+        num_cut += len(whole) > max_prompt_length
+        input_ids = keep_tail(whole, max_prompt_length, tokenizer.bos_token_id)
         items.append({**fields, "input_ids": input_ids, "prompt": text})
-    return items
+    return items, num_cut
 
 
 def _text_and_fields(entry: Any, prompt_key: str) -> tuple[Any, dict[str, Any]]:

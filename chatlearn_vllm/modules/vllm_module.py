@@ -183,7 +183,10 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         """The tokenizer of `tokenizer` in the yaml, by default that of `load`."""
         from transformers import AutoTokenizer
 
-        return TokenizerGroup(AutoTokenizer.from_pretrained(self._tokenizer_dir()))
+        trusts = bool(self.model_args.get("trust_remote_code", False))
+        return TokenizerGroup(
+            AutoTokenizer.from_pretrained(self._tokenizer_dir(), trust_remote_code=trusts)
+        )
 
     def _add_request_internal(
         self,
@@ -318,6 +321,13 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
                 f"{type(self).__name__}.build_dataset(is_eval={is_eval}) returned no prompts "
                 f"for {len(prompts)} records"
             )
+        num_cut = getattr(dataset, "num_cut", 0)
+        if num_cut and self.rank == self.replica_id == 0:
+            logger.warning(
+                "%s: %d of %d prompts%s are longer than the tokens that a prompt may have and lost "
+                "their beginnings; raise seq_length, or lower max_new_tokens",
+                self.name, num_cut, len(dataset), " of the evaluation" if is_eval else "",
+            )  # fmt: skip
         self._datasets[is_eval] = dataset
         return len(dataset)
 

@@ -23,6 +23,20 @@ class CodePointTokenizer:
         return head + [ord(character) for character in text]
 
 
+class SpecialTokensTokenizer(CodePointTokenizer):
+    """Adds BOS (id 1) and EOS (id 2), and knows both where a text has them."""
+
+    bos_token, eos_token, eos_token_id = "<s>", "</s>", 2
+
+    def __init__(self):
+        super().__init__(bos_token_id=1)
+
+    def encode(self, text: str) -> list[int]:
+        texts = {"\x01": 1, "\x02": 2}
+        text = text.replace("<s>", "\x01").replace("</s>", "\x02")
+        return [1, *(texts.get(character, ord(character)) for character in text), 2]
+
+
 def write_jsonl(path, *records):
     path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
     return path
@@ -218,3 +232,36 @@ def test_resuming_with_other_prompts_is_refused():
 def test_a_sampler_without_rows_is_refused():
     with pytest.raises(ValueError, match="num_prompts=0"):
         PromptSampler(0, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("hi", [1, ord("h"), ord("i")]),
+        ("<s>hi", [1, ord("h"), ord("i")]),
+        ("<s>hi</s>", [1, ord("h"), ord("i"), 2]),
+        ("</s>", [1, 2]),
+    ],
+)
+def test_special_tokens_that_a_text_has_or_cannot_have_are_not_added(text, ids):
+    (item,) = PromptPipeline([text], 8, SpecialTokensTokenizer())
+    assert item["input_ids"] == ids
+
+
+def test_prompts_that_were_cut_are_counted():
+    pipeline = VLLMPromptPipeline(["abc", "abcd", "abcde"], 3, CodePointTokenizer())
+    assert pipeline.num_cut == 2
+    assert PromptPipeline(["abc"], 3, CodePointTokenizer()).num_cut == 0
+
+
+def test_the_prompt_may_have_another_name_in_a_file(tmp_path):
+    path = write_jsonl(
+        tmp_path / "p.jsonl", {"question": "1+1=", "answer": "2", "prompt": "?"}, {"query": "1?"}
+    )
+    first, second = load_prompts(path, prompt_key="question")
+    assert first == {"prompt": "1+1=", "question": "1+1=", "answer": "2"}
+    assert second["prompt"] == "\n\nHuman: 1?\n\nAssistant: "
+    (item,) = VLLMPromptPipeline([first], 9, CodePointTokenizer(), prompt_key="question")
+    assert (item["prompt"], len(item["input_ids"])) == ("1+1=", 4)
+    with pytest.raises(ValueError, match=r"needs one of \['ask', 'prompt', 'query', 'text'\]"):
+        load_prompts(write_jsonl(tmp_path / "q.jsonl", {"question": "1"}), prompt_key="ask")

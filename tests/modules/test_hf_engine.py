@@ -205,6 +205,21 @@ def test_a_model_provider_that_does_nothing_leaves_the_model_to_the_engine(
         assert module.model is module.engine.model
 
 
+def test_prompts_that_are_too_long_lose_their_beginnings_and_that_is_told(
+    with_hf, monkeypatch, caplog
+) -> None:
+    """The default `build_dataset`: seq_length - max_new_tokens for a prompt."""
+    monkeypatch.setattr(with_hf, "_datasets", {})
+    args = with_hf.model_args
+    room = args.seq_length - args.max_new_tokens
+    long = "the head" + "9" * room
+    with caplog.at_level("WARNING"):
+        with_hf.build_prompts([{"prompt": long}, {"prompt": "short"}])
+    item, _ = with_hf._datasets[False].data
+    assert item["input_ids"] == with_hf.tokenizer.tokenizer.encode("9" * room)
+    assert "policy: 1 of 2 prompts are longer than the tokens that a prompt may have" in caplog.text
+
+
 def test_a_special_token_among_the_stop_strings_ends_a_response(
     ready, with_vllm, monkeypatch
 ) -> None:

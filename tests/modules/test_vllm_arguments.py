@@ -1,6 +1,7 @@
 """How do keys of a yaml become arguments of engine and requests, and what is added to them?"""
 
 import json
+import shutil
 
 import pytest
 from vllm import SamplingParams
@@ -68,6 +69,28 @@ def test_the_tokenizer_may_be_of_another_directory(model_dir, tmp_path) -> None:
     assert arguments(model_dir, tmp_path, on_gpu=True, **keys)[0]["tokenizer"] == str(model_dir)
     policy = VLLMPolicyInference("policy", policy_job(tmp_path, weights, **keys))
     assert policy.tokenizer.tokenizer.encode("a") == [68]
+
+
+def test_code_of_a_tokenizer_runs_if_the_yaml_trusts_it(model_dir, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
+    )
+    directory = tmp_path / "own"
+    shutil.copytree(model_dir, directory)
+    path = directory / "tokenizer_config.json"
+    own = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    base = "PreTrainedTokenizerFast"
+    (directory / "own.py").write_text(
+        f"from transformers import {base}\nclass OwnTokenizer({base}):\n    pass\n"
+    )
+    for engine in ("vllm", "transformers"):
+        keys = {"inference_engine": engine, "trust_remote_code": True}
+        policy = VLLMPolicyInference("policy", policy_job(tmp_path, directory, **keys))
+        assert type(policy.tokenizer.tokenizer).__name__ == "OwnTokenizer"
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def main() -> None:
         answers = policy.eval_forward(prompts)
         return reward.eval_forward(answers)
 
-    args = job.runtime
-    prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit)
+    args, key = job.runtime, policy.model_args.prompt_key
+    prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit, key)
     EvalEngine(eval_flow).set_dataset(prompts).eval()
 
 

@@ -29,10 +29,10 @@ def main() -> None:
     policy_trainer = OnlineDPOTrainer(name)
 
     engine = OnlineDPOEngine(policy, reference, reward, policy_trainer)
-    args = job.runtime
-    engine.set_dataset(load_prompts(args.data_path, args.training_data_num_limit))
+    args, key = job.runtime, policy.model_args.prompt_key
+    engine.set_dataset(load_prompts(args.data_path, args.training_data_num_limit, key))
     if args.eval_data_path:
-        eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit)
+        eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit, key)
         engine.set_evaluator(Evaluator(policy, reward, eval_prompts))
     engine.learn()
 

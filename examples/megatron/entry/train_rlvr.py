@@ -55,16 +55,16 @@ def main() -> None:
             answers = reward.eval_forward(answers)
         return answers
 
-    args = job.runtime
+    args, key = job.runtime, policy.model_args.prompt_key
     if not args.data_path:
         raise UserError(
             "actor_train.data_args.file_name must name the prompts: a jsonl file, or a list"
         )
-    prompts = load_prompts(args.data_path, args.training_data_num_limit)
+    prompts = load_prompts(args.data_path, args.training_data_num_limit, key)
     check_tags(job, prompts)
     engine.set_dataset(prompts)
     if args.eval_data_path:
-        eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit)
+        eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit, key)
         engine.set_evaluator(Evaluator(eval_flow, prompts=eval_prompts))
     engine.learn()
 

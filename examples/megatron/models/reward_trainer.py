@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chatlearn_vllm import RewardModule
-from chatlearn_vllm.data.prompts import keep_tail
+from chatlearn_vllm.data.prompts import keep_tail, prompt_token_ids
 from chatlearn_vllm.data.responses import response_rows
 
 
@@ -43,7 +43,7 @@ class RewardTrainer(RewardModule):
         room = args.seq_length - args.max_new_tokens
         prompts, responses = [], []
         for record in records:
-            prompt = tokenizer.encode(record["prompt"])
+            prompt = prompt_token_ids(record["prompt"], tokenizer)
             response = tokenizer.encode(record[side], add_special_tokens=False)
             prompts.append(keep_tail(prompt, room, tokenizer.bos_token_id))
             responses.append([*response, tokenizer.eos_token_id][: args.max_new_tokens])

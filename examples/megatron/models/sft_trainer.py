@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chatlearn_vllm import MegatronModule
+from chatlearn_vllm.data.prompts import prompt_token_ids
 from chatlearn_vllm.data.responses import response_rows
 
 
@@ -33,7 +34,7 @@ class SFTTrainer(MegatronModule):
         seq_length, eos = self.model_args.seq_length, self.tokenizer.eos_token_id
         prompts, responses = [], []
         for record in records:
-            prompts.append(self.tokenizer.encode(record["prompt"]))
+            prompts.append(prompt_token_ids(record["prompt"], self.tokenizer))
             response = self.tokenizer.encode(record["response"], add_special_tokens=False)
             responses.append([*response, eos])
             length = len(prompts[-1]) + len(responses[-1])
