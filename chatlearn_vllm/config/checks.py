@@ -32,6 +32,14 @@ _HF_NAMES = {
     "ffn_hidden_size": "intermediate_size",
 }
 """Our key of a model's structure -> its key in config.json."""
+_MEGATRON_HF_NAMES = {"layernorm_epsilon": "rms_norm_eps", "kv_channels": "head_dim"}
+"""The same of fields of megatron-core's TransformerConfig."""
+_NOT_IN_CONFIG_JSON = {
+    "softmax_scale": None, "rotary_interleaved": False, "no_rope_freq": None,
+    "activation_func_clamp_value": None, "glu_linear_offset": 0.0, "window_size": None,
+    "softmax_type": "vanilla", "fp8": None, "fp4": None,
+}  # fmt: skip
+"""Fields of it that make another model, or none that is built here, and their neutral values."""
 
 
 class Reporter(Protocol):
@@ -170,6 +178,12 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
             f"contradicts the other keys of the type, which give dtype={args.dtype}",
             given=[(*at, "dtype")],
         )
+        report.require(
+            args[flag] is not False or args.dtype != dtype,
+            (*at, flag),
+            f"contradicts dtype={args.dtype}; leave one of them out",
+            given=[(*at, "dtype")],
+        )
 
 
 def _check_parallel(model: ModelConfig, report: Reporter) -> None:
@@ -235,6 +249,20 @@ def _check_against_config_json(model: ModelConfig, report: Reporter) -> None:
             args[name] in (None, value),
             ("models", model.name, "model_args", name),
             f"{args.load}/config.json says {_HF_NAMES[name]}={value}; leave the key out",
+        )
+    given, config = args.transformer_args, read_config_json(args.load)
+    for name, theirs in _MEGATRON_HF_NAMES.items():
+        report.require(
+            name not in given or config.get(theirs) in (None, given[name]),
+            ("models", model.name, "model_args", name),
+            f"{args.load}/config.json says {theirs}={config.get(theirs)}; leave the key out",
+        )
+    for name, neutral in _NOT_IN_CONFIG_JSON.items():
+        report.require(
+            given.get(name, neutral) == neutral,
+            ("models", model.name, "model_args", name),
+            "would change the model in training alone: responses and exported checkpoints are of "
+            "the model that config.json describes; leave the key out",
         )
 
 

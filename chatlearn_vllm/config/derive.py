@@ -76,9 +76,11 @@ def _parallel_size(model: ModelConfig, size: str, tree: Tree) -> int:
 
 
 def _dtype(args: ModelArgs) -> str:
-    """Megatron's flags say what `dtype` leaves open."""
+    """Megatron's flags say what `dtype` leaves open: float32, if they are given and none is set."""
     flagged = [dtype for flag, dtype in DTYPE_OF_FLAG.items() if args[flag]]
-    return flagged[0] if flagged and args.dtype == "auto" else args.dtype
+    if args.dtype != "auto":
+        return args.dtype
+    return flagged[0] if flagged else "float32" if args.bf16 is False else "auto"
 
 
 def _speculative_config(args: ModelArgs) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ class WeightArgs(Section):
     """Type of the weights. auto: bfloat16 on GPUs, float32 on CPUs. half is vLLM's name of float16,
     float of float32. On CPUs vLLM works in float32 whatever is said here."""
     bf16: bool | None = None
-    """Megatron's spelling of `dtype: bfloat16`."""
+    """Megatron's spelling of `dtype: bfloat16`; False and no fp16: float32."""
     fp16: bool | None = None
     """Megatron's spelling of `dtype: float16`."""
 

@@ -143,6 +143,18 @@ def test_generation_batch_size_is_not_the_number_of_sequences_of_vllm(job):
     assert args.max_num_seqs == 256
 
 
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [("", "auto"), ("bf16: null\n", "auto"), ("bf16: True\n", "bfloat16"),
+     ("fp16: True\n", "float16"),
+     ("bf16: False\n", "float32"), ("bf16: False\nfp16: True\n", "float16"),
+     ("bf16: False\ndtype: float16\n", "float16")],
+)  # fmt: skip
+def test_flags_of_megatron_say_the_type(job, write, text, dtype):
+    write("policy.yaml", text or "seed: 1\n")
+    assert load_config(job).models["policy"].model_args.dtype == dtype
+
+
 def test_keys_of_upstream_libraries_pass_through_by_library(job, write):
     write(
         "policy.yaml",
