@@ -28,6 +28,9 @@ class BaseModule(ABC):
 
     gpu_environment: ClassVar[dict[str, str]] = {}
     """Variables that the processes of ranks with a GPU start with, for the role's libraries."""
+    reads_policy_tokens: ClassVar[bool] = True
+    """Whether a role on megatron-core takes the policy's token ids as they are: its vocabulary must
+    then be the policy's. False for a class that tokenizes the texts itself."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -37,6 +37,7 @@ from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.named_servers import check_named_servers
 from chatlearn_vllm.runtime.rollout_checks import check_model_has
 from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
+from chatlearn_vllm.runtime.vocabulary_checks import check_vocabularies
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
 logger = get_logger(__name__)
@@ -234,8 +235,9 @@ class BaseEngine(ABC):
         """Start all ranks, build the models in order, hand out the evaluation's prompts.
 
         Raises:
-            UserError: the evaluator has no prompts, a model has not what its keys ask for, or a
-                server that the yaml names is not there; nothing is started then.
+            UserError: the evaluator has no prompts, a model has not what its keys ask for, or
+                another vocabulary than the policy, or a server that the yaml names is not there;
+                nothing is started then.
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
@@ -246,6 +248,9 @@ class BaseEngine(ABC):
         for module in self.modules:
             if isinstance(module, VLLMModule):
                 check_model_has(module)
+        *others, last = self.modules
+        if isinstance(last, VLLMModule):  # the policy: kinds of training put it there
+            check_vocabularies(last, others)
         check_named_servers(self.modules)
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()

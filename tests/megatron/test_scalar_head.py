@@ -11,7 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from chatlearn_vllm.engines.megatron import engine as engine_module
+from chatlearn_vllm.engines.megatron.export import export
 from chatlearn_vllm.engines.megatron.micro_batches import put_back, take
+from chatlearn_vllm.modules.reward_module import at_last_token
+from tests.helpers.tiny_llama import save_character_tokenizer
 from tests.megatron import tiny_models
 
 MODELS = {
@@ -168,20 +171,62 @@ def test_what_is_saved_scores_alike_in_hugging_face(ranks, models, tmp_path, set
     assert (found[torch.arange(8), ends] - expected).abs().max() < 1e-5
 
 
-def test_a_saved_model_names_a_padding_token(tmp_path):
+PADDINGS = {
+    # pad_token, unk_token and the text of token 0 -> padding of what is saved
+    "is EOS": ("</s>", None, "<pad>", 0),
+    "is EOS, nothing spare": ("</s>", None, "<zero>", 99),
+    "none": (None, None, "<zero>", 99),
+    "none, but unk": (None, "<zero>", "<zero>", 0),
+}
+"""The model's vocabulary has 100 tokens, the tokenizer's 98 and `</turn>`, which ends texts too."""
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_what_is_saved_scores_rows_at_their_end_of_sequence(ranks, tmp_path, padding):
+    *tokens, expected_id = PADDINGS[padding]
+    source = tiny_models.save_model(
+        tmp_path / "source", head="scalar", vocab_size=100, pad_token_id=2, eos_token_id=2
+    )
+    save_tokenizer_with_turns(source, *tokens)
+    texts = ["1+1=2</s>", "2+20=22</turn>", "3+3=</s>"]
+    rows = encode(source, texts)
+    (found,) = ranks[1].run(scores_and_saved, source, tmp_path, rows)
+    export(tmp_path / "checkpoints", tmp_path / "exported")
+    for saved in (tmp_path / "hf", tmp_path / "exported"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(saved).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+        assert (model.config.pad_token_id, tokenizer.pad_token_id) == (expected_id, expected_id)
+        with torch.no_grad():
+            alone = [model(torch.tensor([row])).logits[0, 0] for row in rows]
+            together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
+        assert (found - torch.stack(alone)).abs().max() < 1e-5
+        assert (found - together).abs().max() < 1e-5
+
+
+def test_a_saved_model_pads_with_no_token_that_ends_a_text(tmp_path):
     from chatlearn_vllm.engines.megatron.scalar_head import hf_config_with_scalar_head
 
-    config = {"model_type": "qwen2", "eos_token_id": [7, 8], "architectures": ["Qwen2ForCausalLM"]}
+    config = {"model_type": "qwen2", "eos_token_id": [7, 8], "vocab_size": 10}
+
+    def padding(*directories, **changes):
+        return hf_config_with_scalar_head(config | changes, directories)["pad_token_id"]
+
     saved = hf_config_with_scalar_head(config, [tmp_path])
     assert saved["architectures"] == ["Qwen2ForSequenceClassification"]
-    assert saved["pad_token_id"] == 7
+    assert saved["pad_token_id"] is None  # no other token is known
+    assert padding(pad_token_id=8) is None
+    assert padding(pad_token_id=-1) is padding(pad_token_id=10) is None  # have no embedding
+    assert padding(pad_token_id=0) == 0
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
     added = [{"id": 7, "content": "<end>"}, {"id": 5, "content": "<pad>"}]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    assert hf_config_with_scalar_head(config, [tmp_path / "none", tmp_path])["pad_token_id"] == 5
-    assert (
-        hf_config_with_scalar_head({**config, "pad_token_id": 0}, [tmp_path])["pad_token_id"] == 0
-    )
+    assert padding(tmp_path / "none", tmp_path) == 5
+    assert padding(tmp_path, pad_token_id=0) == 5  # the tokenizer pads the rows
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert padding(tmp_path, pad_token_id=5) is None  # 8 would be next and ends texts
+    reserved = {"id": 3, "content": "<|reserved_0|>", "special": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [*added, reserved]}))
+    assert padding(tmp_path) == 3
 
 
 # ---- first weights ------------------------------------------------------------------------------
@@ -303,6 +348,20 @@ def train_and_save_hf(path, directory, **settings):
         return all_values(engine, tiny_models.batch())
 
 
+def scores_and_saved(path, directory, rows):
+    """Scores of rows of token ids at their ends; writes `hf`, and a checkpoint."""
+    with tiny_models.engine(path, head="scalar") as engine:
+        engine.save_hf(directory / "hf")
+        engine.save_checkpoint(directory / "checkpoints", 1)
+        tokens = torch.full((len(rows), tiny_models.SEQ_LENGTH), 2)
+        mask = torch.zeros(tokens.shape)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = torch.tensor(row)
+            mask[number, 1 : len(row)] = 1.0
+        batch = {"all_tokens": tokens, "loss_mask": mask}
+        return at_last_token(all_values(engine, batch), mask)
+
+
 def head_of_causal_model(path, **settings):
     """What is logged, the head that the last stage starts with, and a curve."""
     handler = BufferingHandler(capacity=100)
@@ -326,6 +385,25 @@ def error_of_building(path, **settings):
             return ""
     except ValueError as error:
         return str(error)
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+
+def save_tokenizer_with_turns(directory, pad_token, unk_token, token_0):
+    """Of characters; `</turn>` is a special token, named by generation_config.json as an end."""
+    save_character_tokenizer(directory)
+    for path in (directory / "tokenizer.json", directory / "tokenizer_config.json"):
+        path.write_text(path.read_text().replace('"<pad>"', json.dumps(token_0)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</turn>"]})
+    tokenizer.pad_token, tokenizer.unk_token = pad_token, unk_token
+    tokenizer.save_pretrained(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 98]}))
+
+
+def encode(directory, texts):
+    return transformers.AutoTokenizer.from_pretrained(directory)(texts)["input_ids"]
 
 
 # ---- Hugging Face -------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.engines.megatron import checkpoint_files
 from chatlearn_vllm.engines.megatron.files import read_json
 from chatlearn_vllm.engines.megatron.hf_checkpoint import MAX_FILE_BYTES, LaidOut, save_hf
+from chatlearn_vllm.engines.megatron.padding import pad_token_id
 from chatlearn_vllm.engines.megatron.peft_checkpoint import save_peft
 from chatlearn_vllm.layouts import MegatronShards, ModelShape, ParamLayout, TrainParallel
 from chatlearn_vllm.weight_sync.lora import merged
@@ -89,7 +90,10 @@ def export(
             f"{path}: was written by a version that saved no config.json beside the weights; "
             "resume from it and save once with this version, or call save_hf"
         )
-    config = read_json(path / checkpoint_files.HF_FILES / "config.json")
+    hf_files = path / checkpoint_files.HF_FILES
+    config = read_json(hf_files / "config.json")
+    if about["head"] == "scalar":  # earlier versions took an end-of-sequence token
+        config["pad_token_id"] = pad_token_id(config, [hf_files])
     dtype = dtype or getattr(torch, config.get("dtype") or config["torch_dtype"])
     shape = ModelShape.from_hf_config(config, about["head"])
     tensors = SavedTensors(path)
@@ -120,7 +124,7 @@ def export(
         parameters,
         shape,
         config,
-        side_files_from=[path / checkpoint_files.HF_FILES],
+        side_files_from=[hf_files],
         max_file_bytes=max_file_bytes,
         value_of=value_of,
     )

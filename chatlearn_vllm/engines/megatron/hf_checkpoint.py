@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chatlearn_vllm.engines.megatron.files import atomic_directory, rank, world_size
+from chatlearn_vllm.engines.megatron.padding import let_tokenizer_pad_with
 from chatlearn_vllm.layouts import SCORE, ModelShape, ParamLayout
 from chatlearn_vllm.layouts.blocks import Rect
 
 MAX_FILE_BYTES = 5 * 2**30
 """A saved checkpoint is cut into files of about this size."""
 
+_CLASSIFIER = "ForSequenceClassification"
 _INDEX = "model.safetensors.index.json"
 _SIDE_FILES = (
     "tokenizer*",
@@ -171,6 +173,9 @@ def write_side_files(
 ) -> None:
     """Write what a model in Hugging Face form needs besides weights. Not collective.
 
+    The tokenizer of a *ForSequenceClassification model pads as config.json says: the model finds
+    the end of a row by that.
+
     Args:
         directory: is there.
         hf_config: becomes config.json.
@@ -179,6 +184,8 @@ def write_side_files(
     """
     _write_config(directory, hf_config, dtype)
     _copy_side_files(directory, sources)
+    if any(name.endswith(_CLASSIFIER) for name in hf_config.get("architectures") or ()):
+        let_tokenizer_pad_with(directory, hf_config.get("pad_token_id"))
 
 
 class _Transfer(NamedTuple):

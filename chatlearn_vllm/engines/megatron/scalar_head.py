@@ -10,8 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from chatlearn_vllm.engines.megatron.files import read_json
 from chatlearn_vllm.engines.megatron.model import ModelProvider
+from chatlearn_vllm.engines.megatron.padding import pad_token_id
 
 _HF_CLASSES = {
     "llama": "LlamaForSequenceClassification",
@@ -82,35 +82,21 @@ def hf_config_with_scalar_head(
 ) -> dict[str, Any]:
     """The config.json that transformers' AutoModelForSequenceClassification wants.
 
-    Its forward looks for the last token of each row that is not `pad_token_id`. Where config.json
-    has none it is that of the tokenizer, else the (first) end-of-sequence token.
+    Its forward reads each row at the last token that is not `pad_token_id`. A reward model learns
+    its score at the last response token, mostly an end-of-sequence token, so that one must not be
+    the padding: the score would be read one token too early. See `padding.pad_token_id` for what
+    is taken instead. Rows have to be padded with that token, as the tokenizer that is saved beside
+    the model does. Where there is no such token config.json names none: transformers then reads a
+    row at its end, and refuses batches of several.
 
     Args:
         hf_config: of either kind of model.
         directories: where tokenizer files may be; the last one that has some is taken.
     """
-    pad_token_id = hf_config.get("pad_token_id")
-    if pad_token_id is None:
-        eos = hf_config.get("eos_token_id")
-        pad_token_id = eos[0] if isinstance(eos, list) else eos
-        for directory in directories:
-            found = _pad_token_id(directory)
-            pad_token_id = pad_token_id if found is None else found
     return {
         **hf_config,
         "architectures": [_HF_CLASSES[hf_config["model_type"]]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": pad_token_id,
+        "pad_token_id": pad_token_id(hf_config, directories),
     }
-
-
-def _pad_token_id(directory: Path) -> int | None:
-    """The id of the padding token that tokenizer files in a directory name."""
-    settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
-    if not settings.is_file() or not tokenizer.is_file():
-        return None
-    token = read_json(settings).get("pad_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    added = read_json(tokenizer).get("added_tokens", ())
-    return next((one["id"] for one in added if one["content"] == text), None)
