@@ -120,7 +120,8 @@ class ModelConfig(Section):
     batch_generation: BatchGenerationConfig = BatchGenerationConfig()
     """Order of the prompts."""
     sync_frequency: Limit = 1
-    """Episodes between two weight syncs into this model; 0 or -1 = only the first sync."""
+    """Episodes between two weight syncs into this model; 0 or -1 = only the first sync. A resumed
+    job begins with a sync of the checkpoint's weights."""
     free_memory: bool = False
     """Give device memory back while other models work: sets offload_weights and, for a trainable
     model, free_grad_buffers and offload_optimizer_states."""
@@ -292,7 +293,8 @@ class OutputKeys(Section):
     """Go on from the newest checkpoint of this experiment, if there is one; if it is that of the
     last episode, nothing is started."""
     data_checkpoint_path: str | None = None
-    """Directory of the position in the data; None = with the checkpoints."""
+    """Directory of the position in the data, with exp_name appended if it is not in it; None = with
+    the checkpoints."""
     async_save: bool = False
     """Copy a checkpoint to host memory and write it while the job goes on; it counts when all ranks
     have written it. Needs host memory for a trainer's weights and optimizer once more."""

@@ -91,6 +91,11 @@ def check_preference_keys(trainer: BaseModule, runtime: RuntimeConfig) -> None:
     """
     args = trainer.model_args
     problems = list(_of_grpo("OnlineDPOEngine", trainer, runtime))
+    if levels := runtime.mismatch_stop.set_levels():
+        problems.append(
+            f"runtime.mismatch_stop.{next(iter(levels))} has no effect in OnlineDPOEngine, whose "
+            "trainer does not compare its log-probabilities with the rollout's; leave it out"
+        )
     if args.use_ipo and args.label_smoothing:
         problems.append(
             f"models.{trainer.name}: label_smoothing={args.label_smoothing} is of DPO's loss; "

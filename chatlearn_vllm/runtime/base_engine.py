@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -236,8 +237,8 @@ class BaseEngine(ABC):
 
         Raises:
             UserError: the evaluator has no prompts, a model has not what its keys ask for, or
-                another vocabulary than the policy, or a server that the yaml names is not there;
-                nothing is started then.
+                another vocabulary than the policy, a directory cannot be written, or a server that
+                the yaml names is not there; nothing is started then.
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
@@ -251,6 +252,10 @@ class BaseEngine(ABC):
         *others, last = self.modules
         if isinstance(last, VLLMModule):  # the policy: kinds of training put it there
             check_vocabularies(last, others)
+        for key, directory in (
+            ("output_dir", self.run_dir), ("data_checkpoint_path", self._state_dir),
+        ):  # fmt: skip
+            _require_writable(f"runtime.{key}", directory)
         check_named_servers(self.modules)
         self._cluster = Cluster(self.job, self.modules)
         self.groups = self._cluster.start()
@@ -289,7 +294,8 @@ class BaseEngine(ABC):
     @property
     def _state_dir(self) -> Path:
         if self.args.data_checkpoint_path is not None:
-            return Path(self.args.data_checkpoint_path)
+            path = Path(self.args.data_checkpoint_path)
+            return path if self.args.exp_name in path.parts else path / self.args.exp_name
         return self.run_dir / "checkpoints" / "driver"
 
     def _training_records(self) -> Sequence[Any]:
@@ -324,7 +330,7 @@ class BaseEngine(ABC):
         done, total = self.finished_episodes, self.args.num_episode
         history = []
         with (
-            MetricWriter(self.run_dir, first_episode=done + 1) as writer,
+            MetricWriter(self.run_dir, first_episode=done + 1 if done else 0) as writer,
             EpisodeProgress(total, done) as progress,
             self._stop,
         ):
@@ -494,3 +500,14 @@ class BaseEngine(ABC):
             "ended by SIGTERM after episode %d of %d%s", episode, self.args.num_episode,
             f"; enable_resume_training: True goes on after episode {saved}" if saved else "",
         )  # fmt: skip
+
+
+def _require_writable(key: str, directory: Path) -> None:
+    """Make a directory, if it is missing, in which the job will write."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        problem = None if os.access(directory, os.W_OK) else "it is read-only for this user"
+    except OSError as error:
+        problem = str(error)
+    if problem is not None:
+        raise UserError(f"{key}: cannot write in {directory}: {problem}; name another directory")

@@ -48,7 +48,8 @@ def save_state(directory: Path, state: DriverState, keep: int | None = None) -> 
     Args:
         directory: made if missing.
         state: what to write.
-        keep: number of newest states that stay; None keeps all.
+        keep: number of newest states up to this one that stay; None keeps all. Later ones are of
+            an earlier run that went further.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = _path(directory, state.episode)
@@ -60,7 +61,8 @@ def save_state(directory: Path, state: DriverState, keep: int | None = None) -> 
     unfinished.write_text(json.dumps(plain), encoding="utf-8")
     os.replace(unfinished, path)
     if keep is not None:
-        remove_states(directory, saved_episodes(directory)[:-keep])
+        own = [episode for episode in saved_episodes(directory) if episode <= state.episode]
+        remove_states(directory, own[:-keep])
 
 
 def load_state(directory: Path, episode: int | None = None) -> DriverState | None:

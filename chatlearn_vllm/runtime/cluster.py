@@ -255,8 +255,7 @@ class Cluster:
                 self._placement_group, placement_group_bundle_index=bundle_order[placement.bundle]
             )
         rank = RankId(placement.model, placement.replica, placement.rank, placement.world_size)
-        working_dir = "" if self._job.runtime_env.working_dir else os.getcwd()
-        actor = ray.remote(Worker).options(**options).remote(rank, working_dir)
+        actor = ray.remote(Worker).options(**options).remote(rank, os.getcwd())
         return RankHandle(rank, actor)
 
     def _locate_ranks(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, Self, runtime_checkable
 
+from chatlearn_vllm.config import RuntimeConfig
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, record
@@ -147,7 +148,7 @@ class Engine(RolloutEngine):
                 )
         trained = trainer.models
         frozen = [one for one in modules if one not in trained and one is not environment.policy]
-        _check_keys(frozen)
+        _check_keys(frozen, environment.policy.runtime_args)
         self._pairs: dict[BaseModule, BaseModule] = {}
         super().__init__(
             environment.policy,
@@ -295,17 +296,17 @@ class Engine(RolloutEngine):
         return scores
 
 
-def _check_keys(frozen: Sequence[BaseModule]) -> None:
+def _check_keys(frozen: Sequence[BaseModule], runtime: RuntimeConfig) -> None:
     """Refuse keys that only engines with roles of their own follow."""
+    if runtime.dynamic_sampling:
+        raise UserError(
+            "runtime.dynamic_sampling has no effect in a flow; leave it out and choose rows in a "
+            "function given to apply, or use GRPOEngine"
+        )
     for module in frozen:
         weight = module.module_args.reward_weight
         if weight != 1:
             raise UserError(
                 f"models.{module.name}: reward_weight={weight} has no effect in a flow; leave it "
                 "out and multiply in a function given to apply"
-            )
-        if module.runtime_args.dynamic_sampling:
-            raise UserError(
-                "runtime.dynamic_sampling has no effect in a flow; leave it out and choose rows in "
-                "a function given to apply, or use GRPOEngine"
             )

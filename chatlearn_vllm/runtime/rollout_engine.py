@@ -310,6 +310,13 @@ class RolloutEngine(BaseEngine):
             if trainer is not self.draft_trainer:  # whose weights go with those of the policy
                 self._memory[trainer.name].onload("weights")
                 metrics |= self._leave(trainer, sync=True)
+        asks = self.args.eval_episode_interval > 0 or self.args.enable_eval_before_training
+        if self.evaluator is None and asks:
+            logger.warning(
+                "no effect of eval_episode_interval and enable_eval_before_training: this job has "
+                "no evaluator; give it one with set_evaluator (the scripts of the examples do if "
+                "runtime.eval_data_path is set)"
+            )
         if self.args.enable_eval_before_training and self.finished_episodes == 0:
             metrics |= self._evaluate(episode=0)
         return metrics

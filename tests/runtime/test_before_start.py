@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from chatlearn_vllm.config import UserError
 from chatlearn_vllm.data.prompts import PromptSampler
 from chatlearn_vllm.runtime import base_engine, session
 from chatlearn_vllm.runtime.checkpoint import DriverState, save_state
@@ -44,6 +45,26 @@ def make_engine(path, *overrides, engine_class=GRPOEngine):
 def test_a_job_that_is_finished_starts_nothing_and_says_so(path, caplog):
     assert make_engine(path).learn() == []
     assert "has the checkpoint of episode 2, and runtime.num_episode=2: nothing" in caplog.text
+
+
+def test_another_experiment_with_the_same_directory_of_positions_starts_anew(path, tmp_path):
+    positions = f"runtime.data_checkpoint_path={tmp_path / 'positions'}"
+    engine = make_engine(path, positions)
+    order = PromptSampler(len(PROMPTS), engine.args.seed).state_dict()
+    state = DriverState(2, 2, order, {"num_samples": 64}, algorithm="GRPOEngine")
+    save_state(tmp_path / "positions" / engine.args.exp_name, state)
+    assert make_engine(path, positions).learn() == []
+    with pytest.raises(StartedError):
+        make_engine(path, positions, "runtime.exp_name=other").learn()
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data_checkpoint_path"])
+def test_a_directory_that_cannot_be_written_is_told_before_anything_starts(path, tmp_path, key):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=rf"runtime.{key}: cannot write in .*file.*another directory"
+    ):
+        make_engine(path, f"runtime.{key}={tmp_path / 'file' / 'in'}").learn()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from chatlearn_vllm.runtime.checkpoint import (
     check_trainers,
     load_state,
     save_state,
+    saved_episodes,
 )
 
 
@@ -31,6 +32,13 @@ def test_only_the_newest_states_are_kept(tmp_path):
         "episode_00000002.json",
         "episode_00000003.json",
     ]
+
+
+def test_states_of_an_earlier_run_that_went_further_take_no_place(tmp_path):
+    for episode in range(1, 11):
+        save_state(tmp_path, DriverState(episode, episode, {}))
+    save_state(tmp_path, DriverState(3, 3, {}), keep=2)
+    assert saved_episodes(tmp_path) == [2, 3, *range(4, 11)]
 
 
 def test_without_a_state_the_job_starts_at_the_beginning(tmp_path):

@@ -187,6 +187,30 @@ def test_fine_tuning_spreads_records_over_the_data_parallel_ranks(existing_clust
     assert "save_checkpoint 1" in noted[-3]  # the last episode is saved whatever the interval
 
 
+def test_relative_paths_are_the_drivers_also_with_a_working_dir(
+    existing_cluster, tmp_path, monkeypatch
+):
+    path = write_job(tmp_path, num_episode=1)
+    (tmp_path / "uploaded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    overrides = ["runtime_env.working_dir=uploaded", "runtime.output_dir=results"]
+    session.init(str(path), [*overrides, "runtime.save_episode_interval=1"])
+    engine = SFTEngine(ToyTrainer("policy_trainer"))
+    engine.set_dataset([{"prompt": str(row), "response": "r"} for row in range(32)])
+    engine.learn()
+    assert engine.run_dir.parts[0] == "results"
+    assert list((tmp_path / engine.run_dir).glob("policy_trainer_*.pt"))
+
+
+def test_evaluations_that_nobody_makes_are_told(existing_cluster, tmp_path, caplog):
+    session.init(str(write_job(tmp_path, num_episode=1)), ["runtime.eval_episode_interval=1"])
+    roles = ToyPolicy("policy"), None, ToyReward("reward")
+    engine = GRPOEngine(*roles, ToyTrainer("policy_trainer")).set_dataset(PROMPTS)
+    with caplog.at_level("WARNING"):
+        engine.learn()
+    assert "no effect of eval_episode_interval" in caplog.text
+
+
 def test_a_kl_penalty_without_a_reference_is_refused(tmp_path):
     session.init(str(write_job(tmp_path, kl=0.1)))
 
