@@ -72,6 +72,28 @@ def test_text_is_that_of_a_stream_of_tokens(tokenizer, skip) -> None:
         assert response_texts(decode, prompt, [*cuts, []]) == [*expected, ""]
 
 
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["The answer\n", [0xE4]], "The answer\n"),
+        (["The answer\n", [0xF0, 0x9F, 0x98]], "The answer\n"),
+        (["1\n", [0xE2, 0x82, 0xAC]], "1\n€"),
+        (["1\n", [0xE2, 0x82, 0xAC, 0xE4, 0xB8]], "1\n€"),
+        (["1\n", [0xE4, 0xF0, 0x9F, 0xE4, 0xB8]], "1\n"),
+        ([[0xE4, 0xB8]], ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt", ["12+34=", "The answer"])
+def test_bytes_before_an_unfinished_character_stay(tokenizer, prompt, parts, text) -> None:
+    # "The answer" is made of bytes, too: those of the prompt and of the response are one run.
+    prompt, response = tokenizer.encode(prompt), ids_of(tokenizer, *parts)
+    assert vllms_text(tokenizer, prompt, response) == text
+    decode = decoder_of(tokenizer, skip_special_tokens=True)
+    one = ids_of(tokenizer, "1")
+    assert response_texts(decode, prompt, [one, response, one]) == ["1", text, "1"]
+    assert text_beside_transformers(tokenizer, prompt, response) == text
+
+
 def test_a_bad_byte_does_not_end_a_rollout_of_transformers(tokenizer) -> None:
     prompt = tokenizer.encode("12+34=")
     for parts, text in (
