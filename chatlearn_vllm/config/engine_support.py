@@ -122,6 +122,13 @@ FEATURES: Mapping[str, Feature] = {
         "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
         cpu="yes, in bfloat16",
     ),
+    "other quantization": Feature(
+        "other quantised weights", "quantization",
+        lambda args, model, runtime: args.quantization
+        not in (None, "fp8", *CHECKPOINT_QUANTIZATION),
+        "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
+        cpu="yes, not tested here",
+    ),
     "partial rollouts": Feature(
         "partial rollouts", ":runtime.max_rollout_round",
         lambda args, model, runtime: runtime.max_rollout_round > 1,

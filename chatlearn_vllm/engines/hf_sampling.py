@@ -28,6 +28,8 @@ from chatlearn_vllm.engines.request_output import CompletionOutput, Logprob
 
 LEAST_TEMPERATURE = 1e-2
 """vLLM raises positive temperatures to it."""
+_INVALID_PREFIX = "Invalid prefix encountered"
+"""So begins the bare Exception of `tokenizers` where a token changes the text before it."""
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,21 @@ class _Text:
     def add(self, token: int) -> None:
         """Add a token; the text grows when the last character is complete."""
         if self._stream is not None:
-            self.text += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            self.text += self._next_text(token) or ""
             return
         self._token_ids.append(token)
         self.text = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip)
+
+    def _next_text(self, token: int) -> str | None:
+        tokenizer = self._tokenizer.backend_tokenizer
+        try:
+            return self._stream.step(tokenizer, token)
+        except Exception as error:
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+            # One bad byte spoils the good ones beside it. As in vLLM the text goes on without it.
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
+            return self._stream.step(tokenizer, token)
 
 
 class TokenSampler(LogitsProcessor):

@@ -18,6 +18,9 @@ _CONTEXT = 8
 depend on what comes before (a space at the beginning of a text is dropped)."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_MOST_UNFINISHED = 8
+"""Tokens at the end of a response that may be left out because they make no whole character: three
+bytes of one, and a few of others that were broken off."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def response_texts(
 ) -> list[str]:
     """The text that each response of a prompt adds to the prompt's.
 
-    A character of which the last bytes are missing is left out, as vLLM does.
+    Where the last bytes of a character are missing, the text is that of the tokens before it, as in
+    vLLM.
 
     Args:
         decode: makes texts of lists of token ids.
@@ -84,9 +88,26 @@ def response_texts(
     before, *wholes = decode([context, *([*context, *ids] for ids in responses)])
     texts = []
     for ids, whole in zip(responses, wholes, strict=True):
+        if whole.endswith(_UNFINISHED):
+            ids, whole = _finished(decode, context, ids, whole)
         if before.endswith(_UNFINISHED) or not whole.startswith(before):
             (text,) = decode([ids])
         else:
             text = whole[len(before) :]
         texts.append(text.rstrip(_UNFINISHED) if ids else "")
     return texts
+
+
+def _finished(
+    decode: Decode, context: list[int], ids: list[int], whole: str
+) -> tuple[list[int], str]:
+    """The tokens of a response up to its last whole character, and their text with the context.
+
+    Cutting the text would not do: a tokenizer that falls back to bytes makes replacement characters
+    of the finished ones before an unfinished one, too.
+    """
+    for number in range(1, min(len(ids), _MOST_UNFINISHED) + 1):
+        (shorter,) = decode([[*context, *ids[:-number]]])
+        if not shorter.endswith(_UNFINISHED):
+            return ids[:-number], shorter
+    return ids, whole

@@ -416,7 +416,7 @@ def _output(request_id: str, request: _Request, answer: dict[str, Any]) -> Reque
         prompt=request.prompt,
         prompt_token_ids=request.token_ids,
         prompt_logprobs=prompt_logprobs and [_places(place) for place in prompt_logprobs],
-        outputs=[_completion(request_id, choice) for choice in choices],
+        outputs=[_completion(request_id, choice, request.body["max_tokens"]) for choice in choices],
         finished=True,
     )
 
@@ -430,7 +430,7 @@ def _places(place: dict[str, dict[str, Any]] | None) -> dict[int, Logprob] | Non
     }
 
 
-def _completion(request_id: str, choice: dict[str, Any]) -> CompletionOutput:
+def _completion(request_id: str, choice: dict[str, Any], max_tokens: int) -> CompletionOutput:
     token_ids = choice.get("token_ids")
     if token_ids is None:
         raise ServerError(f"request {request_id}: the server sent no token ids; it needs vLLM 0.25")
@@ -438,6 +438,12 @@ def _completion(request_id: str, choice: dict[str, Any]) -> CompletionOutput:
         raise ServerError(
             f"request {request_id}: the server ended a response with finish_reason="
             f"{choice['finish_reason']!r}; somebody else may have aborted or paused it"
+        )
+    if choice["finish_reason"] == "length" and len(token_ids) < max_tokens:
+        raise ServerError(
+            f"request {request_id}: the server ended a response after {len(token_ids)} tokens, "
+            f"max_tokens={max_tokens} were asked for; start the server without max_new_tokens in "
+            "override_generation_config, or in the file that generation_config names"
         )
     values = (choice.get("logprobs") or {}).get("token_logprobs")
     logprobs = None

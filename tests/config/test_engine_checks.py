@@ -175,6 +175,27 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
+            ["quantization=bitsandbytes", "inference_engine=transformers"],
+            [
+                "quantization='bitsandbytes': is vLLM's; leave it out, or set inference_engine: "
+                "vllm"
+            ],
+        ),
+        (
+            ["quantization=torchao", "vllm_server=[http://host:1, http://host:2]"],
+            [
+                "quantization='torchao': is up to the server; leave it out here, and start the "
+                "server with it"
+            ],
+        ),
+        (
+            ["quantization=bitsandbytes", "vllm_server=start"],
+            [
+                "quantization='bitsandbytes': is up to the server; leave it out here, and start "
+                "the server with it"
+            ],
+        ),
+        (
             ["quantization=fp8", "weight_sync_path=direct"],
             [
                 "weight_sync_path='direct': vLLM's parameters hold quantised weights then; set "
@@ -213,6 +234,11 @@ def test_capital_letters_in_a_quantization_mean_the_same(job, name) -> None:
     assert problem.startswith(f"quantization='{name}': is how the checkpoint in `load` is")
     assert policy_args(job, "quantization=FP8").quantization == "fp8"
     assert policy_args(job, "quantization=''").quantization is None
+
+
+def test_the_engine_in_the_job_takes_any_quantization_of_vllm(job) -> None:
+    args = policy_args(job, "quantization=bitsandbytes", "load_format=bitsandbytes")
+    assert args.quantization == "bitsandbytes"
 
 
 def test_drafts_that_are_drawn_take_no_seed_of_a_response(job, models) -> None:

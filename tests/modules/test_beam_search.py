@@ -1,8 +1,14 @@
 """Does a beam search find what vLLM's and Hugging Face's do? One vLLM engine serves this file."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from chatlearn_vllm import GRPOEngine, OnlineDPOEngine, VLLMModule
 from chatlearn_vllm.config import ConfigError
@@ -18,6 +24,7 @@ from tests.helpers.job_modules import CountingPolicy, DigitReward
 from tests.helpers.tiny_llama import save_tiny_llama
 from tests.jobs.test_grpo_job import write_job
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7, 8], [20, 21], [30, 31, 32, 33, 34, 35, 36]]
 NUM_TOKENS = 7
 EOS = 2
@@ -277,3 +284,38 @@ def test_training_on_sampling_probabilities_refuses_beams_and_on_preferences_tak
         GRPOEngine(policy, None, reward, PolicyTrainer("policy_trainer", job))
     reference = PolicyReference("reference", job)
     OnlineDPOEngine(policy, reference, reward, OnlineDPOTrainer("policy_trainer", job))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_shipped_evaluation_answers_with_the_best_beam(tmp_path, engine) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    questions = [{"prompt": f"{i}+{i + 7}=", "answer": str(2 * i + 7)} for i in range(10, 16)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    settings = {
+        "policy_load": tmp_path / "model", "eval_data_path": prompts, "num_gpu_policy": 1,
+        "output_dir": tmp_path, "seq_length": 32, "max_new_tokens": 12, "max_num_seqs": 8,
+        "eval_num_beams": 3, "INFERENCE_ENGINE": engine,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "chatlearn_vllm.cli.main", "launch", "configs/llama2/eval.yaml"],
+        cwd=ROOT, env=os.environ | {key: str(value) for key, value in settings.items()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "eval" / "eval" / "episode_000000.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for question, sample in zip(questions, samples, strict=True):
+        ids = torch.tensor([tokenizer.encode(question["prompt"])])
+        made = model.generate(
+            ids, num_beams=3, max_new_tokens=12, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        response = made.sequences[0, ids.shape[1] :]
+        assert sample["str_outputs"] == tokenizer.decode(response, skip_special_tokens=True)
+        # What vLLM divides by counts the prompt, too.
+        lengths = {"transformers": len(response), "vllm": ids.shape[1] + len(response)}
+        score = made.sequences_scores.item() * len(response) / lengths[engine]
+        assert sample["beam_scores"] == pytest.approx(score, abs=1e-4)

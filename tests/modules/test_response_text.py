@@ -1,11 +1,14 @@
-"""Is a response's text, made in one go, what vLLM makes token by token?"""
+"""Is a response's text, made in one go or beside Transformers, what vLLM makes token by token?"""
 
 import random
+from types import SimpleNamespace
 
 import pytest
-from tokenizers.decoders import DecodeStream
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from chatlearn_vllm.engines.hf_sampling import HFSampling, Row, StopTokens
+from chatlearn_vllm.engines.request_output import Logprob
 from chatlearn_vllm.engines.response_text import decoder_of, response_texts, without_text
 from examples.megatron.make_tiny_llama import write_tokenizer
 
@@ -17,9 +20,38 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(directory)
 
 
-def token_by_token(tokenizer, prompt: list[int], response: list[int], skip: bool) -> str:
-    stream = DecodeStream(ids=prompt, skip_special_tokens=skip)
-    return "".join(stream.step(tokenizer._tokenizer, token) or "" for token in response)
+def vllms_text(tokenizer, prompt: list[int], response: list[int], skip: bool = True) -> str:
+    from vllm import SamplingParams
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+
+    sampling = SamplingParams(skip_special_tokens=skip)
+    request = SimpleNamespace(request_id="r", prompt_token_ids=prompt, sampling_params=sampling)
+    detokenizer = FastIncrementalDetokenizer(tokenizer, request)
+    for token in response:
+        detokenizer.update([token], stop_terminated=False)
+    return detokenizer.output_text
+
+
+def text_beside_transformers(tokenizer, prompt: list[int], response: list[int]) -> str:
+    sampling = HFSampling()
+    row = Row(
+        prompt, sampling, StopTokens.of(sampling, None, ()), index=0, max_tokens=len(response),
+        generator=torch.Generator(), tokenizer=tokenizer,
+    )  # fmt: skip
+    for token in response:
+        row.add(token, {token: Logprob(0.0)})
+    return row.completion().text
+
+
+def ids_of(tokenizer, *parts: str | list[int]) -> list[int]:
+    """Tokens of texts, and those of single bytes."""
+    ids = []
+    for part in parts:
+        if isinstance(part, str):
+            ids += tokenizer.encode(part, add_special_tokens=False)
+        else:
+            ids += tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in part])
+    return ids
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -36,8 +68,41 @@ def test_text_is_that_of_a_stream_of_tokens(tokenizer, skip) -> None:
         response = [token for part in parts for token in part]
         # Perhaps cut in the middle of the euro sign.
         cuts = [response[: pick.randint(1, len(response))] for _ in range(3)]
-        expected = [token_by_token(tokenizer, prompt, cut, skip) for cut in cuts]
+        expected = [vllms_text(tokenizer, prompt, cut, skip) for cut in cuts]
         assert response_texts(decode, prompt, [*cuts, []]) == [*expected, ""]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["The answer\n", [0xE4]], "The answer\n"),
+        (["The answer\n", [0xF0, 0x9F, 0x98]], "The answer\n"),
+        (["1\n", [0xE2, 0x82, 0xAC]], "1\n€"),
+        (["1\n", [0xE2, 0x82, 0xAC, 0xE4, 0xB8]], "1\n€"),
+        (["1\n", [0xE4, 0xF0, 0x9F, 0xE4, 0xB8]], "1\n"),
+        ([[0xE4, 0xB8]], ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt", ["12+34=", "The answer"])
+def test_bytes_before_an_unfinished_character_stay(tokenizer, prompt, parts, text) -> None:
+    # "The answer" is made of bytes, too: those of the prompt and of the response are one run.
+    prompt, response = tokenizer.encode(prompt), ids_of(tokenizer, *parts)
+    assert vllms_text(tokenizer, prompt, response) == text
+    decode = decoder_of(tokenizer, skip_special_tokens=True)
+    one = ids_of(tokenizer, "1")
+    assert response_texts(decode, prompt, [one, response, one]) == ["1", text, "1"]
+    assert text_beside_transformers(tokenizer, prompt, response) == text
+
+
+def test_a_bad_byte_does_not_end_a_rollout_of_transformers(tokenizer) -> None:
+    prompt = tokenizer.encode("12+34=")
+    for parts, text in (
+        (([0x0A, 0xE4], "1"), "\n1"),
+        (("The answer\n", [0xE4], "46\n", [0xE4], "7"), "The answer\n46\n7"),
+    ):
+        response = ids_of(tokenizer, *parts)
+        assert vllms_text(tokenizer, prompt, response) == text
+        assert text_beside_transformers(tokenizer, prompt, response) == text
 
 
 class Shouting(PreTrainedTokenizerFast):

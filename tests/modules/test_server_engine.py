@@ -19,6 +19,7 @@ import transformers
 from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.server_client import ServerClient, ServerError
+from chatlearn_vllm.engines.server_engine import _output, _Request
 from chatlearn_vllm.engines.server_start import _probe_logprobs, inspect_server
 from tests.helpers.engines import (
     SEQ_LENGTH,
@@ -424,6 +425,20 @@ def test_two_ranks_share_a_server_on_the_devices_of_both(
     assert not [process for process in processes if process.is_running()]
     assert shared
     assert not [path for path in shared if Path(path).exists()]
+
+
+def test_a_server_with_a_lower_limit_of_its_own_is_told() -> None:
+    def answered(finish_reason):
+        choice = {"index": 0, "text": "", "token_ids": [7] * 5, "finish_reason": finish_reason}
+        return _output("r", _Request(None, [5], {"max_tokens": limit}), {"choices": [choice]})
+
+    limit = 6
+    message = "request r: .* after 5 tokens, max_tokens=6 .* override_generation_config"
+    with pytest.raises(ServerError, match=message):
+        answered("length")
+    assert answered("stop").outputs[0].token_ids == [7] * 5
+    limit = 5
+    assert answered("length").outputs[0].finish_reason == "length"
 
 
 def test_an_address_without_server_is_told_with_what_to_do() -> None:
