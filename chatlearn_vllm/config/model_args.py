@@ -49,7 +49,7 @@ class WeightArgs(Section):
     save: str | None = None
     """Directory of checkpoints for resuming; None = `checkpoints/<model>` in the run directory."""
     seed: Seed = 42
-    """Seed of initial weights, dropout and sampling; replicas and samples derive their own."""
+    """Seed of initial weights and sampling; replicas and samples derive their own."""
     seq_length: Positive = 1024
     """Longest sequence in tokens: prompt and response together (vLLM's max_model_len)."""
     max_new_tokens: Positive = 512

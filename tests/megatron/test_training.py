@@ -109,6 +109,12 @@ def test_parameters_are_current_on_every_rank_right_after_a_step(ranks, llama):
         assert torch.allclose(found[0][name], weight, atol=1e-6), name
 
 
+def test_a_model_is_trained_without_dropout(ranks, llama):
+    """Old log-probabilities are computed without; a first step would have ratios far from 1."""
+    keys = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    assert ranks[1].run(dropouts, llama, **keys) == [(0.0, 0.0)]
+
+
 def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama):
     settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
     rates = ranks[1].run(learning_rates, llama, **settings)[0]
@@ -164,6 +170,11 @@ def weights_after_a_step(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
         tiny_models.train(engine, 1)
         return {name: p.detach().clone() for name, p in engine.parameters.named()}
+
+
+def dropouts(path, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        return engine.config.hidden_dropout, engine.config.attention_dropout
 
 
 def learning_rates(path, **settings):
