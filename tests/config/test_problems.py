@@ -205,6 +205,27 @@ def test_a_broken_rule_names_file_key_value_and_rule(job, override, line):
     assert lines[0].startswith(("command line: ", "job.yaml: "))
 
 
+@pytest.mark.parametrize(
+    ("key", "set_by"),
+    [
+        ("calculate_per_token_loss", "loss_agg"),
+        ("params_dtype", "dtype"),
+        ("pipeline_dtype", "dtype"),
+        ("variable_seq_lengths", "max_tokens_per_micro_batch and sequence_packing"),
+        ("perform_initialization", "the runtime"),
+        ("finalize_model_grads_func", "the runtime"),
+        ("grad_scale_func", "the runtime"),
+        ("grad_sync_func", "the runtime"),
+        ("no_sync_func", "the runtime"),
+        ("param_sync_func", "the runtime"),
+        ("timers", "the runtime"),
+    ],
+)
+def test_fields_of_megatron_core_that_the_engine_sets_are_refused(job, key, set_by):
+    (line,) = problems_of(job, [f"models.policy_trainer.model_args.{key}=True"])
+    assert line.endswith(f"{key}=True: is set by {set_by}; leave it out")
+
+
 def test_a_problem_with_a_key_that_was_left_out_names_its_variable(write):
     path = write("job.yaml", "models: {m: {num_gpu: '${NO_SUCH_VARIABLE}'}}\n")
     (line,) = problems_of(path)
