@@ -121,6 +121,14 @@ def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama):
     assert rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
 
 
+def test_skipped_updates_do_not_advance_the_learning_rate(ranks, llama):
+    settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
+    (metrics,) = ranks[1].run(metrics_with_skipped_updates, llama, **settings)
+    assert [one["update_skipped"] for one in metrics] == [1, 1, 1, 0, 1, 0, 0]
+    rates = [one["lr"] for one in metrics]
+    assert rates == pytest.approx([0.005, 0.005, 0.005, 0.005, 0.01, 0.01, 0.005])
+
+
 def test_a_policy_from_nothing_is_the_same_for_any_layout(ranks, llama, tmp_path):
     config = json.loads((llama / "config.json").read_text()) | {"initializer_range": 0.02}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -184,6 +192,17 @@ def learning_rates(path, **settings):
             engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]
             for _ in range(4)
         ]
+
+
+def metrics_with_skipped_updates(path, **settings):
+    """Of seven steps, of which the first three and the fifth overflow."""
+    with tiny_models.engine(path, **settings) as engine:
+        micro_batches = tiny_models.micro_batches(tiny_models.batch())
+        update, metrics = engine.optimizer.step, []
+        for is_skipped in (True, True, True, False, True, False, False):
+            engine.optimizer.step = (lambda: (False, None, None)) if is_skipped else update
+            metrics.append(engine.train_step(micro_batches, tiny_models.negative_logprobs)[0])
+        return metrics
 
 
 def random_numbers(path, **settings):

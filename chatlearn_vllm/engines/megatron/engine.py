@@ -214,6 +214,8 @@ class MegatronEngine:
         self.scheduler.step(1)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         is_updated, grad_norm, _ = self.optimizer.step()
+        if not is_updated:
+            self.scheduler.step(-1)  # overflows of fp16 would use up the warm-up
         self._sync_parameters()
         metrics = {
             "loss": sums.pop("loss"),
