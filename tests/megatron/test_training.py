@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.engines.megatron import optimizer
@@ -129,6 +130,13 @@ def test_skipped_updates_do_not_advance_the_learning_rate(ranks, llama):
     assert rates == pytest.approx([0.005, 0.005, 0.005, 0.005, 0.01, 0.01, 0.005])
 
 
+def test_all_parallel_groups_have_the_timeout_of_the_yaml(ranks, llama):
+    found = ranks[4].run(group_timeouts, llama, tp=2, pp=2, distributed_timeout_minutes=7)
+    assert {minutes for of_rank in found for minutes in of_rank} == {7}
+    found = ranks[2].run(group_timeouts, llama, distributed_timeout_minutes=8)
+    assert {minutes for of_rank in found for minutes in of_rank} == {8}
+
+
 def test_a_policy_from_nothing_is_the_same_for_any_layout(ranks, llama, tmp_path):
     config = json.loads((llama / "config.json").read_text()) | {"initializer_range": 0.02}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -203,6 +211,18 @@ def metrics_with_skipped_updates(path, **settings):
             engine.optimizer.step = (lambda: (False, None, None)) if is_skipped else update
             metrics.append(engine.train_step(micro_batches, tiny_models.negative_logprobs)[0])
         return metrics
+
+
+def group_timeouts(path, **settings):
+    """In minutes, of the groups that this rank shares with others."""
+    with tiny_models.engine(path, trainable=False, **settings):
+        groups = [
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        ]
+        options = [group._get_backend(torch.device("cpu")).options for group in groups]
+        return [one._timeout.total_seconds() / 60 for one in options]
 
 
 def random_numbers(path, **settings):

@@ -113,6 +113,7 @@ class MegatronEngine:
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
             expert_model_parallel_size=args.expert_model_parallel_size,
             expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            timeout_minutes=args.distributed_timeout_minutes,
         )
         self.device = parallel.device()
         with cuda_means_cpu():
