@@ -150,11 +150,11 @@ class OptimizerArgs(Section):
     """Decoupled weight decay."""
     clip_grad: NonNegative = 1.0
     """Gradient norm above which gradients are scaled down; 0 = never."""
-    adam_beta1: Probability = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of Adam's first moment."""
-    adam_beta2: Probability = 0.999
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of Adam's second moment."""
-    adam_eps: NonNegative = 1e-8
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """Term that keeps Adam's denominator away from 0."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: whole layers (full) or attention."""

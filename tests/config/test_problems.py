@@ -186,6 +186,14 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy_trainer.model_args={lr_decay_style: linear, lr_warmup_iters: 10000}",
          "models.policy_trainer.model_args.lr_warmup_iters=10000: must be less than the 10000 "
          "optimizer steps of the job"),
+        ("models.policy_trainer.model_args={recompute_method: block, recompute_granularity: "
+         "selective}", "recompute_method='block': needs recompute_granularity: full, it is "
+         "selective; set it, or leave this key out"),
+        ("models.policy_trainer.model_args.recompute_num_layers=2", "recompute_num_layers=2: needs "
+         "recompute_granularity: full, it is None; set it, or leave this key out"),
+        ("models.policy_trainer.model_args.adam_eps=0", "adam_eps=0: must be greater than 0"),
+        ("models.policy_trainer.model_args.adam_beta1=1.0", "adam_beta1=1.0: must be less than 1"),
+        ("models.policy_trainer.model_args.adam_beta2=1", "adam_beta2=1: must be less than 1"),
         ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "
          "must be at least max_num_seqs=256, one token per running sequence"),
         ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",
@@ -247,6 +255,13 @@ def test_sequences_must_divide_by_the_tensor_parallel_size_to_be_split(job, writ
         "policy.yaml: sequence_parallel=True: needs a tensor_model_parallel_size that divides "
         "seq_length=1023; it is 2"
     )
+
+
+def test_what_full_recomputation_needs_is_taken_with_it_and_without_training(job):
+    keys = "{recompute_method: block, recompute_num_layers: 2}"
+    granularity = "models.policy_trainer.model_args.recompute_granularity=full"
+    load_config(job, [f"models.policy_trainer.model_args={keys}", granularity])
+    load_config(job, [f"models.policy.model_args={keys}"])
 
 
 def test_heads_and_groups_must_fit_the_tensor_parallel_size(job, write):
