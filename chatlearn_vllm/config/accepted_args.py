@@ -98,6 +98,11 @@ class MegatronArgs(Section):
     inference_batch_times_seqlen_threshold: int | None = None
     """Size of a forward pass above which the pipeline cuts it; here generation_batch_size or
     max_tokens_per_micro_batch."""
+    hidden_dropout: NonNegative = 0.0
+    """Dropout behind attention and MLP in training; here 0: with dropout the trainer would not
+    score tokens as the rollout sampled them."""
+    attention_dropout: NonNegative = 0.0
+    """Dropout of attention probabilities; as hidden_dropout."""
     retro_encoder_attention_dropout: NonNegative | None = None
     """Dropout of a retrieval encoder; no model here has one."""
     retro_encoder_hidden_dropout: NonNegative | None = None

@@ -61,6 +61,7 @@ def check_job(job: JobConfig, report: Reporter, *, check_files: bool) -> None:
         _check_devices(model, report)
         _check_unsupported(model, report)
         _check_lengths_and_types(model, report)
+        _check_recomputation(model, report)
         _check_parallel(model, report)
         _check_against_config_json(model, report)
         _check_batches(model, job.runtime, report)
@@ -186,6 +187,18 @@ def _check_lengths_and_types(model: ModelConfig, report: Reporter) -> None:
         )
 
 
+def _check_recomputation(model: ModelConfig, report: Reporter) -> None:
+    args, at = model.model_args, ("models", model.name, "model_args")
+    for name in ("recompute_method", "recompute_num_layers"):
+        report.require(
+            not model.trainable or args[name] is None or args.recompute_granularity == "full",
+            (*at, name),
+            f"needs recompute_granularity: full, it is {args.recompute_granularity}; set it, or "
+            "leave this key out",
+            given=[(*at, "recompute_granularity"), (*at, "recompute_activations")],
+        )
+
+
 def _check_parallel(model: ModelConfig, report: Reporter) -> None:
     args, at = model.model_args, ("models", model.name, "model_args")
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
@@ -306,22 +319,23 @@ def _check_batches(model: ModelConfig, runtime: RuntimeConfig, report: Reporter)
 
 def _check_warmup(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -> None:
     args = model.model_args
+    num_steps = _num_steps(runtime)
     follows = args.lr_decay_style != "constant" and args.lr_decay_iters is None
-    if (
-        not follows
-        or runtime.max_relay_episode not in (0, 1)
-        or not runtime.train_global_batch_size
-    ):
-        return
-    per_episode = -(-runtime.sample_per_episode // runtime.train_global_batch_size)
-    num_steps = runtime.num_episode * runtime.num_training_epoch * per_episode
     report.require(
-        args.lr_warmup_iters < num_steps,
+        not follows or num_steps is None or args.lr_warmup_iters < num_steps,
         ("models", model.name, "model_args", "lr_warmup_iters"),
         f"must be less than the {num_steps} optimizer steps of the job, at whose end "
         f"lr_decay_style={args.lr_decay_style} is at its lowest",
         given=[("runtime", "train_global_batch_size"), ("runtime", "sample_per_episode")],
     )
+
+
+def _num_steps(runtime: RuntimeConfig) -> int | None:
+    """Most optimizer steps of the job; None where old episodes are trained on again."""
+    if runtime.max_relay_episode not in (0, 1) or not runtime.train_global_batch_size:
+        return None
+    per_episode = -(-runtime.sample_per_episode // runtime.train_global_batch_size)
+    return runtime.num_episode * runtime.num_training_epoch * per_episode
 
 
 def _check_runtime(runtime: RuntimeConfig, report: Reporter) -> None:
@@ -416,6 +430,12 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
             yield f"models.{name}: no effect of {', '.join(unused)}; {why}"
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"
+        num_steps = _num_steps(job.runtime)
+        if model.trainable and num_steps is not None and args.lr_warmup_iters > num_steps:
+            yield (
+                f"models.{name}: lr_warmup_iters={args.lr_warmup_iters} is more than the "
+                f"{num_steps} optimizer steps of the job, which never reaches lr={args.lr}"
+            )
         section = model.batch_generation
         title = f"models.{name}.batch_generation"
         yield from _without_effect({title: section}, type(section))

@@ -33,6 +33,18 @@ _SET_BY_OUR_KEY = {
     "stop": "stop_token_list",
     "output_kind": "the runtime",
     "params_dtype": "dtype",
+    "pipeline_dtype": "dtype",
+    # Its gradients would be sums over the data parallel ranks, not averages.
+    "calculate_per_token_loss": "loss_agg",
+    "variable_seq_lengths": "max_tokens_per_micro_batch and sequence_packing",
+    # Without it gradient norms leave out the shards of other tensor parallel ranks.
+    "perform_initialization": "the runtime",
+    "finalize_model_grads_func": "the runtime",
+    "grad_scale_func": "the runtime",
+    "grad_sync_func": "the runtime",
+    "no_sync_func": "the runtime",
+    "param_sync_func": "the runtime",
+    "timers": "the runtime",
     "data_parallel_size": "num_gpu of the model",
     "distributed_executor_backend": "the runtime",
     "worker_cls": "the runtime",

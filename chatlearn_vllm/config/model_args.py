@@ -49,7 +49,7 @@ class WeightArgs(Section):
     save: str | None = None
     """Directory of checkpoints for resuming; None = `checkpoints/<model>` in the run directory."""
     seed: Seed = 42
-    """Seed of initial weights, dropout and sampling; replicas and samples derive their own."""
+    """Seed of initial weights and sampling; replicas and samples derive their own."""
     seq_length: Positive = 1024
     """Longest sequence in tokens: prompt and response together (vLLM's max_model_len)."""
     max_new_tokens: Positive = 512
@@ -150,11 +150,11 @@ class OptimizerArgs(Section):
     """Decoupled weight decay."""
     clip_grad: NonNegative = 1.0
     """Gradient norm above which gradients are scaled down; 0 = never."""
-    adam_beta1: Probability = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of Adam's first moment."""
-    adam_beta2: Probability = 0.999
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of Adam's second moment."""
-    adam_eps: NonNegative = 1e-8
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """Term that keeps Adam's denominator away from 0."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: whole layers (full) or attention."""

@@ -46,6 +46,7 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
             f"models.{trainer.name}: overlong_buffer_len={args.overlong_buffer_len} must be at "
             f"most max_new_tokens={of_policy.max_new_tokens} of models.{policy.name}"
         )
+    problems += _of_divisor(policy, trainer)
     _raise(problems)
     in_loss = args.init_kl_coef > 0 and args.advantage_estimator != "reinforce++"
     if in_loss and args.kl_estimator == "k1":
@@ -56,11 +57,20 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
         )  # fmt: skip
 
 
-def check_ppo_keys(trainer: BaseModule, runtime: RuntimeConfig, *, has_reference: bool) -> None:
+def check_ppo_keys(
+    policy: BaseModule,
+    trainer: BaseModule,
+    value_trainer: BaseModule,
+    runtime: RuntimeConfig,
+    *,
+    has_reference: bool,
+) -> None:
     """Check the keys of PPO.
 
     Args:
+        policy: what generates.
         trainer: of the policy.
+        value_trainer: of the value model.
         runtime: the job's.
         has_reference: whether there is a KL whose coefficient can adapt.
 
@@ -80,6 +90,8 @@ def check_ppo_keys(trainer: BaseModule, runtime: RuntimeConfig, *, has_reference
             f"runtime.sample_per_episode={runtime.sample_per_episode}, or the adaptive KL "
             "coefficient could become 0 in one episode"
         )
+    for trained in (trainer, value_trainer):
+        problems += _of_divisor(policy, trained)
     _raise(problems)
 
 
@@ -115,6 +127,17 @@ def warn_of_temperatures(reference: BaseModule | None, trainer: BaseModule) -> N
             "with equal weights, so the KL between them is never 0; set the same",
             reference.name, one, trainer.name, other,
         )  # fmt: skip
+
+
+def _of_divisor(policy: BaseModule, trainer: BaseModule) -> Iterable[str]:
+    """Dr. GRPO's constant is the longest response, which the trainer does not see."""
+    args, longest = trainer.model_args, policy.model_args.max_new_tokens
+    if args.loss_agg == "seq-mean-token-sum-norm" and args.max_new_tokens != longest:
+        yield (
+            f"models.{trainer.name}: loss_agg={args.loss_agg} divides by its "
+            f"max_new_tokens={args.max_new_tokens}, which must be that of models.{policy.name}, "
+            f"{longest}"
+        )
 
 
 def _of_grpo(engine: str, trainer: BaseModule, runtime: RuntimeConfig) -> Iterable[str]:

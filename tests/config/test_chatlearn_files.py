@@ -116,7 +116,15 @@ def test_values_in_megatrons_spelling_have_their_effect(environment, monkeypatch
     assert policy.scale_reward is None  # "None" in quotes
     assert trainer.recompute_granularity == "selective"
     assert trainer.sequence_parallel
-    assert trainer.transformer_args["attention_dropout"] == 0.1
+
+
+def test_dropout_has_no_effect_and_is_told(environment):
+    job = load_config(FILES / "rlhf.yaml")
+    assert not {"hidden_dropout", "attention_dropout"} & {
+        *job.models["ppo_policy"].model_args.transformer_args
+    }
+    told = [line for line in job.notices if "hidden_dropout=0.1, attention_dropout=0.1" in line]
+    assert len(told) == 1 and told[0].startswith("models.ppo_policy")
 
 
 def test_sequence_parallelism_ends_with_one_tensor_parallel_rank(environment, monkeypatch):

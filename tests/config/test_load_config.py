@@ -241,3 +241,15 @@ def test_run_dir_holds_the_name_of_the_experiment_once(job):
 def test_a_load_format_that_a_plugin_of_vllm_brings_is_passed_on(job) -> None:
     loaded = load_config(job, ["models.policy.model_args.load_format=my_object_store"])
     assert loaded.models["policy"].model_args.load_format == "my_object_store"
+
+
+@pytest.mark.parametrize("schedule", ["{}", "{lr_decay_style: linear, lr_decay_iters: 100000}"])
+def test_a_warm_up_that_the_job_does_not_finish_is_told(job, schedule):
+    trainer = "models.policy_trainer.model_args"
+    overrides = [f"{trainer}={schedule}", f"{trainer}.lr=1e-5"]
+    assert load_config(job, [*overrides, f"{trainer}.lr_warmup_iters=10000"]).notices == ()
+    (notice,) = load_config(job, [*overrides, f"{trainer}.lr_warmup_iters=10001"]).notices
+    assert notice == (
+        "models.policy_trainer: lr_warmup_iters=10001 is more than the 10000 optimizer steps of "
+        "the job, which never reaches lr=1e-05"
+    )

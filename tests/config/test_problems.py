@@ -186,6 +186,14 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy_trainer.model_args={lr_decay_style: linear, lr_warmup_iters: 10000}",
          "models.policy_trainer.model_args.lr_warmup_iters=10000: must be less than the 10000 "
          "optimizer steps of the job"),
+        ("models.policy_trainer.model_args={recompute_method: block, recompute_granularity: "
+         "selective}", "recompute_method='block': needs recompute_granularity: full, it is "
+         "selective; set it, or leave this key out"),
+        ("models.policy_trainer.model_args.recompute_num_layers=2", "recompute_num_layers=2: needs "
+         "recompute_granularity: full, it is None; set it, or leave this key out"),
+        ("models.policy_trainer.model_args.adam_eps=0", "adam_eps=0: must be greater than 0"),
+        ("models.policy_trainer.model_args.adam_beta1=1.0", "adam_beta1=1.0: must be less than 1"),
+        ("models.policy_trainer.model_args.adam_beta2=1", "adam_beta2=1: must be less than 1"),
         ("models.policy.model_args.max_num_batched_tokens=8", "max_num_batched_tokens=8: "
          "must be at least max_num_seqs=256, one token per running sequence"),
         ("models.policy.model_args.virtual_pipeline_model_parallel_size=2",
@@ -203,6 +211,27 @@ def test_a_broken_rule_names_file_key_value_and_rule(job, override, line):
     assert len(lines) == 1
     assert line in lines[0]
     assert lines[0].startswith(("command line: ", "job.yaml: "))
+
+
+@pytest.mark.parametrize(
+    ("key", "set_by"),
+    [
+        ("calculate_per_token_loss", "loss_agg"),
+        ("params_dtype", "dtype"),
+        ("pipeline_dtype", "dtype"),
+        ("variable_seq_lengths", "max_tokens_per_micro_batch and sequence_packing"),
+        ("perform_initialization", "the runtime"),
+        ("finalize_model_grads_func", "the runtime"),
+        ("grad_scale_func", "the runtime"),
+        ("grad_sync_func", "the runtime"),
+        ("no_sync_func", "the runtime"),
+        ("param_sync_func", "the runtime"),
+        ("timers", "the runtime"),
+    ],
+)
+def test_fields_of_megatron_core_that_the_engine_sets_are_refused(job, key, set_by):
+    (line,) = problems_of(job, [f"models.policy_trainer.model_args.{key}=True"])
+    assert line.endswith(f"{key}=True: is set by {set_by}; leave it out")
 
 
 def test_a_problem_with_a_key_that_was_left_out_names_its_variable(write):
@@ -226,6 +255,13 @@ def test_sequences_must_divide_by_the_tensor_parallel_size_to_be_split(job, writ
         "policy.yaml: sequence_parallel=True: needs a tensor_model_parallel_size that divides "
         "seq_length=1023; it is 2"
     )
+
+
+def test_what_full_recomputation_needs_is_taken_with_it_and_without_training(job):
+    keys = "{recompute_method: block, recompute_num_layers: 2}"
+    granularity = "models.policy_trainer.model_args.recompute_granularity=full"
+    load_config(job, [f"models.policy_trainer.model_args={keys}", granularity])
+    load_config(job, [f"models.policy.model_args={keys}"])
 
 
 def test_heads_and_groups_must_fit_the_tensor_parallel_size(job, write):

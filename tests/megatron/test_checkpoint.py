@@ -217,6 +217,17 @@ def test_a_resumed_job_follows_the_learning_rate_of_its_yaml(ranks, llama, saved
     assert rate == pytest.approx(0.1 * (1 - 3 / 10))
 
 
+@pytest.mark.parametrize("is_distributed", [True, False])
+def test_a_resumed_job_follows_the_betas_and_epsilon_of_its_yaml(
+    ranks, llama, tmp_path, is_distributed
+):
+    settings = {"use_distributed_optimizer": is_distributed}
+    ranks[2].run(train_and_save, llama, tmp_path, steps=1, **settings)
+    settings |= {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_eps": 1e-3}
+    for found in ranks[2].run(betas_and_epsilon_after_resume, llama, tmp_path, **settings):
+        assert found == {(0.5, 0.75, 1e-3)}
+
+
 def test_missing_psutil_is_said_instead_of_hanging(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -380,6 +391,15 @@ def random_numbers_after_load(path, directory, **settings):
     with tiny_models.engine(path, **settings) as engine:
         engine.load_checkpoint(directory)
         return random_numbers()
+
+
+def betas_and_epsilon_after_resume(path, directory, **settings):
+    """Of all groups with parameters that the update itself sees."""
+    with tiny_models.engine(path, **settings) as engine:
+        engine.load_checkpoint(directory)
+        tiny_models.train(engine, 1)
+        groups = engine.optimizer.chained_optimizers[0].optimizer.param_groups
+        return {(*group["betas"], group["eps"]) for group in groups if group["params"]}
 
 
 def learning_rate_after_resume(path, directory, **settings):

@@ -79,6 +79,14 @@ def test_sequence_mean_depends_neither_on_micro_batches_nor_on_ranks(ranks, llam
     assert expected[0]["grad_norm"] != pytest.approx(token_mean[0]["grad_norm"], rel=1e-2)
 
 
+def test_token_sums_are_divided_by_the_longest_response(ranks, llama, one_rank_metrics):
+    settings = {"loss_agg": "seq-mean-token-sum-norm", "max_new_tokens": 20}
+    token_mean = one_rank_metrics[0]
+    for found in ranks[2].run(train, llama, train_micro_batch_size=1, **settings):
+        expected = token_mean["loss"] * token_mean["tokens"] / (4 * 20)  # of four rows
+        assert found[0]["loss"] == pytest.approx(expected, rel=2e-4)
+
+
 def test_first_step_compares_the_rollout_with_the_weights_before_it(ranks, llama):
     (metrics,) = ranks[1].run(train, llama, rollout_error=0.25, num_training_epoch=2)
     assert len(metrics) == 4

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.engines.megatron import optimizer
@@ -109,10 +110,31 @@ def test_parameters_are_current_on_every_rank_right_after_a_step(ranks, llama):
         assert torch.allclose(found[0][name], weight, atol=1e-6), name
 
 
+def test_a_model_is_trained_without_dropout(ranks, llama):
+    """Old log-probabilities are computed without; a first step would have ratios far from 1."""
+    keys = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    assert ranks[1].run(dropouts, llama, **keys) == [(0.0, 0.0)]
+
+
 def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama):
     settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
     rates = ranks[1].run(learning_rates, llama, **settings)[0]
     assert rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
+
+
+def test_skipped_updates_do_not_advance_the_learning_rate(ranks, llama):
+    settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
+    (metrics,) = ranks[1].run(metrics_with_skipped_updates, llama, **settings)
+    assert [one["update_skipped"] for one in metrics] == [1, 1, 1, 0, 1, 0, 0]
+    rates = [one["lr"] for one in metrics]
+    assert rates == pytest.approx([0.005, 0.005, 0.005, 0.005, 0.01, 0.01, 0.005])
+
+
+def test_all_parallel_groups_have_the_timeout_of_the_yaml(ranks, llama):
+    found = ranks[4].run(group_timeouts, llama, tp=2, pp=2, distributed_timeout_minutes=7)
+    assert {minutes for of_rank in found for minutes in of_rank} == {7}
+    found = ranks[2].run(group_timeouts, llama, distributed_timeout_minutes=8)
+    assert {minutes for of_rank in found for minutes in of_rank} == {8}
 
 
 def test_a_policy_from_nothing_is_the_same_for_any_layout(ranks, llama, tmp_path):
@@ -166,6 +188,11 @@ def weights_after_a_step(path, **settings):
         return {name: p.detach().clone() for name, p in engine.parameters.named()}
 
 
+def dropouts(path, **settings):
+    with tiny_models.engine(path, **settings) as engine:
+        return engine.config.hidden_dropout, engine.config.attention_dropout
+
+
 def learning_rates(path, **settings):
     with tiny_models.engine(path, **settings) as engine:
         micro_batches = tiny_models.micro_batches(tiny_models.batch())
@@ -173,6 +200,29 @@ def learning_rates(path, **settings):
             engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]
             for _ in range(4)
         ]
+
+
+def metrics_with_skipped_updates(path, **settings):
+    """Of seven steps, of which the first three and the fifth overflow."""
+    with tiny_models.engine(path, **settings) as engine:
+        micro_batches = tiny_models.micro_batches(tiny_models.batch())
+        update, metrics = engine.optimizer.step, []
+        for is_skipped in (True, True, True, False, True, False, False):
+            engine.optimizer.step = (lambda: (False, None, None)) if is_skipped else update
+            metrics.append(engine.train_step(micro_batches, tiny_models.negative_logprobs)[0])
+        return metrics
+
+
+def group_timeouts(path, **settings):
+    """In minutes, of the groups that this rank shares with others."""
+    with tiny_models.engine(path, trainable=False, **settings):
+        groups = [
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        ]
+        options = [group._get_backend(torch.device("cpu")).options for group in groups]
+        return [one._timeout.total_seconds() / 60 for one in options]
 
 
 def random_numbers(path, **settings):

@@ -13,6 +13,7 @@ from chatlearn_vllm.runtime.online_dpo_engine import OnlineDPOEngine
 from chatlearn_vllm.runtime.rlhf_engine import RLHFEngine
 
 TRAINER = "models.policy_trainer.model_args."
+DR_GRPO = f"{TRAINER}loss_agg=seq-mean-token-sum-norm"
 ONE_RESPONSE = "models.policy.model_args.num_inference_per_prompt=1"
 
 
@@ -76,6 +77,22 @@ def online_dpo(path, *overrides):
             "models.policy: .*'repetition_penalty=1.1'.* would count anew",
         ),
         (grpo, [f"{TRAINER}overlong_buffer_len=9"], "len=9 must be at most max_new_tokens=8 of"),
+        (
+            grpo,
+            [DR_GRPO],
+            "models.policy_trainer: loss_agg=seq-mean-token-sum-norm divides by its "
+            "max_new_tokens=512, which must be that of models.policy, 8$",
+        ),
+        (
+            ppo,
+            [DR_GRPO],
+            "policy_trainer: .* max_new_tokens=512, which must be .* models.policy, 8",
+        ),
+        (
+            ppo,
+            ["models.value_trainer.model_args.loss_agg=seq-mean-token-sum-norm"],
+            "models.value_trainer: .* max_new_tokens=512, which must be that of models.policy, 8",
+        ),
         (ppo, ["runtime.dynamic_sampling=True"], "dynamic_sampling has no effect in RLHFEngine"),
         (ppo, [f"{TRAINER}overlong_buffer_len=4"], "overlong_buffer_len=4 has no effect in RLHF"),
         (ppo, [f"{TRAINER}ratio_level=sequence"], "ratio_level=sequence needs one .* PPO has one"),
@@ -125,7 +142,9 @@ def test_all_of_them_are_told_at_once(path):
 def test_keys_that_fit_are_taken(path):
     grpo(path, ONE_RESPONSE, f"{TRAINER}advantage_estimator=reinforce++")
     grpo(path, f"{TRAINER}overlong_buffer_len=8", f"{TRAINER}ratio_level=sequence")
+    grpo(path, DR_GRPO, f"{TRAINER}max_new_tokens=8")
     ppo(path, ONE_RESPONSE, f"{TRAINER}horizon=3")
+    ppo(path, DR_GRPO, f"{TRAINER}max_new_tokens=8")
     ppo(path, f"{TRAINER}fix_kl_coef=False", f"{TRAINER}horizon=4")
     online_dpo(path, f"{TRAINER}label_smoothing=0.1")
 

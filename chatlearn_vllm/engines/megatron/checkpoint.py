@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 _MAIN_PARAMETERS = "fp32_from_fp16_params"
 """megatron-core's key of an optimizer's float32 copies of bf16 or fp16 parameters."""
+_YAML_KEYS = ("max_lr", "min_lr", "betas", "eps")
+"""What a group of an optimizer's parameters has from the yaml, besides what the schedule sets."""
 _LAYOUT_KEYS = (
     "world_size",
     "tensor_model_parallel_size",
@@ -193,13 +195,13 @@ def load(directory: Path, iteration: int | None, state: Resumable, args: ModelAr
     for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
         chunk.load_state_dict(loaded[key])
     if state.optimizer is not None:
-        # A resumed job follows its yaml: the saved rates would win over it otherwise.
-        own = [(group["max_lr"], group["min_lr"]) for group in state.optimizer.param_groups]
+        # A resumed job follows its yaml: the saved values would win over it otherwise.
+        own = [{key: group[key] for key in _YAML_KEYS} for group in state.optimizer.param_groups]
         if _has_replicated_experts(state, about["optimizer_format"]):
             _restore_empty_lists(loaded["optimizer"])
         state.optimizer.load_state_dict(loaded["optimizer"])
-        for group, rates in zip(state.optimizer.param_groups, own, strict=True):
-            group["max_lr"], group["min_lr"] = rates
+        for group, values in zip(state.optimizer.param_groups, own, strict=True):
+            group.update(values)
         state.scheduler.num_steps = 0
         state.scheduler.load_state_dict(loaded["scheduler"])
     if not _changed_keys(about, args):

@@ -113,6 +113,7 @@ class MegatronEngine:
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
             expert_model_parallel_size=args.expert_model_parallel_size,
             expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            timeout_minutes=args.distributed_timeout_minutes,
         )
         self.device = parallel.device()
         with cuda_means_cpu():
@@ -214,6 +215,8 @@ class MegatronEngine:
         self.scheduler.step(1)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         is_updated, grad_norm, _ = self.optimizer.step()
+        if not is_updated:
+            self.scheduler.step(-1)  # overflows of fp16 would use up the warm-up
         self._sync_parameters()
         metrics = {
             "loss": sums.pop("loss"),

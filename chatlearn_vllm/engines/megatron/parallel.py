@@ -18,11 +18,13 @@ def initialize_model_parallel(
     virtual_pipeline_model_parallel_size: int | None,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    timeout_minutes: int,
 ) -> None:
     """Cut the default process group into tensor, pipeline, data and expert parallel groups.
 
     Experts have groups of their own: tensor parallel of `expert_tensor_parallel_size` (None: as
     all other layers) times expert parallel times data parallel over the same pipeline stages.
+    Groups do not inherit the default group's timeout; megatron-core's own is 30 minutes.
 
     Raises:
         ValueError: the number of ranks is not a multiple of tensor x pipeline parallel size, or
@@ -49,6 +51,7 @@ def initialize_model_parallel(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
         # They serve checkpoint formats that are not written here, and cost a thread each.
         create_gloo_process_groups=False,
     )
