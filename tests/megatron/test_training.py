@@ -109,10 +109,22 @@ def test_parameters_are_current_on_every_rank_right_after_a_step(ranks, llama):
         assert torch.allclose(found[0][name], weight, atol=1e-6), name
 
 
-def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama):
-    settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lr_decay_style": "linear"}, [0.005, 0.01, 0.005, 0.0]),
+        ({"lr_decay_style": "linear", "min_lr": 0.002}, [0.005, 0.01, 0.006, 0.002]),
+        # (1 + cos(pi / 3)) / 2 and (1 + cos(2 pi / 3)) / 2 of the way up from min_lr
+        (
+            {"lr_decay_style": "cosine", "lr_decay_iters": 5, "min_lr": 0.002},
+            [0.005, 0.01, 0.008, 0.004],
+        ),
+    ],
+)
+def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama, settings, expected):
+    settings = {"lr_warmup_iters": 2, "lr_decay_iters": 4, **settings}
     rates = ranks[1].run(learning_rates, llama, **settings)[0]
-    assert rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
+    assert rates == pytest.approx(expected)
 
 
 def test_a_policy_from_nothing_is_the_same_for_any_layout(ranks, llama, tmp_path):
