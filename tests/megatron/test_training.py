@@ -127,6 +127,28 @@ def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama, settings,
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (4, 4)),
+        ({"recompute_granularity": "full"}, (8, 8)),
+        ({"recompute_granularity": "full", "recompute_num_layers": 4}, (8, 8)),
+        (
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "block",
+                "recompute_num_layers": 2,
+            },
+            (6, 6),
+        ),
+        ({"recompute_granularity": "selective"}, (4, 8)),
+    ],
+)
+def test_backward_runs_again_what_is_recomputed(ranks, llama, settings, expected):
+    (counts,) = ranks[1].run(forward_calls, llama, **settings)
+    assert counts == expected
+
+
 def test_a_policy_from_nothing_is_the_same_for_any_layout(ranks, llama, tmp_path):
     config = json.loads((llama / "config.json").read_text()) | {"initializer_range": 0.02}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -185,6 +207,21 @@ def learning_rates(path, **settings):
             engine.train_step(micro_batches, tiny_models.negative_logprobs)[0]["lr"]
             for _ in range(4)
         ]
+
+
+def forward_calls(path, **settings):
+    """How often the four layers run their first norm and their core attention in a step."""
+    counts = dict.fromkeys(("input_layernorm", "core_attention"), 0)
+    with tiny_models.engine(path, **settings) as engine:
+        for chunk in engine.chunks:
+            for name, module in chunk.named_modules():
+                part = name.rsplit(".", 1)[-1]
+                if part in counts:
+                    module.register_forward_hook(
+                        lambda *_, part=part: counts.update({part: counts[part] + 1})
+                    )
+        engine.train_step([tiny_models.batch()], tiny_models.negative_logprobs)
+    return tuple(counts.values())
 
 
 def random_numbers(path, **settings):
