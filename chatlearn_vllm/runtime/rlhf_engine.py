@@ -71,7 +71,7 @@ class RLHFEngine(RolloutEngine):
             draft_trainer=draft_trainer,
         )
         has_reference = self.reference is not None
-        check_ppo_keys(ppo_policy, self.args, has_reference=has_reference)
+        check_ppo_keys(ppo_policy, ppo_value, self.args, has_reference=has_reference)
         warn_of_temperatures(self.reference, ppo_policy)
         args = ppo_policy.model_args
         frequency = 1 if value is None else value.module_args.sync_frequency
