@@ -188,7 +188,11 @@ class LoraArgs(Section):
 
 
 class AlgorithmArgs(Section):
-    """Policy optimisation (the trainable policy, and PPO's trainable value model)"""
+    """Policy optimisation (the trainable policy, and PPO's trainable value model)
+
+    Of keys that the job's algorithm does not read (`lam` in GRPO), those that a file sets to
+    another value than the default are told when the engine is made.
+    """
 
     cliprange: NonNegative = 0.2
     """The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""

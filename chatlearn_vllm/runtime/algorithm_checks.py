@@ -19,9 +19,27 @@ logger = get_logger(__name__)
 _OF_GRPO = ("advantage_estimator", "overlong_buffer_len")
 """Keys of a trainer's file that only GRPOEngine reads, and that ChatLearn's files do not have."""
 
+_OF_POLICY_LOSS = frozenset(
+    {
+        "cliprange", "cliprange_high", "dual_clip", "ratio_level", "tis_imp_ratio_cap",
+        "loss_agg", "entropy_coef", "init_kl_coef",
+    }
+)  # fmt: skip
+_READ_BY_GRPO = _OF_POLICY_LOSS | {*_OF_GRPO, "overlong_penalty_factor"}
+_READ_BY_ESTIMATOR = {
+    "grpo": _READ_BY_GRPO | {"kl_estimator", "advantage_std"},
+    "rloo": _READ_BY_GRPO | {"kl_estimator"},
+    "reinforce++": _READ_BY_GRPO | {"gamma", "cliprange_reward"},  # its KL is part of the rewards
+}
+_READ_BY_PPO = _OF_POLICY_LOSS | {
+    "fix_kl_coef", "target", "horizon", "gamma", "lam", "cliprange_reward",
+}  # fmt: skip
+_READ_BY_PPO_VALUE = frozenset({"cliprange_value", "loss_agg"})
+_READ_BY_ONLINE_DPO = frozenset({"dpo_weight", "use_ipo", "label_smoothing"})
+
 
 def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
-    """Check the keys of GRPO and its relatives, and warn of a KL penalty without effect.
+    """Check the keys of GRPO and its relatives, and tell which have no effect.
 
     Raises:
         UserError: says all that does not fit.
@@ -48,6 +66,8 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
         )
     problems += _of_divisor(policy, trainer)
     _raise(problems)
+    which = "" if args.advantage_estimator == "grpo" else f" with {args.advantage_estimator}"
+    _tell_unread(f"GRPOEngine{which}", trainer, _READ_BY_ESTIMATOR[args.advantage_estimator])
     in_loss = args.init_kl_coef > 0 and args.advantage_estimator != "reinforce++"
     if in_loss and args.kl_estimator == "k1":
         logger.warning(
@@ -65,7 +85,7 @@ def check_ppo_keys(
     *,
     has_reference: bool,
 ) -> None:
-    """Check the keys of PPO.
+    """Check the keys of PPO, and tell which have no effect.
 
     Args:
         policy: what generates.
@@ -93,10 +113,12 @@ def check_ppo_keys(
     for trained in (trainer, value_trainer):
         problems += _of_divisor(policy, trained)
     _raise(problems)
+    _tell_unread("RLHFEngine", trainer, _READ_BY_PPO)
+    _tell_unread("RLHFEngine", value_trainer, _READ_BY_PPO_VALUE)
 
 
 def check_preference_keys(trainer: BaseModule, runtime: RuntimeConfig) -> None:
-    """Check the keys of Online DPO.
+    """Check the keys of Online DPO, and tell which have no effect.
 
     Raises:
         UserError: says all that does not fit.
@@ -114,6 +136,7 @@ def check_preference_keys(trainer: BaseModule, runtime: RuntimeConfig) -> None:
             "set it to 0 with use_ipo: True"
         )
     _raise(problems)
+    _tell_unread("OnlineDPOEngine", trainer, _READ_BY_ONLINE_DPO)
 
 
 def warn_of_temperatures(reference: BaseModule | None, trainer: BaseModule) -> None:
@@ -148,6 +171,22 @@ def _of_grpo(engine: str, trainer: BaseModule, runtime: RuntimeConfig) -> Iterab
         value = trainer.model_args[key]
         if value != AlgorithmArgs.model_fields[key].default:
             yield f"models.{trainer.name}: {key}={value} {rule}"
+
+
+def _tell_unread(engine: str, trainer: BaseModule, read: frozenset[str]) -> None:
+    """Name the keys that are set in vain; no error, for ChatLearn's files share them."""
+    args = trainer.model_args
+    unread = [
+        f"{key}={args[key]!r}"
+        for key, field in AlgorithmArgs.model_fields.items()
+        if key in args.model_fields_set - read and args[key] != field.default
+    ]
+    if unread:
+        logger.info(
+            "models.%s: no effect of %s in %s; neither it nor the loss that comes with it reads "
+            "them",
+            trainer.name, ", ".join(unread), engine,
+        )  # fmt: skip
 
 
 def _raise(problems: list[str]) -> None:

@@ -12,7 +12,9 @@ from chatlearn_vllm.engines.megatron.optimizer import DistributedOptimizer
 from chatlearn_vllm.weight_sync.lora import merge_into
 from tests.megatron import tiny_models
 
-LORA = {"lora_r": 4, "lora_alpha": 8.0}
+ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-3}
+"""None of them the default, nor torch's."""
+LORA = {"lora_r": 4, "lora_alpha": 8.0, **ADAM}
 SCALE = 2.0
 STEPS = 4
 SEQUENCE_PARALLEL = {"tp": 2, "sequence_parallel": True}
@@ -269,7 +271,9 @@ def train_in_plain_torch(path, adapters):
         name: (A.requires_grad_(), B.requires_grad_()) for name, (A, B, _) in adapters.items()
     }
     parameters = [tensor for pair in trained.values() for tensor in pair]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-2, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1
+    )
 
     def merged():
         weights = dict(frozen)

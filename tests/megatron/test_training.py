@@ -116,10 +116,44 @@ def test_a_model_is_trained_without_dropout(ranks, llama):
     assert ranks[1].run(dropouts, llama, **keys) == [(0.0, 0.0)]
 
 
-def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama):
-    settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lr_decay_style": "linear"}, [0.005, 0.01, 0.005, 0.0]),
+        ({"lr_decay_style": "linear", "min_lr": 0.002}, [0.005, 0.01, 0.006, 0.002]),
+        # (1 + cos(pi / 3)) / 2 and (1 + cos(2 pi / 3)) / 2 of the way up from min_lr
+        (
+            {"lr_decay_style": "cosine", "lr_decay_iters": 5, "min_lr": 0.002},
+            [0.005, 0.01, 0.008, 0.004],
+        ),
+    ],
+)
+def test_learning_rate_warms_up_from_the_first_update_on(ranks, llama, settings, expected):
+    settings = {"lr_warmup_iters": 2, "lr_decay_iters": 4, **settings}
     rates = ranks[1].run(learning_rates, llama, **settings)[0]
-    assert rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (4, 4)),
+        ({"recompute_granularity": "full"}, (8, 8)),
+        ({"recompute_granularity": "full", "recompute_num_layers": 4}, (8, 8)),
+        (
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "block",
+                "recompute_num_layers": 2,
+            },
+            (6, 6),
+        ),
+        ({"recompute_granularity": "selective"}, (4, 8)),
+    ],
+)
+def test_backward_runs_again_what_is_recomputed(ranks, llama, settings, expected):
+    (counts,) = ranks[1].run(forward_calls, llama, **settings)
+    assert counts == expected
 
 
 def test_skipped_updates_do_not_advance_the_learning_rate(ranks, llama):
@@ -223,6 +257,21 @@ def group_timeouts(path, **settings):
         ]
         options = [group._get_backend(torch.device("cpu")).options for group in groups]
         return [one._timeout.total_seconds() / 60 for one in options]
+
+
+def forward_calls(path, **settings):
+    """How often the four layers run their first norm and their core attention in a step."""
+    counts = dict.fromkeys(("input_layernorm", "core_attention"), 0)
+    with tiny_models.engine(path, **settings) as engine:
+        for chunk in engine.chunks:
+            for name, module in chunk.named_modules():
+                part = name.rsplit(".", 1)[-1]
+                if part in counts:
+                    module.register_forward_hook(
+                        lambda *_, part=part: counts.update({part: counts[part] + 1})
+                    )
+        engine.train_step([tiny_models.batch()], tiny_models.negative_logprobs)
+    return tuple(counts.values())
 
 
 def random_numbers(path, **settings):

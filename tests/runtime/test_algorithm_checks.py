@@ -149,6 +149,64 @@ def test_keys_that_fit_are_taken(path):
     online_dpo(path, f"{TRAINER}label_smoothing=0.1")
 
 
+CHANGED = {
+    "cliprange": 0.3, "cliprange_high": 0.4, "dual_clip": 3.0, "ratio_level": "sequence",
+    "tis_imp_ratio_cap": 2.0, "advantage_std": False, "init_kl_coef": 0.2, "kl_estimator": "k2",
+    "fix_kl_coef": False, "target": 5.0, "horizon": 9000, "loss_agg": "seq-mean",
+    "entropy_coef": 0.1, "gamma": 0.9, "lam": 0.9, "cliprange_value": 0.3, "cliprange_reward": 5.0,
+    "overlong_penalty_factor": 0.5, "dpo_weight": 0.2, "use_ipo": True, "label_smoothing": 0.1,
+}  # fmt: skip
+"""Another value than the default for all keys but those that only GRPOEngine accepts."""
+OF_LOSS = {
+    "cliprange", "cliprange_high", "dual_clip", "ratio_level", "tis_imp_ratio_cap", "loss_agg",
+    "entropy_coef", "init_kl_coef",
+}  # fmt: skip
+OF_GRPO = OF_LOSS | {"overlong_penalty_factor"}
+OF_DPO = {"dpo_weight", "use_ipo", "label_smoothing"}
+OF_REWARDS = {"fix_kl_coef", "target", "horizon", "gamma", "lam", "cliprange_reward"}
+RLOO = f"{TRAINER}advantage_estimator=rloo"
+REINFORCE = f"{TRAINER}advantage_estimator=reinforce++"
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "overrides", "title", "read", "refused"),
+    [
+        (grpo, "policy_trainer", [], "GRPOEngine", OF_GRPO | {"kl_estimator", "advantage_std"}, ""),
+        (grpo, "policy_trainer", [RLOO], "GRPOEngine with rloo", OF_GRPO | {"kl_estimator"}, ""),
+        (
+            grpo,
+            "policy_trainer",
+            [REINFORCE],
+            "GRPOEngine with reinforce++",
+            OF_GRPO | {"gamma", "cliprange_reward"},
+            "ratio_level",
+        ),
+        (online_dpo, "policy_trainer", [], "OnlineDPOEngine", OF_DPO, "label_smoothing"),
+        (ppo, "policy_trainer", [], "RLHFEngine", OF_LOSS | OF_REWARDS, "ratio_level"),
+        (ppo, "value_trainer", [], "RLHFEngine", {"cliprange_value", "loss_agg"}, ""),
+    ],
+)
+def test_keys_that_the_engine_does_not_read_are_told(
+    path, caplog, engine, model, overrides, title, read, refused
+):
+    given = {key: value for key, value in CHANGED.items() if key != refused}
+    overrides = [*overrides, *(f"models.{model}.model_args.{k}={v}" for k, v in given.items())]
+    caplog.set_level(logging.INFO)
+    engine(path, *overrides)
+    (message,) = [one for one in caplog.messages if f"models.{model}: no effect of" in one]
+    unread = [f"{key}={value!r}" for key, value in given.items() if key not in read]
+    start = f"models.{model}: no effect of {', '.join(unread)} in {title}; "
+    assert message.startswith(start)
+
+
+@pytest.mark.parametrize("engine", [grpo, ppo, online_dpo])
+def test_defaults_that_the_engine_does_not_read_are_not_told(path, caplog, engine):
+    caplog.set_level(logging.INFO)
+    defaults = [f"{TRAINER}lam=0.95", f"{TRAINER}dpo_weight=0.1", f"{TRAINER}init_kl_coef=0"]
+    engine(path, *defaults)
+    assert not [one for one in caplog.messages if "no effect of" in one]
+
+
 @pytest.mark.parametrize("engine", [grpo, ppo, online_dpo])
 def test_a_reference_of_another_temperature_is_told(path, caplog, engine):
     caplog.set_level(logging.WARNING)
