@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from chatlearn_vllm.config import RuntimeConfig, UserError
 from chatlearn_vllm.data.balance import balanced
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.base_engine import BaseEngine
 from chatlearn_vllm.runtime.checkpoint import DriverState
 from chatlearn_vllm.runtime.episode_metrics import train_metrics
 from chatlearn_vllm.runtime.scatter import train_rows
+
+_OF_ROLLOUTS = {"dynamic_sampling": False, "max_rollout_round": 1, "max_relay_episode": 0}
+"""Keys that say how responses are gathered, and what they are otherwise."""
 
 
 class RecordEngine(BaseEngine):
@@ -23,6 +27,7 @@ class RecordEngine(BaseEngine):
 
     def __init__(self, trainer: BaseModule) -> None:
         super().__init__(trainer)
+        _check_keys(type(self).__name__, self.args)
         self.trainer = trainer
         # Fails here, before anything starts, if the batch sizes do not fit together.
         train_rows(
@@ -62,6 +67,16 @@ class RecordEngine(BaseEngine):
     def save_all(self, state: DriverState) -> None:
         """Save the model that is trained."""
         self.save(self.groups[self.trainer.name], state.episode, state=state)
+
+
+def _check_keys(engine: str, runtime: RuntimeConfig) -> None:
+    """Refuse keys of rollouts: steps of a schedule are counted by some of them."""
+    values = {name: getattr(runtime, name) for name in _OF_ROLLOUTS}
+    given = {name: value for name, value in values.items() if value != _OF_ROLLOUTS[name]}
+    given |= {f"mismatch_stop.{name}": v for name, v in runtime.mismatch_stop.set_levels().items()}
+    if given:
+        keys = ", ".join(f"runtime.{name}={value}" for name, value in given.items())
+        raise UserError(f"{keys}: no effect in {engine}, which generates nothing; leave it out")
 
 
 def num_characters(record: Any) -> int:

@@ -130,11 +130,12 @@ def test_the_policy_gets_better_and_the_metrics_say_so(existing_cluster, tmp_pat
 def test_the_policy_gets_new_weights_as_often_as_the_yaml_says(existing_cluster, tmp_path):
     engine = make_engine(
         write_job(tmp_path, num_episode=3), "models.policy.sync_frequency=2",
-        "models.policy.model_args.sleep_level=1",
+        "models.policy.model_args.sleep_level=1", "runtime.validate_param_sync_stride=3",
     )  # fmt: skip
 
     _, *episodes = engine.learn()
 
+    assert engine.weight_sync.stride == 3
     assert [line["rollout/weight_version"] for line in episodes] == [1, 1, 2]
     assert [line["sync/weight_version"] for line in episodes] == [1, 2, 2]
     calls = calls_of(engine.run_dir)
@@ -203,12 +204,23 @@ def test_relative_paths_are_the_drivers_also_with_a_working_dir(
 
 
 def test_evaluations_that_nobody_makes_are_told(existing_cluster, tmp_path, caplog):
-    session.init(str(write_job(tmp_path, num_episode=1)), ["runtime.eval_episode_interval=1"])
+    keys = ["runtime.eval_episode_interval=1", "runtime.validate_param_sync=False"]
+    session.init(str(write_job(tmp_path, num_episode=1)), keys)
     roles = ToyPolicy("policy"), None, ToyReward("reward")
     engine = GRPOEngine(*roles, ToyTrainer("policy_trainer")).set_dataset(PROMPTS)
     with caplog.at_level("WARNING"):
         engine.learn()
     assert "no effect of eval_episode_interval" in caplog.text
+    assert engine.weight_sync.stride is None
+
+
+@pytest.mark.parametrize(
+    "key", ["dynamic_sampling=True", "max_relay_episode=2", "mismatch_stop.rollout_kl=0.1"]
+)
+def test_keys_of_rollouts_are_refused_where_nothing_is_generated(tmp_path, key):
+    session.init(str(write_job(tmp_path)), [f"runtime.{key}"])
+    with pytest.raises(ValueError, match=f"runtime.{key}: no effect in SFTEngine"):
+        SFTEngine(ToyTrainer("policy_trainer"))
 
 
 def test_a_kl_penalty_without_a_reference_is_refused(tmp_path):
