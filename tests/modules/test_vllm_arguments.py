@@ -32,6 +32,17 @@ def arguments(model_dir, job_dir, on_gpu, **model_args):
     return engine_arguments(args, model_dir, shape, seed=1, on_gpu=on_gpu)
 
 
+def test_keys_of_the_engine_reach_it(model_dir, tmp_path) -> None:
+    keys = {
+        "enable_prefix_caching": False, "quantization": "fp8", "enforce_eager": True,
+        "gpu_memory_utilization": 0.35, "block_size": 32, "load_format": "safetensors",
+    }  # fmt: skip
+    found, _ = arguments(model_dir, tmp_path, on_gpu=True, **keys)
+    assert {name: found[name] for name in keys} == keys
+    assert found["disable_log_stats"]  # nobody reads them
+    assert not arguments(model_dir, tmp_path, on_gpu=True, log_metrics=True)[0]["disable_log_stats"]
+
+
 def test_every_sampling_key_reaches_the_request(model_dir, tmp_path) -> None:
     training = {
         "temperature": 0.7, "top_p": 0.8, "top_k": 9, "min_p": 0.1, "presence_penalty": 0.2,
