@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def with_stop_tokens(sampling: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def with_stop_tokens(sampling: Mapping[str, Any], tokenizer: Any, model: str) -> dict[str, Any]:
     """Sampling arguments in which stop strings that are special tokens end a response as tokens.
 
     All engines look for stop strings in the text of a response, which has no special tokens unless
@@ -15,6 +15,7 @@ def with_stop_tokens(sampling: Mapping[str, Any], tokenizer: Any) -> dict[str, A
     Args:
         sampling: with `stop` and `skip_special_tokens`, but for a beam search.
         tokenizer: of Hugging Face.
+        model: whose they are, for errors.
 
     Raises:
         ValueError: a stop string has a special token among other text, and would never be found.
@@ -27,9 +28,9 @@ def with_stop_tokens(sampling: Mapping[str, Any], tokenizer: Any) -> dict[str, A
         inside = next((one for one in special if one in string and one != string), None)
         if inside is not None and string not in special:
             raise ValueError(
-                f"stop_token_list: {string!r} would never end a response, because {inside!r} in it "
-                f"is a special token, which is left out of the text: write {inside!r} alone, or "
-                "set skip_special_tokens: False"
+                f"{model}: stop_token_list: {string!r} would never end a response, because "
+                f"{inside!r} in it is a special token, which is left out of the text: write "
+                f"{inside!r} alone, or set skip_special_tokens: False"
             )
     found = [special[string] for string in sampling["stop"] if string in special]
     return {

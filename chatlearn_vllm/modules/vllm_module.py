@@ -237,10 +237,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         sampling = sampling_arguments(self.model_args, is_eval=is_eval)
         if not sampling.get("stop"):
             return sampling
-        try:
-            return with_stop_tokens(sampling, self.tokenizer.tokenizer)
-        except ValueError as error:
-            raise ValueError(f"models.{self.name}: {error}") from None
+        return with_stop_tokens(sampling, self.tokenizer.tokenizer, f"models.{self.name}")
 
     def execute_step(
         self,
@@ -292,7 +289,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def model_setup(self) -> None:
         """Run the user's `setup`, and build the engine if that did not."""
-        self._sampling(is_eval=False)  # tells what is wrong with it before an engine is built
+        self._sampling(is_eval=False)  # says what is wrong with it
         self.setup()
         self._build_engine()
         if self.model is None:
@@ -418,7 +415,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         num_before = len(self.engine.requests)
         self._asking = asking
         data = self._datasets[is_eval].collate_fn([one.record for one in asking])
-        # ChatLearn's documents show the hook without the argument, too.
+        # ChatLearn's documents show it without the argument, too.
         keywords = {"is_eval": is_eval} if _takes(self._add_request, "is_eval") else {}
         self._add_request(data, **keywords)
         added = self.engine.requests[num_before:]

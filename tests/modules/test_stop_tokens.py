@@ -25,7 +25,8 @@ def tokenizer(model_dir):
 
 
 def stops(tokenizer, strings, **sampling):
-    made = with_stop_tokens({"stop": strings, "skip_special_tokens": True, **sampling}, tokenizer)
+    sampling = {"stop": strings, "skip_special_tokens": True, **sampling}
+    made = with_stop_tokens(sampling, tokenizer, "models.policy")
     return made["stop"], made.get("stop_token_ids")
 
 
