@@ -570,6 +570,6 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
 
 def _takes(function: Any, name: str) -> bool:
-    """Whether a function has an argument of this name, or takes all names."""
+    """Whether a function has an argument of this name, or takes any."""
     parameters = inspect.signature(function).parameters.values()
     return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)
