@@ -260,7 +260,7 @@ class _Text:
         tokenizer = self._tokenizer.backend_tokenizer
         try:
             return self._stream.step(tokenizer, token)
-        except Exception as error:
+        except Exception as error:  # tokenizers has no narrower class
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
             # One bad byte spoils the good ones beside it. As in vLLM the text goes on without it.

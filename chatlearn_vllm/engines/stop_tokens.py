@@ -24,9 +24,9 @@ def with_stop_tokens(sampling: Mapping[str, Any], tokenizer: Any, model: str) ->
         return dict(sampling)
     tokens = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token.content: token_id for token_id, token in tokens.items() if token.special}
-    for string in sampling["stop"]:
-        inside = next((one for one in special if one in string and one != string), None)
-        if inside is not None and string not in special:
+    for string in (one for one in sampling["stop"] if one not in special):
+        inside = next((one for one in special if one in string), None)
+        if inside is not None:
             raise ValueError(
                 f"{model}: stop_token_list: {string!r} would never end a response, because "
                 f"{inside!r} in it is a special token, which is left out of the text: write "

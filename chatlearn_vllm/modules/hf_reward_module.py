@@ -112,7 +112,7 @@ class HFRewardModule(BaseModule):
         A causal model gives its score at the last token that is not `pad_token_id`, whatever the
         mask says. So that is a token with which no row ends: the tokenizer's, if it is one.
         """
-        config, last = self.model.config.get_text_config(), {row[-1] for row in rows}
+        config, last = self.model.config.get_text_config(), {row[-1] for row in rows if row}
         own = [self.tokenizer.pad_token_id, config.pad_token_id]
         pad = next(
             one for one in [*own, *range(len(last) + 1)] if one is not None and one not in last
