@@ -14,6 +14,7 @@ from chatlearn_vllm.config.beam_checks import beam_problems
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
 from chatlearn_vllm.config.engine_notices import without_effect
+from chatlearn_vllm.config.megatron_fields import idle_fields, megatron_problems
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG
 from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.parallel_checks import check_experts, check_layers
@@ -32,14 +33,6 @@ _HF_NAMES = {
     "ffn_hidden_size": "intermediate_size",
 }
 """Our key of a model's structure -> its key in config.json."""
-_MEGATRON_HF_NAMES = {"layernorm_epsilon": "rms_norm_eps", "kv_channels": "head_dim"}
-"""The same of fields of megatron-core's TransformerConfig."""
-_NOT_IN_CONFIG_JSON = {
-    "softmax_scale": None, "rotary_interleaved": False, "no_rope_freq": None,
-    "activation_func_clamp_value": None, "glu_linear_offset": 0.0, "window_size": None,
-    "softmax_type": "vanilla", "fp8": None, "fp4": None,
-}  # fmt: skip
-"""Fields of it that make another model, or none that is built here, and their neutral values."""
 
 
 class Reporter(Protocol):
@@ -263,20 +256,8 @@ def _check_against_config_json(model: ModelConfig, report: Reporter) -> None:
             ("models", model.name, "model_args", name),
             f"{args.load}/config.json says {_HF_NAMES[name]}={value}; leave the key out",
         )
-    given, config = args.transformer_args, read_config_json(args.load)
-    for name, theirs in _MEGATRON_HF_NAMES.items():
-        report.require(
-            name not in given or config.get(theirs) in (None, given[name]),
-            ("models", model.name, "model_args", name),
-            f"{args.load}/config.json says {theirs}={config.get(theirs)}; leave the key out",
-        )
-    for name, neutral in _NOT_IN_CONFIG_JSON.items():
-        report.require(
-            given.get(name, neutral) == neutral,
-            ("models", model.name, "model_args", name),
-            "would change the model in training alone: responses and exported checkpoints are of "
-            "the model that config.json describes; leave the key out",
-        )
+    for key, rule in megatron_problems(model):
+        report.require(False, key, rule)
 
 
 def _hf_config(load: str | None) -> dict[str, int]:
@@ -426,7 +407,8 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
-        for unused, why in without_effect(model):
+        idle = idle_fields(model) if model.trainable else ()
+        for unused, why in (*without_effect(model), *idle):
             yield f"models.{name}: no effect of {', '.join(unused)}; {why}"
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"

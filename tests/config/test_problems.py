@@ -345,22 +345,6 @@ def test_structure_in_the_yaml_must_agree_with_config_json(job, write, tmp_path)
     assert line.endswith("config.json says num_hidden_layers=2; leave the key out")
 
 
-def test_what_the_trainer_alone_would_do_otherwise_is_refused(job, write, tmp_path):
-    write("hf/config.json", json.dumps({"rms_norm_eps": 1e-5, "head_dim": 64}))
-    load = f"load: {tmp_path}/hf\n"
-    write("policy.yaml", load + "layernorm_epsilon: 1e-5\nrotary_interleaved: False\nfp8: null\n")
-    load_config(job)
-    for key, value, rule in (
-        ("layernorm_epsilon", "1e-6", "config.json says rms_norm_eps=1e-05; leave the key out"),
-        ("kv_channels", "32", "config.json says head_dim=64; leave the key out"),
-        ("softmax_scale", "0.5", "would change the model in training alone: responses and"),
-        ("rotary_interleaved", "True", "would change the model in training alone: responses and"),
-    ):
-        write("policy.yaml", f"{load}{key}: {value}\n")
-        (line,) = problems_of(job)
-        assert f"{key}=" in line and rule in line
-
-
 def test_structure_of_config_json_is_checked_against_the_parallel_sizes(job, write, tmp_path):
     write("hf/config.json", json.dumps({"num_attention_heads": 3, "num_key_value_heads": 3}))
     write("policy.yaml", f"load: {tmp_path}/hf\ntensor_model_parallel_size: 2\n")

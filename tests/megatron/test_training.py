@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from chatlearn_vllm.config import ModelArgs
+from chatlearn_vllm.config.megatron_fields import IDLE
 from chatlearn_vllm.engines.megatron import optimizer
 from tests.megatron import tiny_models
 
@@ -57,6 +58,15 @@ def test_loss_curve_does_not_depend_on_the_layout(ranks, llama, one_rank_curve, 
     world_size, settings = LAYOUTS[layout]
     for curve in ranks[world_size].run(loss_curve, llama, **settings):
         assert np.allclose(curve, one_rank_curve, rtol=1e-4), f"{curve}\n{one_rank_curve}"
+
+
+def test_fields_that_are_told_to_do_nothing_change_no_step(ranks, llama, one_rank_curve):
+    values = {"attention_backend": "flash", "attention_softmax_in_fp32": False,
+              "cross_entropy_fusion_impl": "te", "transformer_impl": "local",
+              "init_method_std": 0.5, "embedding_init_method_std": 0.5}  # fmt: skip
+    fields = {name: values.get(name, True) for names in IDLE.values() for name in names}
+    assert values.keys() < fields.keys()
+    assert ranks[1].run(loss_curve, llama, transformer_args=fields) == [one_rank_curve]
 
 
 def test_an_overflow_of_fp16_is_left_to_the_loss_scale(monkeypatch):
