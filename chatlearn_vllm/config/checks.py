@@ -14,6 +14,7 @@ from chatlearn_vllm.config.beam_checks import beam_problems
 from chatlearn_vllm.config.device_checks import check_device_mappings, check_replicas
 from chatlearn_vllm.config.engine_checks import check_draft_directory, check_engine
 from chatlearn_vllm.config.engine_notices import without_effect
+from chatlearn_vllm.config.idle_keys import idle_adapter_keys, idle_runtime_keys
 from chatlearn_vllm.config.megatron_fields import idle_fields, megatron_problems
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG
 from chatlearn_vllm.config.model_files import read_config_json
@@ -326,6 +327,13 @@ def _check_runtime(runtime: RuntimeConfig, report: Reporter) -> None:
         f"must be at most sample_per_episode={runtime.sample_per_episode}",
         given=[("runtime", "sample_per_episode"), ("runtime", "train_micro_batch_size")],
     )
+    report.require(
+        runtime.enable_resume_training or runtime.load_data_checkpoint_iteration is None,
+        ("runtime", "load_data_checkpoint_iteration"),
+        "says where to resume from, and enable_resume_training is False: the job would start anew "
+        "over that checkpoint; set enable_resume_training: True, or leave this key out",
+        given=[("runtime", "enable_resume_training")],
+    )
 
 
 def _check_colocation(job: JobConfig, report: Reporter) -> None:
@@ -402,13 +410,15 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
         given: as the user gave it.
     """
     yield from _without_effect({"runtime": job.runtime}, UnusedRuntimeKeys)
+    for unused, why in idle_runtime_keys(job.runtime):
+        yield f"no effect of {', '.join(unused)}; {why}"
     args_of = {f"models.{name}": model.model_args for name, model in job.models.items()}
     for group in (MegatronArgs, UnusedArgs, LoggingArgs, RetiredArgs):
         yield from _without_effect(args_of, group)
     for name, model in job.models.items():
         args = model.model_args
         idle = idle_fields(model) if model.trainable else ()
-        for unused, why in (*without_effect(model), *idle):
+        for unused, why in (*without_effect(model), *idle_adapter_keys(model), *idle):
             yield f"models.{name}: no effect of {', '.join(unused)}; {why}"
         if given.models[name].model_args.sequence_parallel and not args.sequence_parallel:
             yield f"models.{name}: no effect of sequence_parallel=True with tensor parallel size 1"
@@ -418,9 +428,9 @@ def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:
                 f"models.{name}: lr_warmup_iters={args.lr_warmup_iters} is more than the "
                 f"{num_steps} optimizer steps of the job, which never reaches lr={args.lr}"
             )
-        section = model.batch_generation
-        title = f"models.{name}.batch_generation"
-        yield from _without_effect({title: section}, type(section))
+        for inner in ("lora", "batch_generation"):
+            section = getattr(model, inner)
+            yield from _without_effect({f"models.{name}.{inner}": section}, type(section))
         changed = changed_sampling(args)
         generates = model.num_gpu or args.inference_engine == "server"
         is_trained_on = not model.trainable and not name.startswith("reward")  # or it judges

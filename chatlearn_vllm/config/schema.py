@@ -36,9 +36,11 @@ class RuntimeEnvConfig(Section):
 class LoraConfig(Section):
     """`models.<name>.lora`: low-rank adapters
 
-    ChatLearn's keys; enable_lora must be False. Adapters are switched on by `lora_r` in the model's
-    file.
+    ChatLearn's keys; enable_lora must be False, the others do nothing. Adapters are switched on by
+    `lora_r` in the model's file.
     """
+
+    no_effect: ClassVar[str] = "adapters are switched on by lora_r in the model's file"
 
     enable_lora: bool = False
     """Train adapters instead of the weights."""

@@ -161,6 +161,9 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "must be at most sample_per_episode=16"),
         ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
          "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
+        ("runtime={load_data_checkpoint_iteration: 4, enable_resume_training: False}",
+         "load_data_checkpoint_iteration=4: says where to resume from, and enable_resume_training "
+         "is False: the job would start anew over that checkpoint"),
         # model arguments
         ("models.policy.model_args={temperature: 0, num_inference_per_prompt: 4}",
          "models.policy.model_args.temperature=0: must be more than 0 with 4 responses per prompt "

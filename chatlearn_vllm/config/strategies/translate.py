@@ -338,6 +338,7 @@ class _Job:
                 "lr_warmup_iters": "warmup_steps",
                 "lr_decay_style": "lr_scheduler_type",
                 "lr": "learning_rate",
+                "save_episode_interval": "save_steps",
                 "eval_num_beams": "num_beams of validation.generating_args",
                 "inference_engine: vllm": "strategy_name: vllm",
                 "inference_engine: transformers": "strategy_name: hf_infer",
