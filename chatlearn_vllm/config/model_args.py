@@ -201,7 +201,8 @@ class AlgorithmArgs(Section):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Ratio above which a negative advantage counts no more; None = no such bound."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """Whose probability the ratio compares; sequence, with loss_agg: seq-mean, is GSPO."""
+    """Whose probability the ratio compares; sequence, with loss_agg: seq-mean and a cliprange of
+    3e-4, is GSPO."""
     tis_imp_ratio_cap: Annotated[float, Field(ge=1)] | None = None
     """Weigh tokens by trainer over rollout probability, at most this (truncated importance
     sampling); None = no weights."""

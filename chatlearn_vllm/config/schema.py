@@ -114,7 +114,7 @@ class ModelConfig(Section):
     """Keys of the model file given in place; they win over the file."""
     generation_batch_size: int | None = None
     """Rows per forward call of a model that scores (reference, reward); None or <= 0 = runtime's
-    value. Not vLLM's batch, that is max_num_seqs."""
+    value. Of the policy it has no effect, vLLM's batch is max_num_seqs."""
     reward_weight: float = 1.0
     """Factor on the rewards of this model, where an engine adds those of several."""
     lora: LoraConfig = LoraConfig()

@@ -19,6 +19,8 @@ logger = get_logger(__name__)
 _OF_GRPO = ("advantage_estimator", "overlong_buffer_len")
 """Keys of a trainer's file that only GRPOEngine reads, and that ChatLearn's files do not have."""
 
+_CLIPRANGE_OF_TOKENS = AlgorithmArgs.model_fields["cliprange"].default
+
 _OF_POLICY_LOSS = frozenset(
     {
         "cliprange", "cliprange_high", "dual_clip", "ratio_level", "tis_imp_ratio_cap",
@@ -68,6 +70,13 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
     _raise(problems)
     which = "" if args.advantage_estimator == "grpo" else f" with {args.advantage_estimator}"
     _tell_unread(f"GRPOEngine{which}", trainer, _READ_BY_ESTIMATOR[args.advantage_estimator])
+    if args.ratio_level == "sequence" and args.cliprange == _CLIPRANGE_OF_TOKENS:
+        logger.warning(
+            "models.%s: cliprange=%g is for ratios of tokens; with ratio_level=sequence a ratio is "
+            "their mean over a response, which stays far inside, so that nothing is clipped; GSPO "
+            "was published with cliprange: 3e-4 and cliprange_high: 4e-4",
+            trainer.name, args.cliprange,
+        )  # fmt: skip
     in_loss = args.init_kl_coef > 0 and args.advantage_estimator != "reinforce++"
     if in_loss and args.kl_estimator == "k1":
         logger.warning(

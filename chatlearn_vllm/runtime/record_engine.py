@@ -11,6 +11,7 @@ from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.base_engine import BaseEngine
 from chatlearn_vllm.runtime.checkpoint import DriverState
 from chatlearn_vllm.runtime.episode_metrics import train_metrics
+from chatlearn_vllm.runtime.role_keys import tell_unread_keys
 from chatlearn_vllm.runtime.scatter import train_rows
 
 _OF_ROLLOUTS = {"dynamic_sampling": False, "max_rollout_round": 1, "max_relay_episode": 0}
@@ -28,6 +29,7 @@ class RecordEngine(BaseEngine):
     def __init__(self, trainer: BaseModule) -> None:
         super().__init__(trainer)
         _check_keys(type(self).__name__, self.args)
+        tell_unread_keys([trainer])
         self.trainer = trainer
         # Fails here, before anything starts, if the batch sizes do not fit together.
         train_rows(

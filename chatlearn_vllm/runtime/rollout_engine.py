@@ -33,6 +33,7 @@ from chatlearn_vllm.runtime.memory import (
     TrainerMemory,
     gives_memory_back,
 )
+from chatlearn_vllm.runtime.role_keys import tell_unread_keys
 from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
 from chatlearn_vllm.runtime.rollout_checks import (
     check_beam_search,
@@ -264,6 +265,10 @@ class RolloutEngine(BaseEngine):
         check_partial_rollouts(*both, self.args)
         self.args = with_levels_that_mean_something(*both, self.args)
         self.job = self.job.model_copy(update={"runtime": self.args})
+        targets = [one for one in self._targets.values() if one is not None]
+        tell_unread_keys(
+            self.modules, policy=self.policy, rewards=self.rewards, targets=dict.fromkeys(targets)
+        )
 
     def count_prompts(self, records: Sequence[Any]) -> int:
         """Hand the prompts to the policy's ranks."""

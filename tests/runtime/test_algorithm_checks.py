@@ -238,3 +238,44 @@ def test_a_kl_penalty_that_holds_nothing_back_is_told(path, caplog):
     assert not caplog.messages
     grpo(path, k1)
     assert "kl_estimator=k1 in a loss has a gradient of 0 on average" in caplog.text
+
+
+def test_a_clip_range_of_tokens_is_told_where_ratios_are_of_responses(path, caplog):
+    caplog.set_level(logging.WARNING)
+    sequence = f"{TRAINER}ratio_level=sequence"
+    grpo(path)
+    grpo(path, sequence, f"{TRAINER}cliprange=3e-4", f"{TRAINER}cliprange_high=4e-4")
+    assert not caplog.messages
+    grpo(path, sequence)
+    (message,) = caplog.messages
+    assert message.startswith("models.policy_trainer: cliprange=0.2 is for ratios of tokens; with")
+
+
+@pytest.mark.parametrize("engine", [grpo, ppo, online_dpo])
+def test_keys_of_another_role_are_told(path, caplog, engine):
+    caplog.set_level(logging.INFO)
+    keys = ("sync_frequency=2", "reward_weight=0.5", "generation_batch_size=7")
+    models = ("policy", "reward", "policy_trainer")
+    kept = "models.policy.model_args.sleep_level=1"
+    engine(path, kept, *(f"models.{model}.{key}" for model in models for key in keys))
+    told = [one.partition(";")[0] for one in caplog.messages if "no effect of" in one]
+    assert sorted(one for one in told if one.endswith(keys)) == [
+        "models.policy: no effect of generation_batch_size=7",
+        "models.policy: no effect of reward_weight=0.5",
+        "models.policy_trainer: no effect of reward_weight=0.5",
+        "models.policy_trainer: no effect of sync_frequency=2",
+        "models.reward: no effect of sync_frequency=2",
+    ]
+    of = {"models.policy", "models.value"} if engine is ppo else {"models.policy"}
+    (of_trainer,) = [one for one in caplog.messages if "policy_trainer: no effect of sync" in one]
+    _, _, named = of_trainer.partition("it is of models that get weights: ")
+    assert set(named.split(", ")) == of
+
+
+def test_rows_of_a_pass_are_told_where_tokens_are_counted(path, caplog):
+    caplog.set_level(logging.INFO)
+    rows = "models.policy_trainer.generation_batch_size=7"
+    online_dpo(path, rows)
+    assert "generation_batch_size" not in caplog.text
+    online_dpo(path, rows, f"{TRAINER}max_tokens_per_micro_batch=4096")
+    assert "generation_batch_size=7; max_tokens_per_micro_batch replaces it" in caplog.text

@@ -223,6 +223,13 @@ def test_keys_of_rollouts_are_refused_where_nothing_is_generated(tmp_path, key):
         SFTEngine(ToyTrainer("policy_trainer"))
 
 
+def test_keys_of_rollouts_in_a_models_entry_are_told_where_nothing_is_generated(tmp_path, caplog):
+    caplog.set_level("INFO")
+    session.init(str(write_job(tmp_path)), ["models.policy_trainer.sync_frequency=2"])
+    SFTEngine(ToyTrainer("policy_trainer"))
+    assert "policy_trainer: no effect of sync_frequency=2; it is of models that" in caplog.text
+
+
 def test_a_kl_penalty_without_a_reference_is_refused(tmp_path):
     session.init(str(write_job(tmp_path, kl=0.1)))
 
