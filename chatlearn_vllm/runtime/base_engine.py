@@ -77,6 +77,7 @@ class BaseEngine(ABC):
         """Of the episode whose trainers are saved and whose line of metrics is still to come."""
         self._stop = StopRequest(self._can_go_on)
         self._records: Sequence[Any] | None = None
+        self._num_records = 0
         self._cluster: Cluster | None = None
 
     # ---- what users call --------------------------------------------------------------------
@@ -188,6 +189,7 @@ class BaseEngine(ABC):
     def setup(self) -> None:
         """Start the ranks, build the models, and go to where an earlier run stopped."""
         records = self._training_records()
+        self._num_records = len(records)
         if self.args.enable_resume_training:
             self.resumed_from = load_state(
                 self._state_dir, self.args.load_data_checkpoint_iteration
@@ -220,9 +222,11 @@ class BaseEngine(ABC):
         """Check what can be checked of a checkpoint before anything starts.
 
         Raises:
-            UserError: it is damaged, or of a job with another order of prompts.
+            UserError: it is damaged, or of a job with other prompts or another order of them.
         """
         check_prompt_order(state.sampler, seed=self.args.seed, shuffle=self.args.data_shuffle)
+        if state.has_prompt_per_record:  # else the policy's ranks have to count its prompts
+            check_prompt_order(state.sampler, num_prompts=self._num_records)
         directories = [trainer.checkpoint_dir for trainer in self._megatron_trainers()]
         check_trainers(self._state_dir, state.episode, directories)
         if state.algorithm not in ("", type(self).__name__):
@@ -419,6 +423,7 @@ class BaseEngine(ABC):
             self.state_dict(),
             self.state_batches(),
             type(self).__name__,
+            self._num_records,
         )
 
     def _confirm_checkpoint(self, *, wait: bool = True) -> None:

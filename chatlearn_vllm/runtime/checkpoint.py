@@ -40,6 +40,14 @@ class DriverState:
     """`BaseEngine.state_batches()` after that episode: tensors, in a file of their own."""
     algorithm: str = ""
     """Name of the engine's class; states of older versions do not say it."""
+    num_records: int | None = None
+    """Of the training data, of which a module may make fewer or more prompts; None in states of
+    older versions."""
+
+    @property
+    def has_prompt_per_record(self) -> bool:
+        """Whether as many prompts as records are known to have been there."""
+        return self.num_records is not None and self.num_records == self.sampler["num_prompts"]
 
 
 def save_state(directory: Path, state: DriverState, keep: int | None = None) -> None:

@@ -27,7 +27,9 @@ def path(tmp_path, monkeypatch):
     path = write_job(tmp_path)
     engine = make_engine(path)
     order = PromptSampler(len(PROMPTS), engine.args.seed).state_dict()
-    state = DriverState(2, 2, order, {"num_samples": 64}, algorithm="GRPOEngine")
+    state = DriverState(
+        2, 2, order, {"num_samples": 64}, algorithm="GRPOEngine", num_records=len(PROMPTS)
+    )
     save_state(engine.run_dir / "checkpoints" / "driver", state)
     return path
 
@@ -90,6 +92,21 @@ def test_one_that_is_not_goes_on(path, override):
 def test_another_order_of_prompts_is_refused_before_anything_starts(path, override, message):
     with pytest.raises(ValueError, match=message):
         make_engine(path, "runtime.num_episode=3", override).learn()
+
+
+def test_other_prompts_are_refused_before_anything_starts(path):
+    with pytest.raises(ValueError, match="num_prompts was 16 when it was saved and is 15 now"):
+        make_engine(path, "runtime.num_episode=3").set_dataset(PROMPTS[:15]).learn()
+
+
+@pytest.mark.parametrize("num_records", [None, 20])
+def test_prompts_that_only_the_policy_can_count_are_left_to_it(path, num_records):
+    engine = make_engine(path, "runtime.num_episode=3").set_dataset(PROMPTS[:15])
+    order = PromptSampler(len(PROMPTS), engine.args.seed).state_dict()
+    state = DriverState(2, 2, order, algorithm="GRPOEngine", num_records=num_records)
+    save_state(engine.run_dir / "checkpoints" / "driver", state)
+    with pytest.raises(StartedError):
+        engine.learn()
 
 
 def test_models_of_the_yaml_that_are_not_started_are_told(path, caplog):
