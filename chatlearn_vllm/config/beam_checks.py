@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 SAMPLING_KEYS = ("stop_token_ids",)
 """Those fields of vLLM's SamplingParams without a key of their own that a beam search reads."""
 
+_MOST_BITS = 1000
+"""Of length ** length_penalty, less than what a floating point number has in its exponent."""
 _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
@@ -36,6 +39,13 @@ def beam_problems(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[
     if not any(beams.values()):
         return
     asked = key_of_beams(args)
+    most = math.floor(_MOST_BITS / math.log2(max(args.seq_length, 2)))
+    if abs(args.length_penalty) > most:
+        yield (
+            (*at, "length_penalty"),
+            f"must be from -{most} to {most}: scores of beams, log-probability / length ** "
+            f"length_penalty, have to be numbers up to seq_length={args.seq_length}",
+        )
     for prefix, is_eval in (("", False), ("eval_", True)):
         for name, neutral in _PENALTIES.items():
             if beams[is_eval] and args[prefix + name] != neutral:

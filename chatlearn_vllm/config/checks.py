@@ -24,7 +24,7 @@ from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.server_checks import server_problems
-from chatlearn_vllm.config.transformers_checks import transformers_problems
+from chatlearn_vllm.config.transformers_checks import attention_problem, transformers_problems
 
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -400,6 +400,9 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
                 f"no config.json in {load}; name a directory in Hugging Face form",
             )
         check_draft_directory(model, report)
+        rule = attention_problem(model, job.runtime_env)
+        key = ("models", model.name, "model_args", "attn_implementation")
+        report.require(rule is None, key, rule or "")
 
 
 def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:

@@ -84,7 +84,17 @@ def check_model_has(policy: BaseModule) -> None:
                 f"models.{policy.name}: {name}={length} must be at most {positions}, for which the "
                 f"model has positions ({args.load}/config.json)"
             )
-    for name in _OF_TOKENS if isinstance(num_tokens, int) else ():
+    if not isinstance(num_tokens, int):
+        return
+    for is_eval in (False, True):
+        width = args.beam_width(is_eval=is_eval)
+        if width > 1 and 2 * width > num_tokens:
+            raise UserError(
+                f"models.{policy.name}: {'eval_' if is_eval else ''}num_beams={width} must be at "
+                f"most {num_tokens // 2}: of each beam twice as many next tokens are looked at, "
+                f"and the model has {num_tokens} ({args.load}/config.json)"
+            )
+    for name in _OF_TOKENS:
         largest = max(args.sampling_args.get(name) or (), default=0)
         if largest >= num_tokens:
             raise UserError(

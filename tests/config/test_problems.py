@@ -204,6 +204,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("models.policy.model_args.use_beam_search=True", "use_beam_search=True: needs a width; "
          "set num_beams, or n, to more than 1"),
         ("models.policy.model_args.eval_num_beams=0", "eval_num_beams=0"),
+        ("models.policy.model_args={eval_num_beams: 2, length_penalty: 500}",
+         "length_penalty=500: must be from -166 to 166: scores of beams"),
         ("models.policy.model_args.seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("models.policy.model_args.seed=4294967296", "must be less than 2147483648"),
         ("models.policy.model_args.apply_replica_id_to_seed=False", "must be True"),
@@ -258,6 +260,19 @@ def test_sequences_must_divide_by_the_tensor_parallel_size_to_be_split(job, writ
         "policy.yaml: sequence_parallel=True: needs a tensor_model_parallel_size that divides "
         "seq_length=1023; it is 2"
     )
+
+
+def test_attention_of_a_package_that_is_not_there_is_refused_before_a_launch(job):
+    args = "models.policy.model_args"
+    asked = [f"{args}={{inference_engine: transformers, attn_implementation: flash_attention_2}}"]
+    load_config(job, asked)  # the job may run elsewhere
+    (line,) = problems_of(job, asked, check_files=True)
+    assert line.endswith(
+        "attn_implementation='flash_attention_2': needs the package flash_attn, which is not "
+        "installed; install it, or set sdpa"
+    )
+    load_config(job, [*asked, "runtime_env.pip=[flash-attn]"], check_files=True)
+    load_config(job, [*asked, f"{args}.attn_implementation=eager"], check_files=True)
 
 
 def test_what_full_recomputation_needs_is_taken_with_it_and_without_training(job):

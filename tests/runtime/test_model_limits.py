@@ -52,6 +52,13 @@ def test_tokens_are_those_of_the_model(tmp_path) -> None:
             check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: value}))
 
 
+@pytest.mark.parametrize("key", ["num_beams", "eval_num_beams"])
+def test_beams_find_twice_as_many_tokens_in_the_vocabulary(tmp_path, key) -> None:
+    check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: 50}))
+    with pytest.raises(UserError, match=f"policy: {key}=51 must be at most 50: of each beam twice"):
+        check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: 51}))
+
+
 def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(base_engine, "Cluster", None)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
