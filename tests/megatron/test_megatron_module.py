@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 from logging.handlers import BufferingHandler
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 
 from chatlearn_vllm.algorithms.policy import policy_loss
 from chatlearn_vllm.config.schema import MismatchStopConfig
+from chatlearn_vllm.engines.megatron.background_writer import BackgroundWriter
 from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.modules.mismatch_guard import MismatchError
 from chatlearn_vllm.observability.logging import get_logger
@@ -225,6 +227,12 @@ def test_resume_through_the_module(ranks, llama, tmp_path):
         assert found[step] == pytest.approx(expected[step], rel=1e-5, abs=1e-7)
 
 
+def test_a_checkpoint_in_the_background_is_there_when_it_is_finished(ranks, llama, tmp_path):
+    settings = {"save": str(tmp_path), "async_save": True}
+    assert ranks[1].run(written_before_and_after_finish, llama, **settings) == [(False, True)]
+    assert (tmp_path / "latest").read_text() == "iter_0000001\n"
+
+
 def test_exported_weights_are_the_live_ones(ranks, llama):
     assert ranks[2].run(exported_equal_live, llama, tp=2) == [(True, "RuntimeError")] * 2
 
@@ -298,6 +306,22 @@ def train_after_resume(path, **settings):
     with built(Trainer, path, **settings) as module:
         assert module.load_checkpoint() == 1
         return module.train(rollout(module))
+
+
+def written_before_and_after_finish(path, **settings):
+    released, write_file = threading.Event(), BackgroundWriter._write_file
+
+    def held_back(self, number):
+        assert released.wait(30)
+        return write_file(self, number)
+
+    with built(Trainer, path, **settings) as module, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackgroundWriter, "_write_file", held_back)
+        module.save_checkpoint(1)
+        before = module.is_checkpoint_written()
+        released.set()
+        module.finish_checkpoint()
+        return before, module.is_checkpoint_written()
 
 
 def score(path, **settings):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from chatlearn_vllm.config import ModelArgs
 from chatlearn_vllm.config.megatron_fields import IDLE
@@ -166,6 +167,21 @@ def test_backward_runs_again_what_is_recomputed(ranks, llama, settings, expected
     assert counts == expected
 
 
+def test_ranks_of_a_sequence_parallel_layer_hold_half_of_the_tokens(ranks, llama):
+    whole, same = ranks[2].run(tokens_of_the_first_norm, llama, tp=2)
+    halves = ranks[2].run(tokens_of_the_first_norm, llama, tp=2, sequence_parallel=True)
+    assert whole == same > 8
+    assert halves == [-(-whole // 2)] * 2
+
+
+def test_gradients_are_reduced_in_backward_where_that_overlaps(ranks, llama):
+    in_backward, afterwards = ranks[2].run(reductions, llama, bucket_size=2000)[0]
+    assert in_backward == 0 and afterwards > 0
+    settings = {"overlap_grad_reduce": True, "bucket_size": 2000}
+    in_backward, afterwards = ranks[2].run(reductions, llama, **settings)[0]
+    assert in_backward > 1 and afterwards == 0
+
+
 def test_skipped_updates_do_not_advance_the_learning_rate(ranks, llama):
     settings = {"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_decay_iters": 4}
     (metrics,) = ranks[1].run(metrics_with_skipped_updates, llama, **settings)
@@ -282,6 +298,33 @@ def forward_calls(path, **settings):
                     )
         engine.train_step([tiny_models.batch()], tiny_models.negative_logprobs)
     return tuple(counts.values())
+
+
+def tokens_of_the_first_norm(path, **settings):
+    """How many tokens of each row this rank normalizes in the first layer."""
+    lengths = []
+    with tiny_models.engine(path, trainable=False, **settings) as engine:
+        norm = engine.chunks[0].decoder.layers[0].input_layernorm
+        norm.register_forward_hook(lambda module, args, output: lengths.append(len(args[0])))
+        engine.forward_only([tiny_models.batch()], lambda batch, logprobs, entropy: logprobs)
+    (length,) = lengths
+    return length
+
+
+def reductions(path, **settings):
+    """How many reductions of gradients a step starts within backward, and how many behind it."""
+    within = []
+    start = _ParamAndGradBucketGroup.start_grad_sync
+
+    def noted(*args, **kwargs):
+        within.append(torch._C._current_graph_task_id() != -1)
+        return start(*args, **kwargs)
+
+    with tiny_models.engine(path, **settings) as engine, pytest.MonkeyPatch.context() as patch:
+        tiny_models.train(engine, 1)  # megatron-core counts its gradients first
+        patch.setattr(_ParamAndGradBucketGroup, "start_grad_sync", noted)
+        tiny_models.train(engine, 1)
+    return within.count(True), within.count(False)
 
 
 def random_numbers(path, **settings):

@@ -23,7 +23,7 @@ def job(path: Path, world_size: int, trainable: bool = True, **settings: Any) ->
 
     runtime = {"sample_per_episode": 8, "train_global_batch_size": 4} | taken(
         "sample_per_episode", "train_global_batch_size", "train_micro_batch_size",
-        "num_training_epoch", "mismatch_stop",
+        "num_training_epoch", "mismatch_stop", "async_save",
     )  # fmt: skip
     model = ModelConfig(
         name="trainer",
