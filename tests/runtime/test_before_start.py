@@ -1,5 +1,6 @@
 """What is said of a checkpoint to go on from, and of the models, before anything starts?"""
 
+import json
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ from chatlearn_vllm.config import UserError
 from chatlearn_vllm.data.prompts import PromptSampler
 from chatlearn_vllm.runtime import base_engine, session
 from chatlearn_vllm.runtime.checkpoint import DriverState, save_state
+from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
 from tests.helpers.toy_modules import PROMPTS, ToyPolicy, ToyReward, ToyTrainer, write_job
 
@@ -38,10 +40,11 @@ class OtherEngine(GRPOEngine):
     pass
 
 
-def make_engine(path, *overrides, engine_class=GRPOEngine):
+def make_engine(path, *overrides, engine_class=GRPOEngine, records=PROMPTS):
     session.init(str(path), overrides)
     frozen = ToyPolicy("policy"), None, ToyReward("reward")
-    return engine_class(*frozen, ToyTrainer("policy_trainer")).set_dataset(PROMPTS)
+    engine = engine_class(*frozen, ToyTrainer("policy_trainer"))
+    return engine if records is None else engine.set_dataset(records)
 
 
 def test_a_job_that_is_finished_starts_nothing_and_says_so(path, caplog):
@@ -97,6 +100,26 @@ def test_another_order_of_prompts_is_refused_before_anything_starts(path, overri
 def test_other_prompts_are_refused_before_anything_starts(path):
     with pytest.raises(ValueError, match="num_prompts was 16 when it was saved and is 15 now"):
         make_engine(path, "runtime.num_episode=3").set_dataset(PROMPTS[:15]).learn()
+
+
+def test_training_data_ends_at_its_limit(path, tmp_path):
+    lines = "".join(f"{json.dumps(prompt)}\n" for prompt in PROMPTS)
+    (tmp_path / "train.jsonl").write_text(lines)
+    data = [f"runtime.data_path={tmp_path / 'train.jsonl'}", "runtime.num_episode=3"]
+    with pytest.raises(ValueError, match="num_prompts was 16 when it was saved and is 5 now"):
+        make_engine(path, *data, "runtime.training_data_num_limit=5", records=None).learn()
+    with pytest.raises(StartedError):
+        make_engine(path, *data, records=None).learn()
+
+
+def test_evaluations_take_the_first_prompts_of_their_file(path, tmp_path):
+    lines = "".join(f"{json.dumps(prompt)}\n" for prompt in PROMPTS)
+    (tmp_path / "eval.jsonl").write_text(lines)
+    data = f"runtime.eval_data_path={tmp_path / 'eval.jsonl'}"
+    for limit, count in ((3, 3), (-1, 16)):
+        session.init(str(path), [data, f"runtime.eval_data_num_limit={limit}"])
+        evaluator = Evaluator(ToyPolicy("policy"), ToyReward("reward"))
+        assert evaluator.require_prompts() == PROMPTS[:count]
 
 
 @pytest.mark.parametrize("num_records", [None, 20])

@@ -167,7 +167,10 @@ def relay_engine(path, *overrides):
 
 
 def test_earlier_episodes_are_trained_on_again_also_after_a_resume(shared_cluster, tmp_path):
-    path = write_job(tmp_path, max_relay_episode=2, num_episode=4, save_episode_interval=1)
+    path = write_job(
+        tmp_path, max_relay_episode=2, relay_episode_offset=2, num_episode=4,
+        save_episode_interval=1,
+    )  # fmt: skip
     engine = relay_engine(path)
     history = engine.learn()
 
@@ -179,12 +182,13 @@ def test_earlier_episodes_are_trained_on_again_also_after_a_resume(shared_cluste
     ]
     assert [sorted(rows) for rows in samples] == [
         list(range(8)),
-        list(range(16)),
+        list(range(8, 16)),  # the first is not kept
         list(range(8, 24)),
     ]
     saved = sorted(path.name for path in (engine.run_dir / "checkpoints/driver").iterdir())
     assert saved == [
-        f"episode_0000000{number}.{kind}" for number in (1, 2, 3, 4) for kind in ("json", "pt")
+        "episode_00000001.json",  # keeps nothing
+        *(f"episode_0000000{number}.{kind}" for number in (2, 3, 4) for kind in ("json", "pt")),
     ]
 
     def only_the_earlier(buffers):

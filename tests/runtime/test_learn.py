@@ -103,13 +103,15 @@ def test_an_episode_does_its_steps_in_order_and_models_take_turns_in_memory(
     socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def test_the_policy_gets_better_and_the_metrics_say_so(existing_cluster, tmp_path):
-    engine = make_engine(write_job(tmp_path, num_episode=6, policy_tp=2))
+def test_the_policy_gets_better_and_the_metrics_say_so(existing_cluster, tmp_path, capsys):
+    engine = make_engine(write_job(tmp_path, num_episode=6, policy_tp=2), "runtime.log_interval=4")
 
     before, *episodes = engine.learn()
 
     assert before["episode"] == 0
     assert [line["episode"] for line in episodes] == [1, 2, 3, 4, 5, 6]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("episode ")]
+    assert [line.split()[1] for line in shown] == ["0/6", "4/6", "6/6"]
     assert episodes[-1]["eval/accuracy"] > before["eval/accuracy"] + 0.5
     last = episodes[-1]
     assert last["rollout/weight_version"] == 6 and last["sync/weight_version"] == 7

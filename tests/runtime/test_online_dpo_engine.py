@@ -175,6 +175,8 @@ def test_learning_rates_fall_over_the_steps_that_pairs_make(tmp_path):
     assert num_steps() == 6
     assert num_steps("runtime.num_training_epoch=2") == 12
     assert num_steps("runtime.max_relay_episode=-1") == 2 + 4 + 6
+    kept_from = "runtime.relay_episode_offset=2"
+    assert num_steps("runtime.max_relay_episode=-1", kept_from) == 2 + 2 + 4
     assert num_steps(f"{keys}lr_decay_iters=7") == 7
     with pytest.raises(ValueError, match="lr_warmup_iters=6 must be less than 6, the most"):
         num_steps(f"{keys}lr_warmup_iters=6")

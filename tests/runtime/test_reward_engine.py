@@ -26,6 +26,7 @@ runtime:
   train_global_batch_size: 8
   data_path: {data}
   eval_data_path: {eval_data}
+  eval_data_num_limit: 3
   eval_episode_interval: 2
   save_episode_interval: 1
   output_dir: {output}
@@ -48,6 +49,7 @@ def inputs(tmp_path_factory):
         {"prompt": "abc", "response": ["x!", "y?"], "score": [2, 1]},
         {"prompt": "d" * 20, "chosen": "eeee!", "rejected": "eeee?fgh"},
         {"prompt": "9", "chosen": "!", "rejected": "?"},
+        {"prompt": "beyond eval_data_num_limit", "chosen": "?", "rejected": "!"},
     )
     return {"load": root / "policy", "data": data, "eval_data": eval_data}
 
