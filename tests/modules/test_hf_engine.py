@@ -354,7 +354,8 @@ def other_policy(request, tmp_path_factory):
             save_tiny_llama(directory, tied=True, seed=seed)
         else:
             save_tiny_moe(directory, request.param, seed=seed)
-    job = policy_job(root, directories[0], inference_engine="transformers")
+    keys = {"inference_engine": "transformers", "attn_implementation": "eager"}
+    job = policy_job(root, directories[0], **keys)
     return start_policy(Policy, job), directories
 
 
@@ -364,6 +365,7 @@ def test_models_with_tied_embeddings_or_experts_take_new_weights(other_policy) -
     from tests.helpers import rollout_ranks
 
     policy, directories = other_policy
+    assert policy.model.config._attn_implementation == "eager"
     rollout_ranks._policy = policy
     try:
         steps = [
@@ -388,11 +390,10 @@ def test_models_with_tied_embeddings_or_experts_take_new_weights(other_policy) -
 
 def test_weights_are_read_from_disk_and_replaced_through_the_loader(hf_model, tmp_path) -> None:
     settings = {"load_format": "auto", "weight_sync_path": "load_weights"}
-    job = policy_job(
-        tmp_path, hf_model.directory, inference_engine="transformers", eval_temperature=0.0,
-        **settings,
-    )  # fmt: skip
+    settings |= {"eval_temperature": 0.0, "attn_implementation": "eager"}
+    job = policy_job(tmp_path, hf_model.directory, inference_engine="transformers", **settings)
     policy = start_policy(Policy, job)
+    assert policy.model.config._attn_implementation == "eager"
     policy.build_prompts(PROMPTS, is_eval=True)
     assert policy.engine_state() == "READY(0)"
     first = policy.generate([0, 1, 2], first_sample=0, is_eval=True)
