@@ -297,7 +297,7 @@ actor_infer:
     assert (args.inference_engine, args.load_format, args.sleep_level) == ("vllm", "dummy", 1)
     assert (args.gpu_memory_utilization, args.block_size) == (0.8, 16)
     assert args.engine_args == {"max_model_len": 8000}
-    assert (policy.device_mapping, policy.generation_batch_size) == (tuple(range(12)), 1)
+    assert policy.device_mapping == tuple(range(12))
     # Without max_model_len: as long as prompt and response together.
     unset = load_config(job, [*long, "prompt_length=100", f"{CONFIG}max_model_len=None"])
     assert unset.models["policy"].model_args.seq_length == 4196
@@ -321,7 +321,8 @@ def test_devices_batches_and_engine_are_of_the_role(job):
     loaded = load_config(job, overrides)
     policy = loaded.models["policy"]
     assert (policy.device_mapping, policy.num_replica) == (tuple(range(12)), 12)
-    assert (policy.generation_batch_size, policy.sync_frequency) == (1, 2)
+    assert policy.generation_batch_size == loaded.runtime.generation_batch_size  # not its own
+    assert policy.sync_frequency == 2
     args = policy.model_args
     assert (args.inference_engine, args.max_num_seqs) == ("transformers", 7)
     assert args.attn_implementation == "flash_attention_2"

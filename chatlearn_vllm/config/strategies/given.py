@@ -187,14 +187,15 @@ class Given:
             return default
         return choices[value]
 
-    def copy(self, at: Key = ()) -> None:
+    def copy(self, at: Key = (), *but: str) -> None:
         """Take over the keys that are ours under another name.
 
         Args:
             at: the map of ours that their names start from.
+            but: keys that are not.
         """
         for name, value in self.values.items():
-            entry = self._keys.get(name)
+            entry = None if name in but else self._keys.get(name)
             if isinstance(entry, Becomes) and entry.is_copied and value is not None:
                 target = (*at, *entry.ours.split("."))
                 self._translation.put(target, value, self.key(name))

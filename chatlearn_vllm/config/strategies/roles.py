@@ -80,7 +80,11 @@ class Role:
         self.training_args = Given(translation, (*path, "training_args"), keys.TRAINING_ARGS)
         self.config = self._strategy_config(strategy.key("strategy_config"))
         self.num_devices = self._devices()
-        self.given.copy(self.at)
+        # Every file has it for all roles, also for the one that vLLM generates with.
+        idle = ("infer_batch_size",) if kind == "actor_infer" else ()
+        for name in idle:
+            self.given.get(name, int)  # its form is checked
+        self.given.copy(self.at, *idle)
         self._attention()
         self._tell_unused()
 
