@@ -73,8 +73,8 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
     if args.ratio_level == "sequence" and args.cliprange == _CLIPRANGE_OF_TOKENS:
         logger.warning(
             "models.%s: cliprange=%g is for ratios of tokens; with ratio_level=sequence a ratio is "
-            "their mean over a response, which stays far inside, so that nothing is clipped; GSPO "
-            "was published with cliprange: 3e-4 and cliprange_high: 4e-4",
+            "their geometric mean over a response, which stays far inside: nothing is clipped. "
+            "GSPO was published with cliprange: 3e-4 and cliprange_high: 4e-4",
             trainer.name, args.cliprange,
         )  # fmt: skip
     in_loss = args.init_kl_coef > 0 and args.advantage_estimator != "reinforce++"

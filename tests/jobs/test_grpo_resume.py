@@ -138,7 +138,7 @@ def resume_in_this_process(path: Path) -> None:
     job = load_config(path, ["runtime.num_episode=4"])
     policy, reward = CountingPolicy("policy", job), DigitReward("reward", job)
     engine = GRPOEngine(policy, None, reward, PolicyTrainer("policy_trainer", job))
-    engine.set_dataset([{"prompt": "1+1=", "note": ""}] * 8)
+    engine.set_dataset([{"prompt": "1+1=", "note": ""}] * 16)
     engine.learn()
 
 
