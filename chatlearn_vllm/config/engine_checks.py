@@ -12,6 +12,7 @@ from chatlearn_vllm.config.engine_support import (
     DRAFT_DIR_METHODS,
     DRAFT_SAMPLE_METHODS,
     METHODS,
+    METHODS_OF_ANY_LENGTH,
     conflicts,
     draws_drafts,
 )
@@ -143,6 +144,13 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
         "log-probabilities are not the model's; leave it out",
     )
     _check_draft_sampling(args, inside, report)
+    report.require(
+        config.get("num_speculative_tokens_per_batch_size") is None
+        or method in METHODS_OF_ANY_LENGTH,
+        (*inside, "num_speculative_tokens_per_batch_size"),
+        f"vLLM's {method} makes drafts of one length only; leave it out, or set one of the methods "
+        f"{', '.join(METHODS_OF_ANY_LENGTH)}",
+    )
     report.require(
         not args.engine_args.get("disable_log_stats"),
         (*at, "disable_log_stats"),

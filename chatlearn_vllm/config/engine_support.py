@@ -24,6 +24,9 @@ NGRAM_METHODS = ("ngram", "ngram_gpu", "suffix")
 """Methods that draft from the tokens so far."""
 DRAFT_DIR_METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash")
 """Methods whose drafts come from weights in a directory of their own."""
+METHODS_OF_ANY_LENGTH = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
+"""Methods that can be asked for fewer drafts, and for none, in a running engine; vLLM's others fail
+in the middle of such a step."""
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 """A draft proposes what it finds most probable, or draws; vLLM's default is the first."""
 METHODS = (*NGRAM_METHODS, *DRAFT_DIR_METHODS, "mtp", "dspark", "custom_class")
@@ -105,9 +108,15 @@ FEATURES: Mapping[str, Feature] = {
         "drafts: EAGLE, EAGLE-3", "speculative_config",
         _method("eagle", "eagle3"), YES, _VLLM_ONLY, _OF_SERVER,
     ),
+    "medusa": Feature(
+        "drafts: Medusa", "speculative_config",
+        _method("medusa"), YES, _VLLM_ONLY, _OF_SERVER,
+    ),
     "other drafts": Feature(
-        "drafts: MTP, Medusa, suffix, ...", "speculative_config",
-        _method(*(set(METHODS) - {"ngram", "ngram_gpu", "draft_model", "eagle", "eagle3"})),
+        "drafts: MTP, suffix, ...", "speculative_config",
+        _method(
+            *(set(METHODS) - {"ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "medusa"})
+        ),
         "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
     ),
     "fp8": Feature(
@@ -178,7 +187,7 @@ class Clash:
 
 NOT_TOGETHER: tuple[Clash, ...] = (
     Clash(
-        ("ngram", "ngram_gpu", "draft_model", "eagle", "other drafts"),
+        ("ngram", "ngram_gpu", "draft_model", "eagle", "medusa", "other drafts"),
         "pipeline parallel",
         "drafts are made on the last pipeline stage only, and the ranks of a replica schedule for "
         "themselves; set pipeline_model_parallel_size: 1 and a larger "

@@ -92,8 +92,8 @@ class Speculation:
 
     switch: Callable[[bool], None]
     """Has the engine draft in its next steps, or not."""
-    can_stop: bool = True
-    """Whether a step without drafts costs less; else there is nothing to compare."""
+    goes_on_because: str | None = None
+    """Why steps without drafts cost no less, so that there is nothing to compare; None: they do."""
     is_on: bool = True
     """Whether most steps draft."""
     measures: bool = True
@@ -117,10 +117,15 @@ class Speculation:
         if is_eval != self._is_eval:
             self._is_eval = is_eval
             self.take_stats()
-        self.measures = measures and not is_eval and self.can_stop
+        self.measures = measures and not is_eval
 
     def set_on(self, is_on: bool) -> None:
-        """Draft from the next step on, or not; between two rollouts."""
+        """Draft from the next step on, or not; between two rollouts.
+
+        Raises:
+            ValueError: an engine that has to draft is asked not to.
+        """
+        self._draft(is_on)
         self.is_on = is_on
         self._begin_anew()
 
@@ -138,7 +143,8 @@ class Speculation:
     def step(self) -> Iterator[None]:
         """Around each step of the engine."""
         part, place = divmod(self._step % PERIOD, _LENGTH)
-        self._draft(self.is_on != (self.measures and part == _DURING))
+        compares = self.measures and self.goes_on_because is None
+        self._draft(self.is_on != (compares and part == _DURING))
         self.step_count = count = StepCount()
         begin = time.perf_counter()
         yield
@@ -147,7 +153,7 @@ class Speculation:
         self._stats.num_drafts += count.num_drafts
         self._stats.num_draft_tokens += count.num_draft_tokens
         self._stats.num_accepted_tokens += count.num_accepted_tokens
-        if self.measures and part <= _AFTER:
+        if compares and part <= _AFTER:
             self._note(part, place, count, seconds)
 
     def _draft(self, drafts: bool) -> None:

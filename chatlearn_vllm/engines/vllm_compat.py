@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 
+from chatlearn_vllm.config.engine_support import METHODS_OF_ANY_LENGTH
+
 OLDEST = Version("0.25.1")
 """The newest vLLM built for torch 2.11; older ones lack API that is used here."""
 FIRST_UNTESTED = Version("0.33")
@@ -262,7 +264,12 @@ def set_drafting(engine: Any, drafts: bool) -> None:
     `num_speculative_tokens_per_batch_size` asks for it. The scheduler reads that table here, too;
     there is no public call that changes it. With length 0 a draft that is a model still reads the
     new tokens, so that it knows them when it drafts again.
+
+    Raises:
+        ValueError: what makes drafts cannot stop.
     """
+    if not drafts and _has_one_length(engine):
+        raise ValueError(f"drafting cannot be switched off: {why_drafting_goes_on(engine)}")
     scheduler = engine.engine_core.engine_core.scheduler
     config = engine.vllm_config
     if drafts:
@@ -278,17 +285,27 @@ def set_drafting(engine: Any, drafts: bool) -> None:
         scheduler.dynamic_sd_lookup = [0] * (config.scheduler_config.max_num_seqs + 1)
 
 
-def drafting_can_stop(engine: Any) -> bool:
-    """Whether steps that ask for no drafts save the time of making them.
+def why_drafting_goes_on(engine: Any) -> str | None:
+    """Why steps that ask for no drafts do not save the time of making them; None if they do.
 
     The newer of vLLM's two model runners drafts in full and throws the drafts away: in 0.25 always,
     in 0.32 where the draft is a model of its own.
     """
     config = engine.vllm_config
-    if not config.use_v2_model_runner:
-        return True
+    if _has_one_length(engine):
+        return f"vLLM's {config.speculative_config.method} makes drafts of one length only"
     of_its_own = config.speculative_config.method == "draft_model"
-    return installed_version() >= Version("0.32") and not of_its_own
+    if config.use_v2_model_runner and (installed_version() < Version("0.32") or of_its_own):
+        return (
+            "this model runner of vLLM goes on making drafts that nobody asks for; "
+            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the other one"
+        )
+    return None
+
+
+def _has_one_length(engine: Any) -> bool:
+    """Whether what makes drafts insists on `num_speculative_tokens` of them."""
+    return engine.vllm_config.speculative_config.method not in METHODS_OF_ANY_LENGTH
 
 
 def reload_weights(

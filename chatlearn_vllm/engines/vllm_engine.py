@@ -96,7 +96,7 @@ class VLLMEngine(GenerationEngine):
                 self._engine.collective_rpc("execute_dummy_batch")
             self._rng = vllm_compat.RandomState.capture()
         if self.speculation is not None:
-            self.speculation.can_stop = vllm_compat.drafting_can_stop(self._engine)
+            self.speculation.goes_on_because = vllm_compat.why_drafting_goes_on(self._engine)
         self._shape = shape
         self._order: list[str] = []
         self._partial: dict[str, PartialRequest] = {}

@@ -52,12 +52,9 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
     default = not on_gpu and not draws_drafts(args)
     own = default if args.seed_per_response is None else args.seed_per_response
     engine = VLLMEngine(arguments, shape, owner=policy, seed_per_response=own)
-    if is_first and engine.speculation is not None and not engine.speculation.can_stop:
-        logger.info(
-            "%s: no effect of speculative_min_gain: this model runner of vLLM goes on making "
-            "drafts that nobody asks for; VLLM_USE_V2_MODEL_RUNNER=0 chooses the other one",
-            policy.name,
-        )
+    if is_first and engine.speculation is not None and engine.speculation.goes_on_because:
+        because = engine.speculation.goes_on_because
+        logger.info("%s: no effect of speculative_min_gain: %s", policy.name, because)
     return engine
 
 

@@ -103,6 +103,15 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ["speculative_config.prompt_lookup_min=3: must be at most prompt_lookup_max=2"],
         ),
         (
+            ["speculative_config={method: ngram_gpu, num_speculative_tokens: 2, "
+             "num_speculative_tokens_per_batch_size: [[1, 64, 2]]}"],
+            [
+                "speculative_config.num_speculative_tokens_per_batch_size=[[1, 64, 2]]: vLLM's "
+                "ngram_gpu makes drafts of one length only; leave it out, or set one of the "
+                "methods ngram, draft_model, eagle, eagle3, mtp"
+            ],
+        ),
+        (
             ["speculative_config={method: ngram, num_speculative_tokens: 2, prompt_lookup_max: x}"],
             ["speculative_config.prompt_lookup_max='x': must be a number of tokens, 1 or more"],
         ),

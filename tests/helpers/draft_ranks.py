@@ -6,6 +6,7 @@ can build no further engine on CPU in a process.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -36,14 +37,16 @@ NGRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
 }  # fmt: skip
 MAX_NEW_TOKENS = 32
+FOUR_TOKENS = [30, 31, 32, 33]
+"""What one of the EAGLE heads proposes."""
 
 _policies: dict[str, Any] = {}
 _models: dict[str, Any] = {}
 
 
 def save_models(root: Path) -> None:
-    """A model, one that it was trained into, a draft that agrees with it mostly, an EAGLE head."""
-    for name in ("model", "trained", "draft", "eagle"):
+    """A model, one that it was trained into, a draft that agrees mostly, two EAGLE heads."""
+    for name in ("model", "trained", "draft", "eagle", "eagle_of_four", "medusa"):
         (root / name).mkdir()
     model = save_tiny_llama(root / "model", seed=0)
     torch.manual_seed(1)
@@ -54,6 +57,8 @@ def save_models(root: Path) -> None:
                 mine.copy_(its + noise * its.std() * torch.randn_like(its))
         other.save_pretrained(root / name)
     save_eagle_head(root / "eagle")
+    save_eagle_head_of_four(root / "eagle_of_four", model)
+    _save_medusa_heads(root / "medusa", model)
 
 
 def save_eagle_head(directory: Path, **config: Any) -> None:
@@ -66,6 +71,35 @@ def save_eagle_head(directory: Path, **config: Any) -> None:
         if name.startswith("model.layers.") and "input_layernorm" not in name
     }
     head["fc.weight"] = torch.cat([torch.eye(width), 0.1 * torch.randn(width, width)], dim=1)
+    save_file(head, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_eagle_head_of_four(directory: Path, model: LlamaForCausalLM, **config: Any) -> None:
+    """One whose layer does nothing, and which proposes the next of FOUR_TOKENS behind each."""
+    save_eagle_head(directory, **config)
+    head = load_file(directory / "model.safetensors")
+    for name in head:
+        if "o_proj" in name or "down_proj" in name:
+            head[name].zero_()
+    head["fc.weight"][:, model.config.hidden_size :] = 0
+    output = model.lm_head.weight.detach().float().cpu()
+    head["embed_tokens.weight"] = torch.zeros_like(output)
+    head["embed_tokens.weight"][FOUR_TOKENS] = output[FOUR_TOKENS[1:] + FOUR_TOKENS[:1]]
+    save_file(head, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _save_medusa_heads(directory: Path, model: LlamaForCausalLM) -> None:
+    """Two that propose what the model finds most probable now."""
+    width, vocab_size = model.config.hidden_size, model.config.vocab_size
+    config = {
+        "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": width,
+        "vocab_size": vocab_size, "num_heads": 2, "num_hidden_layers": 1,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    head = {}
+    for number in range(2):
+        head[f"blocks.{number}.layers.0.weight"] = torch.zeros(width, width)
+        head[f"lm_heads.{number}.weight"] = model.lm_head.weight.detach().clone()
     save_file(head, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -83,7 +117,11 @@ def build(root: Path) -> None:
             "method": "draft_model", "model": str(root / "draft"), "num_speculative_tokens": 3,
             "draft_sample_method": "probabilistic",
         },
-        "eagle": {"method": "eagle", "model": str(root / "eagle"), "num_speculative_tokens": 2},
+        **{
+            name: {"method": "eagle", "model": str(root / name), "num_speculative_tokens": 2}
+            for name in ("eagle", "eagle_of_four")
+        },
+        "medusa": {"method": "medusa", "model": str(root / "medusa"), "num_speculative_tokens": 2},
         "ngram": NGRAM,
     }  # fmt: skip
     for name in ("model", "trained"):
@@ -404,6 +442,15 @@ def draft_of(name: str, parameter: str) -> torch.Tensor:
 def take_over_draft(name: str, directory: Path) -> None:
     """Load another draft."""
     _policies[name].engine.load_draft(str(directory))
+
+
+def why_it_cannot_stop(name: str) -> str:
+    """What a policy says that is told to draft no more and has to."""
+    try:
+        _policies[name].set_speculation(False)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def switch(name: str, is_on: bool) -> None:

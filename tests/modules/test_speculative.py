@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from chatlearn_vllm.engines import speculation
 from chatlearn_vllm.engines.speculation import Speculation, SpeculationStats
 from tests.helpers import draft_ranks
-from tests.helpers.draft_ranks import MAX_NEW_TOKENS, PROMPTS
+from tests.helpers.draft_ranks import FOUR_TOKENS, MAX_NEW_TOKENS, PROMPTS
 from tests.helpers.ranks import Ranks
 
-DRAFTING = ("draft_model", "drawn_drafts", "eagle", "ngram")
+DRAFTING = ("draft_model", "drawn_drafts", "eagle", "ngram", "medusa")
 P_VALUE = 1e-4
 """A right engine is found odd once in so many tests; seeds are fixed, so always or never."""
 
@@ -63,9 +63,10 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(rank, sampling) 
 
 def test_drafts_do_not_change_what_is_drawn_how_often(rank) -> None:
     # n-grams of four tokens, which are all that may be drawn; a draft's best of the best four
-    allowed = [30, 31, 32, 33]
+    of_four = ([*FOUR_TOKENS, 31, 30, 33, 32, 30, 32], {"allowed_token_ids": FOUR_TOKENS})
     cases = {
-        "ngram": ([*allowed, 31, 30, 33, 32, 30, 32], {"allowed_token_ids": allowed}),
+        "ngram": of_four,
+        "eagle_of_four": of_four,
         "draft_model": ([20, 21, 14, 22, 23], {"top_k": 4}),
         "drawn_drafts": ([20, 21, 14, 22, 23], {"top_k": 4}),
     }
@@ -94,10 +95,11 @@ def test_drafts_that_are_drawn_are_accepted_more_often_and_a_rollout_repeats(ran
 
 
 def test_a_draft_outlives_sleep_wake_and_sync(rank) -> None:
-    before = rank(draft_ranks.greedy, "draft_model")
-    rank(draft_ranks.sleep_and_lose_the_weights, "draft_model")
-    assert rank(draft_ranks.wake, "draft_model", "model", 2) == "READY(2)"
-    assert rank(draft_ranks.greedy, "draft_model") == before
+    for name in ("draft_model", "medusa"):
+        before = rank(draft_ranks.greedy, name)
+        rank(draft_ranks.sleep_and_lose_the_weights, name)
+        assert rank(draft_ranks.wake, name, "model", 2) == "READY(2)"
+        assert rank(draft_ranks.greedy, name) == before
 
 
 def test_a_draft_is_read_from_its_directory_and_another_can_take_its_place(rank) -> None:
@@ -198,12 +200,23 @@ def test_responses_with_drafts_can_be_cut_off_and_go_on(rank) -> None:
 
 
 def test_a_running_engine_can_stop_drafting_and_draft_again(rank) -> None:
-    for name in DRAFTING:
+    for name in set(DRAFTING) - {"medusa"}:
         before = rank(draft_ranks.greedy, name)
         rank(draft_ranks.switch, name, False)
         assert rank(draft_ranks.greedy, name) == (before[0], SpeculationStats()), name
         rank(draft_ranks.switch, name, True)
         assert rank(draft_ranks.greedy, name) == before, name
+
+
+def test_an_engine_that_cannot_stop_drafting_says_so_and_drafts_in_all_steps(rank) -> None:
+    before = rank(draft_ranks.greedy, "medusa")
+    assert rank(draft_ranks.why_it_cannot_stop, "medusa") == (
+        "drafting cannot be switched off: vLLM's medusa makes drafts of one length only"
+    )
+    assert rank(draft_ranks.greedy, "medusa") == before
+    stats = rank(draft_ranks.measure, "medusa")
+    assert stats.num_drafts > 50
+    assert stats.gain is None
 
 
 def test_some_steps_of_a_rollout_run_without_drafts_and_are_compared(rank) -> None:
@@ -296,7 +309,7 @@ def test_an_evaluation_between_two_rollouts_leaves_no_trace(monkeypatch) -> None
 
 def test_nothing_is_compared_where_drafting_cannot_stop(monkeypatch) -> None:
     clock = Clock(monkeypatch)
-    clock.speculation.can_stop = False
+    clock.speculation.goes_on_because = "it has to"
     clock.speculation.begin(is_eval=False, measures=True)
     clock.run(100)
     assert clock.switched_at == []
