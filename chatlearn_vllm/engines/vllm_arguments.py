@@ -16,6 +16,7 @@ from chatlearn_vllm.config.model_files import (
     read_config_json,
     rotary_keys,
 )
+from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.layouts import ModelShape
 
 MOST_CAPTURED_TOKENS = 1024
@@ -90,6 +91,7 @@ def engine_arguments(
     if on_gpu:
         kwargs["enable_sleep_mode"] = True
         kwargs |= _cuda_graphs(args)
+        kwargs |= vllm_compat.engine_defaults(args.speculative_config)
         if shape.num_experts and args.weight_sync_path != "load_weights":
             # The kernels that work on weights as the checkpoint has them; auto may rearrange.
             kwargs["moe_backend"] = "triton"

@@ -82,6 +82,18 @@ def set_environment(*, pipeline_parallel_size: int) -> None:
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
 
 
+def engine_defaults(speculative_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Engine arguments that the newer version chooses by itself, for the older one.
+
+    vLLM 0.25 leaves async scheduling off with a draft model unless it is asked for, so that the GPU
+    waits while drafts are prepared: 0.78 of the speed on an H200 with 8 B.
+    """
+    config = speculative_config or {}
+    is_left_off = config.get("method") == "draft_model" and installed_version() < Version("0.32")
+    can = not config.get("disable_padded_drafter_batch")
+    return {"async_scheduling": True} if is_left_off and can else {}
+
+
 def engine_overrides(*, pipeline_parallel_size: int) -> dict[str, Any]:
     """Engine arguments that a combination needs whatever the user says."""
     # vLLM 0.32 switches async scheduling off for pipeline stages by itself; 0.25 fails with it.

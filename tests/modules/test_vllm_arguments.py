@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from packaging.version import Version
 from vllm import SamplingParams
 
+from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.vllm_arguments import (
     engine_arguments,
     max_response_tokens,
@@ -41,6 +43,22 @@ def test_keys_of_the_engine_reach_it(model_dir, tmp_path) -> None:
     assert {name: found[name] for name in keys} == keys
     assert found["disable_log_stats"]  # nobody reads them
     assert not arguments(model_dir, tmp_path, on_gpu=True, log_metrics=True)[0]["disable_log_stats"]
+
+
+def test_draft_models_are_scheduled_ahead_by_both_versions(
+    model_dir, tmp_path, monkeypatch
+) -> None:
+    def found(version, speculative_config, **model_args):
+        monkeypatch.setattr(vllm_compat, "installed_version", lambda: Version(version))
+        keys = {"speculative_config": speculative_config, **model_args}
+        return arguments(model_dir, tmp_path, True, **keys)[0].get("async_scheduling")
+
+    draft = {"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 2}
+    assert found("0.25.1", draft) is True
+    assert found("0.32.0", draft) is None  # it does so by itself
+    assert found("0.25.1", draft, async_scheduling=False) is False
+    assert found("0.25.1", draft | {"disable_padded_drafter_batch": True}) is None
+    assert found("0.25.1", NGRAM) is None
 
 
 def test_every_sampling_key_reaches_the_request(model_dir, tmp_path) -> None:
