@@ -306,7 +306,7 @@ class OutputKeys(Section):
     all."""
     max_data_ckpt_nums: Positive | None = None
     """Keep only this many newest positions; None = all."""
-    load_data_checkpoint_iteration: Count | None = None
+    load_data_checkpoint_iteration: Positive | None = None
     """Resume from the position of this iteration; None = the newest."""
 
 

@@ -161,6 +161,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "must be at most sample_per_episode=16"),
         ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
          "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
+        ("runtime.load_data_checkpoint_iteration=0",
+         "load_data_checkpoint_iteration=0: must be greater than or equal to 1"),
         ("runtime={load_data_checkpoint_iteration: 4, enable_resume_training: False}",
          "load_data_checkpoint_iteration=4: says where to resume from, and enable_resume_training "
          "is False: the job would start anew over that checkpoint"),
