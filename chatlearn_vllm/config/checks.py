@@ -18,13 +18,14 @@ from chatlearn_vllm.config.idle_keys import idle_adapter_keys, idle_runtime_keys
 from chatlearn_vllm.config.megatron_fields import idle_fields, megatron_problems
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG
 from chatlearn_vllm.config.model_files import read_config_json
+from chatlearn_vllm.config.package_checks import missing_packages
 from chatlearn_vllm.config.parallel_checks import check_experts, check_layers
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.server_checks import server_problems
-from chatlearn_vllm.config.transformers_checks import attention_problem, transformers_problems
+from chatlearn_vllm.config.transformers_checks import transformers_problems
 
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -400,9 +401,8 @@ def _check_files(job: JobConfig, report: Reporter) -> None:
                 f"no config.json in {load}; name a directory in Hugging Face form",
             )
         check_draft_directory(model, report)
-        rule = attention_problem(model, job.runtime_env)
-        key = ("models", model.name, "model_args", "attn_implementation")
-        report.require(rule is None, key, rule or "")
+        for key, rule in missing_packages(model, job.runtime_env):
+            report.require(False, key, rule)
 
 
 def notices(job: JobConfig, given: JobConfig) -> Iterator[str]:

@@ -1,11 +1,10 @@
 """What may be asked of `inference_engine: transformers`?"""
 
-import importlib.util
 from collections.abc import Iterator
 
 from chatlearn_vllm.config.model_args import ModelArgs
 from chatlearn_vllm.config.problems import Key
-from chatlearn_vllm.config.schema import ModelConfig, RuntimeEnvConfig
+from chatlearn_vllm.config.schema import ModelConfig
 from chatlearn_vllm.config.upstream_fields import FIELDS_WITHOUT_VLLM
 
 _CHANGES_RESPONSES = (
@@ -14,9 +13,6 @@ _CHANGES_RESPONSES = (
     "logprobs_mode", "enable_lora", "logits_processors", "kv_cache_dtype",
 )  # fmt: skip
 """Fields of vLLM's EngineArgs with which another engine would answer otherwise."""
-
-_FLASH_ATTENTION = ("flash_attn", "kernels")
-"""Packages that have flash_attention_2; from the second Transformers takes it without the first."""
 
 
 def transformers_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
@@ -33,22 +29,6 @@ def transformers_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
             continue
         if name in _CHANGES_RESPONSES:
             yield (*at, name), f"has no meaning for inference_engine: transformers; {remedy}"
-
-
-def attention_problem(model: ModelConfig, runtime_env: RuntimeEnvConfig) -> str | None:
-    """Why Transformers would not find the attention that is asked for; None if it may.
-
-    Args:
-        model: any model of the job.
-        runtime_env: may bring packages to the workers that are not here.
-    """
-    args = model.model_args
-    is_asked_for = args.inference_engine == "transformers" and not model.trainable
-    if not is_asked_for or args.attn_implementation != "flash_attention_2":
-        return None
-    if runtime_env.pip or any(importlib.util.find_spec(name) for name in _FLASH_ATTENTION):
-        return None
-    return "needs the package flash_attn, which is not installed; install it, or set sdpa"
 
 
 def unknown_engine_args(args: ModelArgs) -> list[str]:

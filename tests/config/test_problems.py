@@ -277,6 +277,18 @@ def test_attention_of_a_package_that_is_not_there_is_refused_before_a_launch(job
     load_config(job, [*asked, f"{args}.attn_implementation=eager"], check_files=True)
 
 
+def test_drafts_of_a_package_that_is_not_there_are_refused_before_a_launch(job):
+    args = "models.policy.model_args"
+    asked = [f"{args}.speculative_config={{method: suffix, num_speculative_tokens: 2}}"]
+    load_config(job, asked)
+    (line,) = problems_of(job, asked, check_files=True)
+    assert line.endswith(
+        "speculative_config.method='suffix': needs the package arctic-inference, which is not "
+        "installed; install it, or set ngram"
+    )
+    load_config(job, [*asked, "runtime_env.pip=[arctic-inference]"], check_files=True)
+
+
 def test_what_full_recomputation_needs_is_taken_with_it_and_without_training(job):
     keys = "{recompute_method: block, recompute_num_layers: 2}"
     granularity = "models.policy_trainer.model_args.recompute_granularity=full"
