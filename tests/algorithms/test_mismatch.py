@@ -70,6 +70,11 @@ def test_a_lone_token_is_its_own_mean():
     )
 
 
+def test_a_token_that_the_rollout_all_but_excluded_has_a_finite_kl():
+    found = metrics_of((torch.tensor([[-100.0]]), torch.tensor([[0.0]]), torch.ones(1, 1)))
+    assert found["rollout_kl"] == pytest.approx(math.exp(100) - 1 - 100)  # too much for float32
+
+
 def test_no_tokens_give_zeros():
     assert set(metrics_of((ROLLOUT, TRAINER, 0 * MASK)).values()) == {0.0}
 
