@@ -69,7 +69,7 @@ def rloo_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor
     """
     row_group, num_groups = index_groups(rewards, groups)
     values = rewards.double()
-    sizes = row_group.bincount(minlength=num_groups)[row_group]
+    sizes = row_group.bincount()[row_group]
     centred = values - group_mean(values, row_group, num_groups)
     return (centred * sizes / (sizes - 1).clamp(min=1)).float()
 

@@ -37,7 +37,7 @@ def group_mean(values: torch.Tensor, row_group: torch.Tensor, num_groups: int) -
         [B], the same for all rows of a group.
     """
     sums = values.new_zeros(num_groups).index_add_(0, row_group, values)
-    return (sums / row_group.bincount(minlength=num_groups))[row_group]
+    return (sums / row_group.bincount())[row_group]
 
 
 def group_range(

@@ -252,10 +252,10 @@ def _tensor_problems(batch: Batch, size: int, seq_length: int) -> list[str]:
 def _list_problems(batch: Batch) -> list[str]:
     problems = []
     for key in ("str_prompts", "str_outputs"):
-        for row, text in enumerate(batch.get(key, [])):
+        for row, text in enumerate(batch[key]):
             if not isinstance(text, str):
                 problems.append(f"{key}[{row}]: is a {type(text).__name__}, expected a str")
-    for row, ids in enumerate(batch.get("no_padded_query_ids", [])):
+    for row, ids in enumerate(batch["no_padded_query_ids"]):
         is_tensor = isinstance(ids, torch.Tensor)
         if not is_tensor or ids.dtype != torch.int64 or ids.dim() != 1:
             found = f"{ids.dtype} {list(ids.shape)}" if is_tensor else type(ids).__name__

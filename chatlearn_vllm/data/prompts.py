@@ -113,7 +113,6 @@ def keep_tail(ids: list[int], max_length: int, bos_token_id: int | None) -> list
 
     The end of a prompt holds what is asked.
     """
-    ids = list(ids)
     if len(ids) <= max_length:
         return ids
     head = ids[:1] if ids[0] == bos_token_id and max_length > 1 else []

@@ -37,7 +37,7 @@ def rollouts_to_batch(outputs: Sequence[Any], seq_length: int, pad_token_id: int
     sampled = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
     tokens = np.full((len(rows), seq_length), pad_token_id, dtype=np.int64)
     tokens[sampled] = _flat((completion.token_ids for _, completion in rows), np.int64)
-    logprobs = np.zeros((len(rows), max(seq_length - 1, 0)), dtype=np.float32)
+    logprobs = np.zeros((len(rows), seq_length - 1), dtype=np.float32)
     logprobs[sampled[:, 1:]] = _flat(
         (_sampled(completion.logprobs, completion.token_ids) for _, completion in rows), np.float32
     )

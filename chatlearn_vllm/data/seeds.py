@@ -10,4 +10,4 @@ def sample_seed(run_seed: int, ordinal: int, is_eval: bool) -> int:
     two of the first 2**32 responses share one, not even where a generator keeps 32 bits only.
     """
     digest = hashlib.sha256(f"{run_seed}/{'eval' if is_eval else 'train'}".encode()).digest()
-    return (int.from_bytes(digest[:7], "big") + ordinal) % 2**63
+    return int.from_bytes(digest[:7], "big") + ordinal  # far below 2**63, vLLM's largest

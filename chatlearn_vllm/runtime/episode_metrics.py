@@ -37,7 +37,7 @@ def reward_metrics(batch: Batch, prefix: str) -> dict[str, float]:
         f"{prefix}/reward_std": rewards.std(unbiased=False).item(),
     }
     if "accuracy" in batch:
-        metrics[f"{prefix}/accuracy"] = fmean(float(value) for value in batch["accuracy"])
+        metrics[f"{prefix}/accuracy"] = fmean(batch["accuracy"])
     return metrics
 
 
@@ -52,7 +52,7 @@ def train_metrics(
         prefix: of the metrics' names.
     """
     steps = [step for stats in stats_of_ranks if stats for step in stats]
-    names = list(dict.fromkeys(name for step in steps for name in step))
+    names = dict.fromkeys(name for step in steps for name in step)
     return {
         f"{prefix}/{name}": fmean(step[name] for step in steps if name in step) for name in names
     }

@@ -32,6 +32,9 @@ def test_advantages_compare_rows_within_their_group():
 def test_eps_is_added_to_the_standard_deviation():
     advantages = group_advantages(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), eps=1.0)
     assert advantages.tolist() == [-0.5, 0.5]  # 1 / (1 + 1)
+    # of 1e-6 where nothing is said: 1e-6 / (1e-6 + 1e-6)
+    advantages = group_advantages(torch.tensor([0.0, 2e-6]), torch.tensor([0, 0]))
+    torch.testing.assert_close(advantages, torch.tensor([-0.5, 0.5]))
 
 
 def test_a_group_of_equal_rewards_has_no_advantage():
@@ -58,9 +61,11 @@ def test_leave_one_out_gives_a_lone_row_and_equal_rewards_nothing():
 
 
 @pytest.mark.parametrize("advantages", [group_advantages, rloo_advantages])
-def test_rewards_and_groups_of_different_length_are_refused(advantages):
+def test_rewards_and_groups_that_are_not_one_per_row_are_refused(advantages):
     with pytest.raises(ValueError, match=r"both be \[B\], got \[2\] and \[3\]"):
         advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"both be \[B\], got \[2, 1\] and \[2, 1\]"):
+        advantages(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))
 
 
 def test_returns_add_up_what_is_still_to_come():

@@ -62,6 +62,12 @@ def test_padding_does_not_change_the_dr_grpo_loss():
     assert aggregate(*padded, how, max_length=4) == aggregate(TOKEN_LOSS, MASK, how, max_length=4)
 
 
+def test_dr_grpo_takes_responses_of_one_token():
+    token_loss = torch.tensor([[3.0], [5.0]])
+    how = "seq-mean-token-sum-norm"
+    assert aggregate(token_loss, torch.ones(2, 1), how, max_length=1) == 4.0
+
+
 @pytest.mark.parametrize("max_length", [None, 0])
 def test_dr_grpo_needs_a_length(max_length):
     with pytest.raises(ValueError, match=f"needs a max_length of at least 1, got {max_length}"):

@@ -20,6 +20,11 @@ def test_the_buffer_may_be_the_whole_length():
     assert overlong_penalty(lengths, max_length=4, buffer=4).tolist() == [0.0, -0.25, -1.0]
 
 
+def test_the_buffer_may_be_one_token():
+    lengths = torch.tensor([2, 3, 4, 5])
+    assert overlong_penalty(lengths, max_length=4, buffer=1).tolist() == [0.0, 0.0, -1.0, -1.0]
+
+
 @pytest.mark.parametrize("buffer", [0, -1, 101])
 def test_a_buffer_that_does_not_fit_is_refused(buffer):
     with pytest.raises(ValueError, match=rf"buffer={buffer} must be in \[1, max_length=100\]"):

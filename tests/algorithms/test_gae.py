@@ -57,10 +57,13 @@ def test_a_row_without_tokens_is_zero_and_one_token_has_no_future():
 
 
 def test_advantages_are_constants_of_training():
-    values = torch.ones(1, 2, requires_grad=True)
-    advantages, returns = gae(torch.ones(1, 2), values, torch.ones(1, 2), gamma=1.0, lam=1.0)
-    assert not advantages.requires_grad
-    assert not returns.requires_grad
+    values, mask = torch.ones(1, 2, requires_grad=True), torch.ones(1, 2)
+    rewards = token_rewards(torch.ones(1), values, mask, kl_coef=0.1)
+    advantages, returns = gae(torch.ones(1, 2), values, mask, gamma=1.0, lam=1.0)
+    sums = moments(values, mask)
+    whitened = whiten(values, mask, sums.detach())
+    for constant in (rewards, advantages, returns, sums, whitened):
+        assert not constant.requires_grad
     assert advantages.dtype == returns.dtype == torch.float32
 
 
@@ -88,6 +91,14 @@ def test_scores_are_clipped_on_both_sides_but_the_kl_is_not():
     scores = torch.tensor([5.0, -3.0, 1.0])
     rewards = token_rewards(scores, torch.full((3, 1), 8.0), torch.ones(3, 1), kl_coef=1.0, clip=2)
     assert rewards.tolist() == [[2.0 - 8], [-2.0 - 8], [1.0 - 8]]
+
+
+def test_rewards_are_exact_to_float32_whatever_the_inputs_are():
+    kl = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16)  # where 0.1 * 3 is 0.30078
+    rewards = token_rewards(torch.tensor([2]), kl, torch.ones(1, 2), kl_coef=0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 1.7]]))
+    scores, kl = torch.tensor([5.0], dtype=torch.float64), torch.zeros(1, 1)
+    assert token_rewards(scores, kl, torch.ones(1, 1), kl_coef=0.1).dtype == torch.float32
 
 
 def test_scores_per_token_are_refused():
@@ -119,6 +130,9 @@ def test_shards_are_whitened_by_the_moments_of_all_of_them():
 def test_eps_is_added_to_the_variance():
     values, mask = torch.tensor([[0.0, 2.0]]), torch.ones(1, 2)
     assert whiten(values, mask, moments(values, mask), eps=3.0).tolist() == [[-0.5, 0.5]]
+    # of 1e-8 where nothing is said: 1e-4 / sqrt(1e-8 + 1e-8)
+    whitened = whiten(1e-4 * values, mask, moments(1e-4 * values, mask))
+    torch.testing.assert_close(whitened, torch.tensor([[-math.sqrt(0.5), math.sqrt(0.5)]]))
 
 
 @pytest.mark.parametrize("row", [[0.1, 0.1, 0.1], [1e6, 1e6, 1e6], [7.0, NAN, NAN]])
@@ -142,7 +156,8 @@ def test_no_values_at_all_become_zero():
 
 
 def test_a_small_spread_around_a_large_mean_is_kept():
-    values, mask = torch.tensor([[10000.0, 10001.0]]), torch.ones(1, 2)
+    # float32 has no number between the two, so not their mean either
+    values, mask = torch.tensor([[1e7, 1e7 + 1]]), torch.ones(1, 2)
     whitened = whiten(values, mask, moments(values, mask))
     torch.testing.assert_close(whitened, torch.tensor([[-1.0, 1.0]]))
     assert whitened.dtype == torch.float32

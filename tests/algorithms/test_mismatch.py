@@ -31,7 +31,9 @@ def test_values_by_hand():
     assert found["rollout_kl"] == pytest.approx(sum(k3) / 4, rel=1e-6)
     # ratios 1 and 0.909 lie inside [0.8, 1.2], ratios 2 and 0.37 outside
     assert found["rollout_clip_fraction"] == 0.5
-    assert metrics_of((ROLLOUT, TRAINER, MASK), cliprange=0.05)["rollout_clip_fraction"] == 0.75
+    for cliprange in (0.05, 0.0):  # equal log-probabilities are inside any range
+        found = metrics_of((ROLLOUT, TRAINER, MASK), cliprange=cliprange)
+        assert found["rollout_clip_fraction"] == 0.75
 
 
 def test_shards_of_unequal_length_add_up():
@@ -54,6 +56,23 @@ def test_the_kl_is_that_of_the_rollout_to_the_trainer():
 
     exact = (rollout.exp() * (rollout - trainer)).sum().item()
     assert found["rollout_kl"] == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_lone_token_is_its_own_mean():
+    found = metrics_of((ROLLOUT, TRAINER, torch.tensor([[0.0, 0, 0], [0, 1, 0]])))
+    assert found == pytest.approx(
+        {
+            "logprob_abs_diff_mean": 1.0,
+            "logprob_abs_diff_max": 1.0,
+            "rollout_kl": math.exp(-1),
+            "rollout_clip_fraction": 1.0,
+        }
+    )
+
+
+def test_a_token_that_the_rollout_all_but_excluded_has_a_finite_kl():
+    found = metrics_of((torch.tensor([[-100.0]]), torch.tensor([[0.0]]), torch.ones(1, 1)))
+    assert found["rollout_kl"] == pytest.approx(math.exp(100) - 1 - 100)  # too much for float32
 
 
 def test_no_tokens_give_zeros():

@@ -58,16 +58,17 @@ def test_the_gradient_of_the_policy_loss_is_ratio_times_advantage_unless_clipped
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
-    # ratios 4, 2, 1/2 and c = 3: A = -2 gives min(8, 6), 4 and the ordinary clip 0.8 * 2
+    # ratios 4, 2, 1/2 and c = 3: A = -2 gives min(8, 6), 4 and the ordinary clip 0.8 * 2;
+    # A = 1/2 gives what it gives without c
     logprobs = torch.tensor([[2 * LN2, LN2, -LN2]] * 2, requires_grad=True)
-    advantages, mask = torch.tensor([-2.0, 2.0]), torch.ones(2, 3)
+    advantages, mask = torch.tensor([-2.0, 0.5]), torch.ones(2, 3)
     loss, stats = policy_loss(logprobs, torch.zeros(2, 3), advantages, mask, dual_clip=3.0)
-    torch.testing.assert_close(loss, torch.tensor([[6.0, 4.0, 1.6], [-2.4, -2.4, -1.0]]))
+    torch.testing.assert_close(loss, torch.tensor([[6.0, 4.0, 1.6], [-0.6, -0.6, -0.25]]))
     assert stats["dual_clipped"] == 1
     assert stats["clipped"] == 1 + 1 + 2
     loss.sum().backward()
     # r * -A where nothing clips
-    torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, -1.0]]))
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, -0.25]]))
 
 
 def test_without_dual_clip_it_is_not_counted():
@@ -197,6 +198,16 @@ def test_values_outside_the_mask_touch_neither_loss_nor_gradient(ratio_level):
         "dual_clipped": 0,
         "approx_kl": 0,
     }
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_one_sequence_needs_no_batch(ratio_level):
+    logprobs, old, mask = torch.tensor([1.0, -0.5, 0.1]), torch.zeros(3), torch.tensor([0, 1, 1])
+    loss, _ = policy_loss(logprobs, old, torch.tensor(2.0), mask, ratio_level=ratio_level)
+    mean = -0.4 / 2
+    ratios = {"token": (math.exp(-0.5), math.exp(0.1)), "sequence": (math.exp(mean),) * 2}
+    first, second = ratios[ratio_level]
+    torch.testing.assert_close(loss, torch.tensor([0.0, -2 * first, -2 * second]))
 
 
 def test_advantages_may_be_given_per_token():

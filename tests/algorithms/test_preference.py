@@ -55,6 +55,12 @@ def test_a_policy_like_its_reference_prefers_nothing():
     assert sums["pairs"] == 2
 
 
+def test_any_margin_above_zero_is_accurate():
+    zeros = torch.zeros(4)
+    _, sums = preference_loss(torch.tensor([0.01, 0.5, 0.0, -0.5]), zeros, zeros, zeros, beta=0.3)
+    assert sums["accuracy"] == 2
+
+
 def test_a_pair_the_wrong_way_round_is_not_accurate():
     loss, sums = preference_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, beta=0.5)
     torch.testing.assert_close(loss, torch.tensor([WRONG_WAY]))
@@ -132,6 +138,8 @@ def test_responses_are_summed_or_averaged_over_their_own_tokens():
     assert sums.tolist() == [-4.0, -2.0, 0.0]
     means = sequence_logprobs(logprobs, mask, average=True)
     assert means.tolist() == [-2.0, -2.0, 0.0]
+    assert sequence_logprobs(logprobs[0], mask[0]) == -4.0  # one response without its batch
+    assert sequence_logprobs(logprobs[0], mask[0], average=True) == -2.0
     (sums + means).sum().backward()
     assert logprobs.grad.tolist() == [[0, 1.5, 1.5, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
 

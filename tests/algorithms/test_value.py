@@ -16,15 +16,16 @@ def sums_of(values, returns):
 
 def test_values_that_came_nearer_than_allowed_have_no_gradient():
     # cliprange 1/2 around 1. Towards R = 3: V = 2 counts as 1.5, V = 1.25 as it is.
-    # Away from R = 0: V = 2 counts as it is, for it is the worse of the two.
-    values = torch.tensor([[2.0, 1.25, 2.0]], requires_grad=True)
-    returns = torch.tensor([[3.0, 3.0, 0.0]])
-    loss, sums = value_loss(values, torch.ones(1, 3), returns, torch.ones(1, 3), cliprange=0.5)
-    torch.testing.assert_close(loss, torch.tensor([[1.5**2 / 2, 1.75**2 / 2, 2.0]]))
+    # Away from R = 0: V = 2 counts as it is, for it is the worse of the two. Towards R = 0:
+    # V = 0.75 counts as it is.
+    values = torch.tensor([[2.0, 1.25, 2.0, 0.75]], requires_grad=True)
+    returns = torch.tensor([[3.0, 3.0, 0.0, 0.0]])
+    loss, sums = value_loss(values, torch.ones(1, 4), returns, torch.ones(1, 4), cliprange=0.5)
+    torch.testing.assert_close(loss, torch.tensor([[1.5**2 / 2, 1.75**2 / 2, 2.0, 0.75**2 / 2]]))
     assert sums["clipped"] == 1
-    assert sums["squared_error"] == 1 + 1.75**2 + 4
+    assert sums["squared_error"] == 1 + 1.75**2 + 4 + 0.75**2
     loss.sum().backward()
-    assert values.grad.tolist() == [[0.0, -1.75, 2.0]]
+    assert values.grad.tolist() == [[0.0, -1.75, 2.0, 0.75]]
 
 
 def test_values_below_are_clipped_like_values_above():
@@ -79,6 +80,7 @@ def test_values_outside_the_mask_touch_neither_loss_nor_gradient_nor_sums():
         "values_squared": 4,
     }
     assert not any(value.requires_grad for value in sums.values())
+    assert {value.dtype for value in sums.values()} == {torch.float64}
 
 
 def test_losses_and_sums_do_not_depend_on_micro_batches():
@@ -102,6 +104,7 @@ def test_losses_and_sums_do_not_depend_on_micro_batches():
         ([1.0, 3.0], [1.0, 3.0], 1.0),
         ([2.0, 4.0], [1.0, 3.0], 1.0),  # a constant error has no variance
         ([1.0, 2.0], [1.0, 3.0], 0.75),  # errors 0 and 1: 1 - 0.25 / 1
+        ([1.0, 4.0], [1.0, 5.0], 0.9375),  # errors 0 and 1: 1 - 0.25 / 4
         ([0.0, 0.0], [1.0, 3.0], 0.0),
         ([3.0, 1.0], [1.0, 3.0], -3.0),  # errors -2 and 2: 1 - 4 / 1
     ],
@@ -117,6 +120,15 @@ def test_rounding_of_float32_sums_is_not_taken_for_variance():
     # two returns of about 100, whose squares add up to 20000 and an error of 1e-7 of that
     sums = {"tokens": 2, "returns": 200.0, "returns_squared": 20000.002, "values": 0.0}
     assert explained_variance(sums | {"squared_error": 20000.0}) == 0.0
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(0.9, 0.0), (1.1, 0.75)])
+def test_a_spread_above_a_thousandth_of_the_returns_is_variance(deviation, expected):
+    # returns of 1000 and an error whose variance is a quarter of theirs
+    sums = {"tokens": 1, "returns": 1000.0, "values": 1000.0}
+    sums["returns_squared"] = 1e6 + deviation**2
+    sums["squared_error"] = deviation**2 / 4
+    assert explained_variance(sums) == pytest.approx(expected)
 
 
 def test_returns_that_do_not_vary_leave_nothing_to_explain():

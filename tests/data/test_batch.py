@@ -110,6 +110,9 @@ def test_every_missing_key_is_listed():
     del batch["logprobs"], batch["str_prompts"]
     with pytest.raises(ValueError, match=r"logprobs: missing\n  str_prompts: missing"):
         check_batch(batch, SEQ_LENGTH)
+    del batch["all_tokens"]
+    with pytest.raises(ValueError, match=r"all_tokens: missing\n  logprobs: missing\n  str_pro"):
+        check_batch(batch, SEQ_LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,18 @@ def test_every_missing_key_is_listed():
         ("str_outputs", ["only one"], r"str_outputs: has 1 rows, expected 2"),
         ("str_outputs", ["c", None], r"str_outputs\[1\]: is a NoneType, expected a str"),
         ("answer", "c", r"answer: is a str, expected a tensor \[2, ...\] or a list"),
+        ("answer", torch.tensor(1), r"answer: is a scalar tensor, expected a tensor \[2, ...\] or"),
         ("no_padded_query_ids", [[5, 6], [5, 6]], r"no_padded_query_ids\[0\]: is list"),
+        (
+            "no_padded_query_ids",
+            [torch.tensor([5, 6]), torch.tensor([5, 6], dtype=torch.int32)],
+            r"no_padded_query_ids\[1\]: is torch.int32 \[2\], expected torch.int64 \[P\]",
+        ),
+        (
+            "no_padded_query_ids",
+            [torch.tensor([5, 6]), torch.tensor([[5, 6]])],
+            r"no_padded_query_ids\[1\]: is torch.int64 \[1, 2\], expected torch.int64 \[P\]",
+        ),
     ],
 )
 def test_a_wrong_shape_or_type_is_named(key, value, message):
@@ -155,6 +169,27 @@ def test_wrong_content_is_named(key, index, value, message):
         check_batch(batch, SEQ_LENGTH)
 
 
+@pytest.mark.parametrize("length", [1, SEQ_LENGTH - 1])
+def test_prompt_and_response_have_at_least_one_token_each(length):
+    ids = torch.arange(3, 3 + SEQ_LENGTH)
+    batch = {
+        "all_tokens": ids.repeat(2, 1),
+        "loss_mask": torch.tensor([[0.0] * length + [1.0] * (SEQ_LENGTH - length)] * 2),
+        "logprobs": torch.full((2, SEQ_LENGTH - 1), -0.5),
+        "no_padded_query_ids": [ids[:length]] * 2,
+        "str_prompts": ["", ""],
+        "str_outputs": ["", ""],
+    }
+    check_batch(batch, SEQ_LENGTH)
+    batch["no_padded_query_ids"] = [ids[:0], ids]
+    with pytest.raises(ValueError) as error:
+        check_batch(batch, SEQ_LENGTH)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "no_padded_query_ids[0]: has 0 tokens, expected 1 to 7",
+        "no_padded_query_ids[1]: has 8 tokens, expected 1 to 7",
+    ]
+
+
 def test_concat_keeps_the_order_of_rows():
     joined = concat([rows(0, 1), rows(2)])
     assert as_lists(joined) == {"row": [0, 1, 2], "text": ["0", "1", "2"]}
@@ -166,6 +201,7 @@ def test_concat_keeps_the_order_of_rows():
         ({"row": torch.tensor([1])}, r"batch 1 and batch 0 differ in keys \['text'\]"),
         ({"row": [1], "text": ["1"]}, r"row is a tensor in some batches and a list in others"),
         ({"row": torch.tensor([1.0]), "text": ["1"]}, r"row differs between batches in shape"),
+        ({"row": torch.tensor([[1, 2]]), "text": ["1"]}, r"row differs between batches in shape"),
         ({"row": torch.tensor([1]), "text": []}, r"same length, got {'row': 1, 'text': 0}"),
     ],
 )
@@ -181,11 +217,14 @@ def test_concat_of_nothing_is_refused():
 
 def test_select_takes_rows_in_the_given_order():
     chosen = select(rows(10, 11, 12), [2, 0, 2])
-    assert as_lists(chosen) == {"row": [12, 10, 12], "text": ["12", "10", "12"]}
+    assert torch.equal(chosen["row"], torch.tensor([12, 10, 12]))
+    assert chosen["text"] == ["12", "10", "12"]
     assert batch_size(select(rows(10, 11), [])) == 0
 
 
-@pytest.mark.parametrize(("parts", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1])])
+@pytest.mark.parametrize(
+    ("parts", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (4, [2, 1, 1, 1]), (5, [1] * 5)]
+)
 def test_split_cuts_nearly_equal_consecutive_parts(parts, sizes):
     batch = rows(0, 1, 2, 3, 4)
     pieces = split(batch, parts)

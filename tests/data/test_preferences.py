@@ -47,9 +47,12 @@ def test_pairs_stay_as_they_are():
         ),
         ({"prompt": "?", "rejected": "3"}, r"key 'response' is None.*prompt, chosen \(or response"),
         ({"prompt": "?", "chosen": "2", "rejected": ""}, r"key 'rejected' is '', must be a non-em"),
+        ({"prompt": "?", "chosen": "2", "rejected": 3}, r"key 'rejected' is 3, must be a non-emp"),
         ({"prompt": "?", "response": "2", "score": [1]}, "must both be lists"),
+        ({"prompt": "?", "response": ["2"], "score": 1}, "must both be lists"),
         ({"prompt": "?", "response": ["2"], "score": [1, 0]}, "1 entries and 'score' 2; each resp"),
         ({"prompt": "?", "response": ["2", ""], "score": [1, 0]}, "non-empty strings only"),
+        ({"prompt": "?", "response": ["2", 3], "score": [1, 0]}, "non-empty strings only"),
         (
             {"prompt": "?", "response": ["2", "3"], "score": [1, None]},
             r"\[1, None\], must hold num",
@@ -66,3 +69,7 @@ def test_all_bad_records_are_named_up_to_ten():
         preference_pairs([{"prompt": ""}] * 12)
     assert len(str(error.value).splitlines()) == 11
     assert str(error.value).endswith("... and 2 more")
+    with pytest.raises(ValueError) as error:
+        preference_pairs([{"prompt": ""}] * 10)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"records[{number}]" for number in range(10)]

@@ -1,6 +1,7 @@
 """Are prompt files read, tokenised and ordered as documented, and are bad ones explained?"""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from chatlearn_vllm.data.prompts import (
     PromptSampler,
     VLLMPromptPipeline,
     load_prompts,
+    require_records,
 )
 
 
@@ -24,17 +26,20 @@ class CodePointTokenizer:
 
 
 class SpecialTokensTokenizer(CodePointTokenizer):
-    """Adds BOS (id 1) and EOS (id 2), and knows both where a text has them."""
+    """Adds BOS (id 1) and EOS (id 2) if it is to, and knows both where a text has them."""
 
     bos_token, eos_token, eos_token_id = "<s>", "</s>", 2
 
-    def __init__(self):
+    def __init__(self, adds_bos: bool = True, adds_eos: bool = True):
         super().__init__(bos_token_id=1)
+        self.head, self.tail = [1] * adds_bos, [2] * adds_eos
 
     def encode(self, text: str) -> list[int]:
+        """Of a text without its outer blanks, as some tokenizers do it."""
         texts = {"\x01": 1, "\x02": 2}
-        text = text.replace("<s>", "\x01").replace("</s>", "\x02")
-        return [1, *(texts.get(character, ord(character)) for character in text), 2]
+        text = text.strip(" ").replace("<s>", "\x01").replace("</s>", "\x02")
+        ids = [texts.get(character, ord(character)) for character in text]
+        return self.head + ids + self.tail
 
 
 def write_jsonl(path, *records):
@@ -63,6 +68,31 @@ def test_extra_fields_are_kept_and_missing_ones_are_none(tmp_path):
     first, second = load_prompts(path)
     assert first == {"prompt": "1+1=", "answer": "2", "level": None}
     assert second["answer"] is None and second["level"] == 3
+
+
+def test_files_are_read_one_after_another(tmp_path):
+    first = write_jsonl(tmp_path / "b.jsonl", {"prompt": "1"}, {"prompt": "2", "level": 3})
+    second = write_jsonl(tmp_path / "a.jsonl", {"query": "?"})
+    prompts = [record["prompt"] for record in load_prompts([first, str(second)])]
+    assert prompts == ["1", "2", "\n\nHuman: ?\n\nAssistant: "]
+    assert load_prompts(str(first)) == load_prompts(first)
+
+
+@pytest.mark.parametrize(("limit", "prompts"), [(-1, "123"), (0, ""), (1, "1"), (9, "123")])
+def test_a_limit_keeps_the_first_records_and_the_fields_of_all(tmp_path, limit, prompts):
+    path = write_jsonl(
+        tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "2"}, {"prompt": "3", "level": 3}
+    )
+    records = load_prompts(path, limit=limit)
+    assert "".join(record["prompt"] for record in records) == prompts
+    assert all(record.keys() == {"prompt", "level"} for record in records)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", Path("p.jsonl")])
+def test_the_name_of_a_file_is_no_list_of_prompts(name):
+    with pytest.raises(ValueError, match=r"set_dataset\(load_prompts\('p.jsonl'\)\)"):
+        require_records(name)
+    require_records(["p.jsonl"])
 
 
 def test_blank_lines_are_skipped(tmp_path):
@@ -96,6 +126,11 @@ def test_all_bad_lines_are_reported_up_to_ten(tmp_path):
         load_prompts(path)
     lines = str(error.value).splitlines()
     assert len(lines) == 11 and lines[-1] == "... and 2 more"
+    write_jsonl(path, *({"prompt": ""} for _ in range(10)))
+    with pytest.raises(ValueError) as error:
+        load_prompts(path)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"{path}, line {n}" for n in range(1, 11)]
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
@@ -113,12 +148,15 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
     [
         (["abc"], None),
         ([("abc", "chosen", "rejected")], None),
+        ([["abc", "chosen"]], None),
         ([{"prompt": "abc"}], None),
         ([{"prompt": "abc"}], "prompt"),
     ],
 )
 def test_texts_tuples_and_dicts_give_the_same_item(prompts, prompt_key):
-    pipeline = VLLMPromptPipeline(prompts, 8, CodePointTokenizer(), prompt_key)
+    tokenizer = CodePointTokenizer()
+    pipeline = VLLMPromptPipeline(prompts, 8, tokenizer, prompt_key)
+    assert pipeline.tokenizer is tokenizer
     assert len(pipeline) == 1
     assert pipeline[0] == {"input_ids": [97, 98, 99], "prompt": "abc"}
 
@@ -148,7 +186,8 @@ def test_a_long_prompt_loses_tokens_at_its_head_but_not_the_bos(bos, max_length,
         (["a", ""], None, r"prompts\[1\] \(key 'prompt'\) is '', must be a non-empty string"),
         ([{"query": "a"}], None, r"prompts\[0\] \(key 'prompt'\) is None"),
         ([{"prompt": "a"}], "query", r"prompts\[0\] \(key 'query'\) is None"),
-        ([()], None, r"prompts\[0\]"),
+        ([()], None, r"prompts\[0\] \(key 'prompt'\) is None"),
+        ([3], None, r"prompts\[0\] \(key 'prompt'\) is 3, must be a non-empty string"),
     ],
 )
 def test_an_empty_or_missing_prompt_is_named(prompts, prompt_key, message):
@@ -176,6 +215,7 @@ def test_collate_gives_a_dict_of_lists():
         "answer": [1, 2],
         "input_ids": [[97, 98], [99]],
     }
+    assert pipeline.collate_fn([]) == {}
     with pytest.raises(ValueError, match=r"differ in fields \['extra'\]"):
         pipeline.collate_fn([pipeline[0], pipeline[1] | {"extra": 1}])
 
@@ -191,6 +231,7 @@ def test_a_user_pipeline_may_fill_either_attribute(attribute):
 
     pipeline = OwnPipeline(["a", "b"], CodePointTokenizer())
     assert len(pipeline) == 2
+    assert pipeline.num_cut == 0
     assert pipeline.collate_fn([pipeline[1]]) == {"input_ids": [[98]], "prompt": ["b"]}
 
 
@@ -208,6 +249,14 @@ def test_the_order_depends_on_the_seed_alone():
     assert [one_by_one.next(1)[0] for _ in range(120)] == PromptSampler(50, seed=3).next(120)
 
 
+def test_the_order_is_the_same_in_every_version():
+    assert PromptSampler(5, seed=3).next(10) == [1, 0, 2, 3, 4, 1, 2, 0, 3, 4]
+
+
+def test_a_single_row_comes_again_and_again():
+    assert PromptSampler(1, seed=0).next(3) == [0, 0, 0]
+
+
 def test_without_shuffle_rows_come_in_order_and_start_again():
     sampler = PromptSampler(3, seed=0, shuffle=False)
     assert sampler.next(2) == [0, 1]
@@ -223,10 +272,18 @@ def test_a_resumed_sampler_continues_in_the_middle_of_an_epoch():
     assert resumed.next(20) == sampler.next(20)
 
 
-def test_resuming_with_other_prompts_is_refused():
+@pytest.mark.parametrize(
+    ("today", "message"),
+    [
+        ({"num_prompts": 8}, "num_prompts was 7 when it was saved and is 8 now"),
+        ({"seed": 2}, "seed was 1 when it was saved and is 2 now"),
+        ({"shuffle": False}, "shuffle was True when it was saved and is False now"),
+    ],
+)
+def test_resuming_in_another_order_is_refused(today, message):
     state = PromptSampler(7, seed=1).state_dict()
-    with pytest.raises(ValueError, match="num_prompts was 7 when it was saved and is 8 now"):
-        PromptSampler(8, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        PromptSampler(**{"num_prompts": 7, "seed": 1, **today}).load_state_dict(state)
 
 
 def test_a_sampler_without_rows_is_refused():
@@ -245,6 +302,21 @@ def test_a_sampler_without_rows_is_refused():
 )
 def test_special_tokens_that_a_text_has_or_cannot_have_are_not_added(text, ids):
     (item,) = PromptPipeline([text], 8, SpecialTokensTokenizer())
+    assert item["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    ("adds_eos", "text", "ids"),
+    [
+        (False, "<s>hi", [1, ord("h"), ord("i")]),
+        (False, "hi</s>", [ord("h"), ord("i"), 2]),
+        (False, "hi", [ord("h"), ord("i")]),
+        (True, "h", [ord("h")]),
+        (True, " ", [2]),  # a prompt has a token
+    ],
+)
+def test_special_tokens_of_a_text_stay_where_a_tokenizer_adds_none_of_them(adds_eos, text, ids):
+    (item,) = PromptPipeline([text], 8, SpecialTokensTokenizer(adds_bos=False, adds_eos=adds_eos))
     assert item["input_ids"] == ids
 
 

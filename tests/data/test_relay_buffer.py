@@ -16,20 +16,25 @@ def batch_of(episode):
         (0, 0, [[1], [2], [3], [4]]),
         (1, 0, [[1], [2], [3], [4]]),
         (2, 0, [[1], [1, 2], [2, 3], [3, 4]]),
+        (4, 0, [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]),
         (-1, 0, [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]),
         (3, 2, [[1], [2], [2, 3], [2, 3, 4]]),
         (-1, 3, [[1], [2], [3], [3, 4]]),
     ],
 )
 def test_the_last_episodes_are_kept_also_over_a_resume(max_episodes, first_episode, kept):
+    steady, handed_back = RelayBuffer(max_episodes, first_episode), []
     relay = RelayBuffer(max_episodes, first_episode)
     for episode, expected in enumerate(kept, start=1):
+        handed_back.append(steady.add(episode, batch_of(episode)))
         buffers = relay.add(episode, batch_of(episode))
         assert [one.episode for one in buffers] == expected
         assert num_episodes_kept(episode, max_episodes, first_episode) == len(expected)
         state = relay.state_dict()
         relay = RelayBuffer(max_episodes, first_episode)
         relay.load_state_dict(state)
+    # what was handed back stays as it was in its episode
+    assert [[one.episode for one in buffers] for buffers in handed_back] == kept
 
 
 def test_a_checkpoint_holds_only_what_the_next_episode_trains_on():

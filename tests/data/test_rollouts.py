@@ -51,9 +51,22 @@ def test_rows_hold_prompt_response_and_padding_and_only_sampled_tokens_are_actio
 
 def test_log_probabilities_of_the_prompt_stand_before_those_of_the_response() -> None:
     of_prompt = [None, *entries([6, 7], [-3.0, -4.0])]
-    output = request("0", [5, 6, 7], [([8], [-0.5]), ([], [])], of_prompt)
-    batch = rollouts_to_batch([output], seq_length=5, pad_token_id=0)
-    assert batch["logprobs"].tolist() == [[-3.0, -4.0, -0.5, 0], [-3.0, -4.0, 0, 0]]
+    outputs = [
+        request("0", [5, 6, 7], [([8], [-0.5]), ([], [])], of_prompt),
+        request("1", [3, 4], [([8], [-0.25])], [None, *entries([4], [-2.0])]),
+        request("2", [3, 4], [([9], [-0.75])]),
+    ]
+    batch = rollouts_to_batch(outputs, seq_length=5, pad_token_id=0)
+    assert batch["logprobs"].tolist() == [
+        [-3.0, -4.0, -0.5, 0], [-3.0, -4.0, 0, 0], [-2.0, -0.25, 0, 0], [0, -0.75, 0, 0],
+    ]  # fmt: skip
+
+
+def test_log_probabilities_of_fewer_tokens_than_there_are_are_refused() -> None:
+    output = request("0", [5], [([8, 9], [-0.5, -1.0])])
+    output.outputs[0].logprobs.pop()
+    with pytest.raises(ValueError, match="longer"):
+        rollouts_to_batch([output], seq_length=4, pad_token_id=0)
 
 
 def test_what_does_not_fit_or_lacks_log_probabilities_is_refused() -> None:

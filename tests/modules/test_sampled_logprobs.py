@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from vllm.logprobs import Logprob
+from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines.sampled_logprobs import SampledLogprobs, TokenLogprobs
 from chatlearn_vllm.engines.vllm_compat import split_request_id
 
@@ -189,3 +190,15 @@ def test_a_request_that_was_cut_off_gets_the_logprobs_of_the_tokens_that_it_has(
     assert sampled.take("3#0", [6, 7]) == [-1.5, -2.5]
     with pytest.raises(RuntimeError, match="request 3#0: .* 1 tokens, of which .* over 0"):
         sampled.take("3#0", [6])
+
+
+def test_a_batch_has_the_logprobs_of_sampled_tokens_in_whatever_form_they_come() -> None:
+    forms = [], FlatLogprobs(), FlatLogprobs(), TokenLogprobs.of([8, 9], [-0.5, -1.0])
+    forms[0].extend([{8: Logprob(-0.5)}, {4: Logprob(-0.25), 9: Logprob(-1.0)}])
+    forms[1].extend([{8: Logprob(-0.5)}, {9: Logprob(-1.0)}])
+    forms[2].extend([{8: Logprob(-0.5)}, {4: Logprob(-0.25), 9: Logprob(-1.0)}])
+    output = answer("0", *[[8, 9]] * 4)
+    for completion, logprobs in zip(output.outputs, forms, strict=True):
+        completion.logprobs = logprobs
+    batch = rollouts_to_batch([output], seq_length=4, pad_token_id=0)
+    assert batch["logprobs"].tolist() == [[-0.5, -1.0, 0]] * 4

@@ -10,6 +10,7 @@ from chatlearn_vllm.runtime.checkpoint import (
     DriverState,
     check_trainers,
     load_state,
+    remove_states,
     save_state,
     saved_episodes,
 )
@@ -24,6 +25,18 @@ def test_the_newest_complete_state_is_loaded(tmp_path):
     assert load_state(tmp_path, episode=9).weight_version == 10
 
 
+def test_a_state_is_put_in_place_of_another_and_not_written_over_it(tmp_path):
+    directory = tmp_path / "of a job" / "driver"
+    save_state(directory, DriverState(1, 1, {}, batches=[torch.zeros(2)]))
+    for name in ("episode_00000001.json", "episode_00000001.pt"):
+        (tmp_path / name).hardlink_to(directory / name)  # what a reader has opened
+    save_state(directory, DriverState(1, 2, {}, batches=[torch.ones(2)]))
+
+    opened, replaced = load_state(tmp_path), load_state(directory)
+    assert (opened.weight_version, opened.batches[0].tolist()) == (1, [0.0, 0.0])
+    assert (replaced.weight_version, replaced.batches[0].tolist()) == (2, [1.0, 1.0])
+
+
 def test_only_the_newest_states_are_kept(tmp_path):
     for episode in (1, 2, 3):
         save_state(tmp_path, DriverState(episode, episode, {}), keep=2)
@@ -32,6 +45,13 @@ def test_only_the_newest_states_are_kept(tmp_path):
         "episode_00000002.json",
         "episode_00000003.json",
     ]
+
+
+def test_states_that_are_not_there_need_not_be_removed(tmp_path):
+    for episode in (1, 2):
+        save_state(tmp_path, DriverState(episode, episode, {}))
+    remove_states(tmp_path, [7, 1])
+    assert saved_episodes(tmp_path) == [2]
 
 
 def test_states_of_an_earlier_run_that_went_further_take_no_place(tmp_path):
@@ -133,6 +153,9 @@ def test_broken_batches_are_named_with_what_can_be_loaded_instead(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
 
     with pytest.raises(ValueError, match="episode_00000002.pt: cannot be read .*: 1 goes on"):
+        load_state(tmp_path)
+    torch.save([tmp_path], path)  # an object that tensors do not need, and could run code
+    with pytest.raises(ValueError, match="(?s)episode_00000002.pt: cannot be read .*PosixPath"):
         load_state(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match="episode_00000002.pt: cannot be read"):

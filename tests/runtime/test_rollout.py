@@ -10,7 +10,7 @@ from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime import session
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.errors import RankError
-from chatlearn_vllm.runtime.rollout import Rollout
+from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
 from tests.helpers.toy_modules import write_job
 
 SECONDS_PER_PROMPT = (0.02, 0.3)
@@ -131,6 +131,13 @@ def test_what_all_replicas_can_work_on_is_split_beforehand_and_answered_in_one_c
     assert batch["sample_index"].tolist() == list(range(100, 124))
 
 
+def test_without_a_limit_each_replica_answers_its_share_in_one_call(groups):
+    batch = Rollout(groups["policy"]).generate(PROMPTS[:5], 0, 2, 1)
+
+    assert batch["replica"].tolist() == [0] * 6 + [1] * 4
+    assert batch["num_open"].tolist() == [3] * 6 + [2] * 4
+
+
 def test_a_replica_that_is_free_gets_the_prompts_that_wait(groups):
     batch = Rollout(groups["policy"], max_open=3).generate(PROMPTS, 40, 2, 1)
 
@@ -143,6 +150,7 @@ def test_a_replica_that_is_free_gets_the_prompts_that_wait(groups):
 def test_samples_are_scored_while_others_are_being_made(groups):
     rollout = Rollout(groups["policy"], max_open=3, scorers=[groups["reward"]])
     batch = rollout.generate(PROMPTS, 0, 2, 5)
+    assert rollout.scores_meanwhile("reward") and not rollout.scores_meanwhile("policy")
     scores = rollout.scores("reward")
 
     assert_in_order(batch, 0)
@@ -217,3 +225,23 @@ def test_prompts_that_nobody_had_room_for_stay_as_they_are(groups):
     assert len(carried) == 16
     untouched = [one for one in carried if one.num_rounds == 0]
     assert untouched and all(one.responses == [] for one in untouched)
+
+
+def test_prompts_answered_beyond_those_asked_for_keep_their_own_responses(groups):
+    work = [Carried(1, 2 * place, 0, []) for place in range(6)]
+    batch, carried = Rollout(groups["policy_trainer"], max_open=4).generate_until(
+        work, 2, 2, iteration=1, max_rounds=2
+    )
+
+    assert batch["sample_index"].tolist() == [0, 1, 2, 3]
+    tokens = [(one.first_sample, [begun.token_ids for begun in one.responses]) for one in carried]
+    assert tokens == [(first, [[7], [7]]) for first in (4, 6, 8, 10)]
+
+
+def test_samples_of_other_weights_than_the_last_sync_are_an_error():
+    batch = {"weight_version": torch.tensor([4, 3, 4, 2, 3])}
+    with pytest.raises(
+        RuntimeError, match=r"3 of 5 samples .* weight version \[2, 3\], .* was .* 4"
+    ):
+        check_weight_version(batch, 4)
+    check_weight_version({"weight_version": torch.tensor([4, 4])}, 4)

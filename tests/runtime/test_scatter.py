@@ -32,3 +32,5 @@ def test_rows_that_cannot_be_spread_are_refused():
 
 def test_prompts_are_split_in_order():
     assert split_evenly([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
+    assert split_evenly([1, 2, 3, 4, 5], 4) == [[1, 2], [3], [4], [5]]
+    assert split_evenly([1, 2], 3) == [[1], [2], []]

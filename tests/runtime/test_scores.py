@@ -57,6 +57,7 @@ def test_rewards_are_numbers_of_any_kind(rewards):
         ({"rewards": ["good", "bad"]}, r"\[2\]; torch says of what it returned: "),
         ({"rewards": [None, 1.0]}, r"\[2\]; torch says of what it returned: "),
         ({"rewards": [1.0, NAN]}, r"\[2\]; of 1 rows it is NaN or infinite: 1$"),
+        ({"rewards": [NAN] * 5}, r"\[5\]; of 5 rows it is NaN or infinite: 0, 1, 2, 3, 4$"),
         ({"rewards": [-INFINITY] * 7}, r"\[7\]; of 7 rows it is .*: 0, 1, 2, 3, 4, \.\.\.$"),
     ],
 )

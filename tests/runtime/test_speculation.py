@@ -75,6 +75,13 @@ def test_two_slow_rollouts_in_a_row_end_drafting_and_two_fast_ones_bring_it_back
     assert policy.calls == [False, True]
 
 
+def test_drafts_that_gain_just_enough_stay_and_come_back() -> None:
+    policy = Policy()
+    assert run(policy, SpeculationSwitch(policy, 1.0), [1.0, 1.0, 1.0]) == [1, 1, 1]
+    gains = [0.5, 0.5, 1.05, 1.05, 1.0]  # 1.05 is the margin
+    assert run(policy, SpeculationSwitch(policy, 1.0), gains) == [1, 1, 0, 0, 1]
+
+
 def test_rollouts_that_measured_nothing_say_nothing() -> None:
     policy = Policy()
     enabled = run(policy, SpeculationSwitch(policy, 1.0), [0.9, None, None, 0.8, 0.8])
