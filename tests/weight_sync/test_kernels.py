@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from chatlearn_vllm.layouts.blocks import Rect
+from chatlearn_vllm.weight_sync import transport
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample, digests
 from chatlearn_vllm.weight_sync.kernels import GroupedCopy, GroupedDigest
 from chatlearn_vllm.weight_sync.pieces import SpanTable, addresses_of, form_of, view_of
+from chatlearn_vllm.weight_sync.planner import Copy
+from chatlearn_vllm.weight_sync.transport import OpenedExport, Puller, export_tensors
 from tests.helpers.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -87,6 +90,72 @@ def copy_with_gaps(gaps_are_read: bool) -> tuple[bool, int]:
 def test_a_rectangle_may_have_gaps_on_one_side_only(interpreter) -> None:
     assert interpreter.run(copy_with_gaps, True) == [(True, 0)]
     assert interpreter.run(copy_with_gaps, False) == [(True, 50 * 40)]
+
+
+PULLED = [
+    Copy(0, "matrix", ((2, 18), (4, 12)), "fused", ((3, 19), (0, 8))),
+    Copy(1, "matrix", ((0, 4), (0, 8)), "fused", ((20, 24), (8, 16))),
+    Copy(1, "experts", ((2, 3), (1, 7), (0, 16)), "slots", ((0, 1), (2, 8), (0, 16))),
+    # other dtypes
+    Copy(0, "matrix", ((5, 18), (2, 10)), "half", ((1, 14), (4, 12))),
+    Copy(1, "experts", ((1, 2), (3, 8), (4, 12)), "single", ((1, 2), (2, 7), (0, 8))),
+    Copy(1, "vector", ((4, 20),), "half_vector", ((0, 16),)),
+]
+
+
+def opened_in_place(tensors: dict[str, torch.Tensor]) -> OpenedExport:
+    """As on a GPU: no tensors, only where another process's memory can be read."""
+    opened = OpenedExport(export_tensors(tensors))
+    opened.tensors, opened.addresses = {}, addresses_of(tensors, tensors)
+    return opened
+
+
+def wrong_after_pulls(staging_bytes: int) -> list[tuple[int, str]]:
+    """In the interpreter: sync and tensor that differ from what plain torch makes of it."""
+    generator, wrong, puller = torch.Generator().manual_seed(0), [], Puller(PULLED)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    held: list[object] = []  # so that new tensors cannot lie where old ones lay
+    for sync in range(4):
+        if sync in (0, 2):
+            sent = [
+                {"matrix": random(20, 12)},
+                {
+                    "matrix": random(6, 8),
+                    "experts": random(3, 8, 16, dtype=torch.bfloat16),
+                    "vector": random(24),
+                },
+            ]
+        if sync in (0, 3):
+            targets = {
+                "fused": random(24, 16),
+                "slots": random(2, 8, 16, dtype=torch.bfloat16),
+                "half": random(16, 12, dtype=torch.bfloat16),
+                "single": random(2, 8, 10),
+                "half_vector": random(16, dtype=torch.bfloat16),
+            }
+        held += [sent, targets]
+        for own in sent:
+            for tensor in own.values():
+                tensor += 1
+        expected = {name: tensor.clone() for name, tensor in targets.items()}
+        for copy in PULLED:
+            source = view_of(sent[copy.source_rank][copy.source_param], copy.source)
+            view_of(expected[copy.target_param], copy.target).copy_(source)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transport, "STAGING_BYTES", staging_bytes)
+            puller.pull({rank: opened_in_place(own) for rank, own in enumerate(sent)}, targets)
+        wrong += [(sync, name) for name in targets if not targets[name].equal(expected[name])]
+    return wrong
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 100, 2**20])
+def test_what_several_ranks_show_is_pulled_wherever_it_has_moved(
+    interpreter, staging_bytes
+) -> None:
+    assert interpreter.run(wrong_after_pulls, staging_bytes) == [[]]
 
 
 def digests_of_kernels(dtype: torch.dtype, samples: list[Sample]) -> list[list[int]]:
