@@ -1,6 +1,8 @@
 """Does an engine rank notice what did not arrive? A sender and a receiver in one process."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from chatlearn_vllm.layouts import (
 from chatlearn_vllm.weight_sync.digest import EVERYTHING, Sample
 from chatlearn_vllm.weight_sync.links import LinkKind, Links, Place, colocated
 from chatlearn_vllm.weight_sync.receiver import MAX_DESCRIBED, WeightReceiver
+from chatlearn_vllm.weight_sync.remote import Link, LinkError
 from chatlearn_vllm.weight_sync.sender import WeightSender
 from tests.helpers.reference_shards import logical_tensors, megatron_tensors, tiny_shape
 
@@ -173,6 +176,71 @@ def test_a_sample_is_enough_for_a_comparison_and_without_digests_only_bytes_are_
     arrival = sync.compare(sample=None)
     assert arrival.is_good
     assert arrival.num_bytes == 4 * sum(math.prod(t.shape) for t in sync.logical.values())
+
+
+def link(sync: Sync, port: int, *, is_sender: bool, timeout_s: float = 30.0) -> Link:
+    """One end between training rank 1 and the engine rank."""
+    name = f"trainer 1 -> policy {sync.rank}"
+    options = dict(is_sender=is_sender, device="cpu", timeout_s=timeout_s, bucket_bytes=512)
+    return Link("127.0.0.1", port, name, **options)
+
+
+def test_a_training_rank_behind_a_link_sends_what_each_batch_has_of_it() -> None:
+    one_by_one = CheckpointShards(MODEL, num_loaders=2, batch_elements=1)
+    sync = Sync(one_by_one)
+    sender = sync.senders[1]
+    port = sender.listen()
+    sender.connect({0: link(sync, port, is_sender=True)})
+    sync.receiver.connect({1: link(sync, port, is_sender=False)})
+    sync.receiver.close()  # from here on training rank 1 shows nothing
+    for _ in range(2):
+        sync.receiver.open({0: sync.senders[0].export()})
+        sync.held[1]["output_layer.weight"] += 1
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(sender.send)
+            with sync.receiver.all_or_none():
+                live = sync.pull_all()
+            sending.result()
+        rows = live["lm_head.weight"][50:]
+        assert torch.equal(rows, sync.held[1]["output_layer.weight"][:50])
+        assert all(not tensor.isnan().any() for tensor in live.values())
+        assert sync.compare().is_good
+
+
+def test_an_engine_rank_that_fails_does_not_leave_its_senders_waiting() -> None:
+    sync = Sync(VLLMShards(MODEL, RolloutParallel()))
+    sender = sync.senders[1]
+    port = sender.listen()
+    sender.connect({0: link(sync, port, is_sender=True)})
+    sync.receiver.connect({1: link(sync, port, is_sender=False)})
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sender.send)
+        with pytest.raises(OSError, match="disk"), sync.receiver.all_or_none():
+            raise OSError("disk full")
+        with pytest.raises(LinkError, match="the other end gave up: OSError: disk full"):
+            sending.result()
+    assert time.monotonic() - start < 10
+
+
+def test_a_training_rank_that_fails_does_not_leave_engine_ranks_waiting() -> None:
+    targets = VLLMShards(MODEL, RolloutParallel(replicas=2))
+    links = Links([Place("train")] * 2, [Place("rollout")] * 2, 1)
+    syncs = [Sync(targets, rank, links) for rank in (0, 1)]
+    sender = syncs[0].senders[1]
+    port = sender.listen()
+    ends = {sync.rank: link(sync, port, is_sender=True) for sync in syncs}
+    sender.connect(ends)
+    ends[0].give_up("no disk")  # so the sender never comes to the other one
+    syncs[1].receiver.connect({1: link(syncs[1], port, is_sender=False)})
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(syncs[1].pull_all)
+        with pytest.raises(LinkError, match="trainer 1 -> policy 0"):
+            sender.send()
+        with pytest.raises(LinkError, match="trainer 1 -> policy 1.*the other end gave up"):
+            pulling.result()
+    assert time.monotonic() - start < 10
 
 
 def test_padding_is_zeroed_in_every_sync() -> None:
