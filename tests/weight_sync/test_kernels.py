@@ -11,6 +11,7 @@ from chatlearn_vllm.weight_sync.kernels import GroupedCopy, GroupedDigest
 from chatlearn_vllm.weight_sync.pieces import SpanTable, addresses_of, form_of, view_of
 from chatlearn_vllm.weight_sync.planner import Copy
 from chatlearn_vllm.weight_sync.transport import OpenedExport, Puller, export_tensors
+from chatlearn_vllm.weight_sync.verify import Digester
 from tests.helpers.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -173,6 +174,55 @@ def test_digests_are_those_of_the_cpu_for_every_sample(interpreter, dtype) -> No
     views = [view_of(tensors[name], rect) for name, rect in PIECES]
     (found,) = interpreter.run(digests_of_kernels, dtype, samples)
     assert found == [digests(views, sample).tolist() for sample in samples]
+
+
+class OnGPU(torch.Tensor):
+    """Says that a GPU has it; the interpreter reads it where it is."""
+
+    is_cuda = True
+
+
+DIGESTED = [("wide", ((1, 3), (100, 400))), ("matrix", ((3, 90), (8, 512)))] * 2 + [
+    ("experts", ((2, 3), (5, 60), (0, 128))),
+    ("vector", ((2, 778),)),
+]
+SAMPLES = [EVERYTHING, Sample(2, 0), Sample(2, 1), Sample(2, 2)]
+"""By sync."""
+
+
+def digests_of_moving_tensors(dtypes: list | None) -> list[list[int]]:
+    """In the interpreter: by sync. Tensors change, then move."""
+    tensors, digester, found = numbers(torch.float32, seed=0), Digester(DIGESTED, dtypes), []
+    held = []  # so that new tensors cannot lie where old ones lay
+    for sync, sample in enumerate(SAMPLES):
+        shown = {name: tensor.as_subclass(OnGPU) for name, tensor in tensors.items()}
+        found.append(digester.digests(shown, sample).tolist())
+        held.append(tensors)
+        if sync == 2:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            tensor += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        None,
+        [torch.float32, None, torch.bfloat16, torch.bfloat16, None, None],
+        [torch.bfloat16] * 6,
+    ],
+    ids=["as they are", "some converted", "all converted"],
+)
+def test_a_digester_of_a_gpu_follows_tensors_that_change_and_move(interpreter, dtypes) -> None:
+    (found,) = interpreter.run(digests_of_moving_tensors, dtypes)
+    tensors, on_cpu = numbers(torch.float32, seed=0), Digester(DIGESTED, dtypes)
+    expected = []
+    for sample in SAMPLES:
+        expected.append(on_cpu.digests(tensors, sample).tolist())
+        for tensor in tensors.values():
+            tensor += 1
+    assert found == expected
 
 
 def test_rectangles_that_are_no_words_are_refused() -> None:
