@@ -82,6 +82,7 @@ def test_a_message_may_be_filled_to_its_last_byte() -> None:
     (bucket,) = plan_buckets(copies, DTYPES, 64)
     assert [(piece.start, piece.stop) for piece in bucket] == [(0, 32), (32, 64)]
     assert len(plan_buckets(copies, DTYPES, 63)) == 2
+    assert plan_buckets([], DTYPES, 64) == []
 
 
 def _slices(rect):
