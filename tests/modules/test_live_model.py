@@ -93,8 +93,12 @@ def test_a_revoked_version_leaves_the_one_before_it(model) -> None:
     assert model.state == EngineState(Weights.STALE, 1)
     model.begin_weight_update()
     model.finish_weight_update(2)
-    model.revoke_weight_update(2)
-    assert str(model.state) == "STALE(1)"
+    model.begin_weight_update()
+    model.revoke_weight_update(2)  # it is being written already
+    assert str(model.state) == "STALE(2)"
+    model.finish_weight_update(3)
+    model.revoke_weight_update(3)
+    assert str(model.state) == "STALE(2)"
 
 
 def test_only_weights_with_a_version_are_described_with_it() -> None:
