@@ -1,10 +1,12 @@
 """Does a plan move exactly the right weights, for any pair of layouts? Run on plain tensors."""
 
+import gc
 import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -316,6 +318,25 @@ def test_the_same_plan_comes_out_every_time() -> None:
         for (senders, readers), own_links in zip(sides, links, strict=True)
     )
     assert first == second
+
+
+def test_planning_leaves_the_garbage_collector_as_it_was() -> None:
+    model = tiny_shape()
+    senders = MegatronShards(model, TrainParallel(1))
+    layouts = VLLMShards(model, RolloutParallel()).rank_layouts(0)
+    links = colocated(1, 1, 1)
+    nothing = ListedShards({0: []})
+    assert gc.isenabled()
+    for sources in (senders, nothing):  # with `nothing` it fails
+        with nullcontext() if sources is senders else pytest.raises(IncompletePlanError):
+            plan_reader(0, layouts, sources, links)
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        plan_reader(0, layouts, senders, links)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_weights_that_no_trainer_rank_holds_are_refused_with_tensor_and_range() -> None:
