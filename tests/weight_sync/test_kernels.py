@@ -230,3 +230,18 @@ def test_rectangles_that_are_no_words_are_refused() -> None:
     spans = table(tensors, [("weight", ((0, 8), (0, 8)))])
     with pytest.raises(ValueError, match="copied as 32-bit words"):
         GroupedDigest(spans.at(addresses_of(tensors, tensors)), spans.row_bytes, CPU)
+
+
+@pytest.mark.parametrize(
+    "rect",
+    [((0, 8), (0, 8)), ((0, 1), (1, 3)), ((2, 3), (0, 7))],
+    ids=["rows at odd distances", "an odd beginning", "an odd width"],
+)
+def test_copies_of_what_are_no_words_on_either_side_are_refused(rect) -> None:
+    halves = {"weight": torch.zeros(8, 9, dtype=torch.bfloat16)}
+    odd = table(halves, [("weight", rect)]).at(addresses_of(halves, halves))
+    even = odd._replace(address=odd.address // 4 * 4, width=odd.width // 4 * 4)
+    even = even._replace(pitch=even.width)
+    for sides in ((odd, even), (even, odd)):
+        with pytest.raises(ValueError, match="copied as 32-bit words"):
+            GroupedCopy(*sides, np.zeros(1, dtype=np.int64), CPU)
