@@ -373,6 +373,32 @@ def test_a_model_of_other_sizes_is_refused() -> None:
         plan_sender(0, senders, shallow, colocated(1, 1, 1))
 
 
+def test_a_fingerprint_tells_every_field_of_every_copy_but_not_their_order() -> None:
+    one = Copy(1, "source", ((0, 2), (3, 5)), "target", ((4, 6), (0, 2)))
+    other = Copy(1, "source", ((2, 4), (3, 5)), "target", ((6, 8), (0, 2)))
+    texts = [
+        fingerprint(copies)
+        for copies in (
+            [],
+            [one],
+            [other],
+            [one, other],
+            [one, one],
+            [one._replace(source_rank=2)],
+            [one._replace(source_param="tied")],
+            [one._replace(source=((0, 2), (3, 6)))],
+            [one._replace(source=((1, 3), (3, 5)))],
+            [one._replace(target_param="tied")],
+            [one._replace(target=((4, 6), (1, 3)))],
+            [one._replace(target=((0, 1), (4, 6), (0, 2)))],
+            # the same numbers, otherwise combined
+            [one._replace(source=other.source), other._replace(source=one.source)],
+        )
+    ]
+    assert len(set(texts)) == len(texts)
+    assert fingerprint([other, one]) == fingerprint([one, other])
+
+
 def test_sides_that_planned_differently_are_named_by_pair() -> None:
     read = {0: {0: "a", 1: "b"}, 1: {0: "c"}}
     check_agreement(read, {0: {0: "a", 1: "c"}, 1: {0: "b"}})
