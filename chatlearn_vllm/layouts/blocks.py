@@ -26,6 +26,13 @@ class Block(NamedTuple):
         """Number of elements in the rectangle."""
         return num_elements(self.local)
 
+    def has_equal_sizes(self) -> bool:
+        """Whether both rectangles have the same sizes, but for leading ones of the local one."""
+        extra = len(self.local) - len(self.logical)
+        sizes = [stop - start for start, stop in self.local]
+        wanted = [stop - start for start, stop in self.logical]
+        return sizes == [1] * extra + wanted
+
 
 @dataclass(frozen=True)
 class ParamLayout:
@@ -43,8 +50,15 @@ class ParamLayout:
         """Check that blocks and padding tile the parameter.
 
         Raises:
-            ValueError: a rectangle leaves the parameter, two overlap, or an element is in none.
+            ValueError: a block has other sizes than what it holds, a rectangle leaves the
+                parameter, two overlap, or an element is in none.
         """
+        for block in self.blocks:
+            if not block.has_equal_sizes():
+                raise ValueError(
+                    f"{self.name} {self.shape}: rectangle {block.local} has other sizes than "
+                    f"{block.logical} of {block.tensor}"
+                )
         rects = [block.local for block in self.blocks] + list(self.padding)
         if rects == [whole(self.shape)]:
             return

@@ -58,7 +58,7 @@ def plan_buckets(
         for source, target in _parts(copy, bucket_bytes // dtype.itemsize):
             end = pieces[-1].stop if pieces else 0
             start = -(-end // ALIGNMENT) * ALIGNMENT
-            if pieces and start + num_elements(source) * dtype.itemsize > bucket_bytes:
+            if start + num_elements(source) * dtype.itemsize > bucket_bytes:
                 buckets.append(tuple(pieces))
                 pieces, start = [], 0
             pieces.append(Piece(copy.source_param, source, copy.target_param, target, dtype, start))
@@ -67,8 +67,6 @@ def plan_buckets(
 
 def cut(shape: tuple[int, ...], max_elements: int) -> list[Rect]:
     """Cut a shape into parts of whole rows, or of parts of a row where one is too large."""
-    if math.prod(shape) <= max_elements:
-        return [whole(shape)]
     num_rows, *columns = shape
     step = max_elements // math.prod(columns)
     if step:

@@ -65,7 +65,8 @@ def digests(views: Sequence[torch.Tensor], sample: Sample = EVERYTHING) -> np.nd
     Returns:
         int64 [len(views)].
     """
-    return np.array([_digest(view, sample) for view in views], dtype=np.int64)
+    sums = [_digest(view, sample) % 2**64 for view in views]
+    return np.array(sums, dtype=np.uint64).view(np.int64)
 
 
 def _digest(view: torch.Tensor, sample: Sample) -> int:
@@ -81,8 +82,7 @@ def _digest(view: torch.Tensor, sample: Sample) -> int:
     for unit in sample.units(-(-rows.size(0) // step)):
         part = rows[unit * step : (unit + 1) * step]
         total += _sum_of_hashes(_words(part), unit * step * row_bytes // 4)
-    total %= 2**64
-    return total - 2**64 if total >= 2**63 else total
+    return total
 
 
 def _words(part: torch.Tensor) -> np.ndarray:

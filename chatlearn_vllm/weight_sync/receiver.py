@@ -61,7 +61,7 @@ class Arrival:
     """Copies that do not hold what was sent."""
     wrong: list[str]
     """The first of them: parameter, ranks and ranges."""
-    has_moved: bool = False
+    has_moved: bool
     """Whether they were read where a training rank's weights were once, but are not now."""
 
     @property
@@ -152,10 +152,15 @@ class WeightReceiver:
 
         Args:
             targets: the tensors to be filled, by the names of their layouts.
-            batch: its number; all batches are pulled in order.
+            batch: its number; all batches are pulled in order, once in each sync.
             sample: which part of every rectangle is digested; None for no digests.
             meanwhile: called once, while a GPU copies.
+
+        Raises:
+            RuntimeError: it is another batch's turn.
         """
+        if batch != len(self._arrived):
+            raise RuntimeError(f"batch {len(self._arrived)} of weights must come before {batch}")
         digests = self._batches[batch].pull(
             targets, self._opened, self._connections, sample, meanwhile
         )

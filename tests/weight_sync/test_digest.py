@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from chatlearn_vllm.weight_sync.digest import EVERYTHING, UNIT_WORDS, A, B, C, Sample, digests
+from chatlearn_vllm.weight_sync.digest import EVERYTHING, UNIT_WORDS, Sample, digests
 from chatlearn_vllm.weight_sync.pieces import view_of
 from chatlearn_vllm.weight_sync.verify import Digester
+
+A, B, C = 2654435761, 2246822519, 3266489917
+"""PRIME32_1, 2 and 3 of xxHash; each is odd, so that multiplying loses nothing."""
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -46,7 +49,8 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
         numbers(1, dtype=torch.bfloat16),
         numbers(3, 5, dtype=torch.bfloat16),  # 30 bytes: the last word is half filled
         numbers(64, 1, dtype=torch.bfloat16),
-        numbers(300, 301),  # more words than are worked on at a time
+        numbers(300, 301),  # several units
+        numbers(200_000),  # more words than are worked on at a time
         numbers(4, 6, dtype=torch.float64),
     ],
     ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype}",
@@ -111,6 +115,14 @@ def test_a_sample_takes_whole_rows_of_about_64_kib(tensor) -> None:
         found = [int(digests([tensor], Sample(stride, phase))[0]) for phase in range(stride)]
         assert found == [as_int64(sum(units[phase::stride])) for phase in range(stride)]
         assert as_int64(sum(found)) == digests([tensor])[0]
+
+
+def test_a_slot_of_an_expert_is_sampled_as_the_matrix_that_it_holds() -> None:
+    matrix = numbers(1000, 100)
+    slots = torch.stack([-matrix, matrix, 2 * matrix])
+    for sample in (Sample(2, 0), Sample(2, 1), Sample(5, 3)):
+        values = digests([matrix, slots[1:2], slots[1:2].unsqueeze(0)], sample)
+        assert len(set(values.tolist())) == 1
 
 
 @pytest.mark.parametrize(

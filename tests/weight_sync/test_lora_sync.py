@@ -14,7 +14,7 @@ from chatlearn_vllm.layouts import (
     VLLMShards,
 )
 from chatlearn_vllm.weight_sync.links import colocated
-from chatlearn_vllm.weight_sync.lora import adapter_names, merged
+from chatlearn_vllm.weight_sync.lora import adapter_names, merge_into, merged
 from chatlearn_vllm.weight_sync.receiver import Arrival, WeightReceiver
 from chatlearn_vllm.weight_sync.sender import WeightSender
 from tests.helpers.reference_shards import tiny_shape
@@ -114,3 +114,30 @@ def test_an_adapter_that_changes_under_a_sync_is_named() -> None:
     arrival, _ = sync(held, LOW_RANK, torch.float32, 0, change)
     assert arrival.num_wrong == 1
     assert f"{name}[0:2, 0:8] of training rank 2" in arrival.wrong[0]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 4 * 6, 4 * 6 * 3, 4 * 6 * 7, 10**6])
+def test_a_merge_changes_each_row_once_whatever_its_temporary_holds(max_bytes) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, B, A = (torch.randn(shape, generator=generator) for shape in ((7, 6), (7, 2), (2, 6)))
+    wide = torch.zeros(9, 10)
+    target = wide[1:8, 3:9]
+    target.copy_(weight)
+    merge_into(target, B, A, 0.5, max_bytes=max_bytes)
+    torch.testing.assert_close(target, weight + 0.5 * B @ A)
+    torch.testing.assert_close(merged(weight, A, B, 0.5), weight + 0.5 * B @ A)
+    wide[1:8, 3:9] = 0
+    assert not wide.any()
+
+
+def test_a_merge_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, B, A = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 30), (40, 8), (8, 30))
+    )
+    exact = weight.double() + 0.3 * B.double() @ A.double()
+    before = weight.clone()
+    result = merged(weight, A, B, 0.3)
+    assert torch.equal(weight, before) and result.dtype == torch.bfloat16
+    half_ulp = 1.001 * 2**-8
+    torch.testing.assert_close(result.double(), exact, rtol=half_ulp, atol=1e-6)

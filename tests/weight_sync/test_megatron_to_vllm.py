@@ -76,7 +76,7 @@ def train(root: Path, name: str, settings: dict[str, Any]) -> Trained:
     finally:
         ranks.close()
     shards, exports = zip(*results, strict=True)
-    assert all(one == shards[0] for one in shards[:1])
+    assert all(one == shards[0] for one in shards[1:])
     answers = hugging_face_answers(root / name)
     return Trained(shards[0], list(exports), root / name, answers)
 

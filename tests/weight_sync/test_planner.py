@@ -1,10 +1,12 @@
 """Does a plan move exactly the right weights, for any pair of layouts? Run on plain tensors."""
 
+import gc
 import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -318,6 +320,25 @@ def test_the_same_plan_comes_out_every_time() -> None:
     assert first == second
 
 
+def test_planning_leaves_the_garbage_collector_as_it_was() -> None:
+    model = tiny_shape()
+    senders = MegatronShards(model, TrainParallel(1))
+    layouts = VLLMShards(model, RolloutParallel()).rank_layouts(0)
+    links = colocated(1, 1, 1)
+    nothing = ListedShards({0: []})
+    assert gc.isenabled()
+    for sources in (senders, nothing):  # with `nothing` it fails
+        with nullcontext() if sources is senders else pytest.raises(IncompletePlanError):
+            plan_reader(0, layouts, sources, links)
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        plan_reader(0, layouts, senders, links)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_weights_that_no_trainer_rank_holds_are_refused_with_tensor_and_range() -> None:
     model = tiny_shape()
     senders = MegatronShards(model, TrainParallel(2, tensor=2))
@@ -350,6 +371,32 @@ def test_a_model_of_other_sizes_is_refused() -> None:
     with pytest.raises(IncompletePlanError, match=r"model\.layers\.3\.input_layernorm\.weight"):
         shallow = VLLMShards(tiny_shape(layers=3), RolloutParallel())
         plan_sender(0, senders, shallow, colocated(1, 1, 1))
+
+
+def test_a_fingerprint_tells_every_field_of_every_copy_but_not_their_order() -> None:
+    one = Copy(1, "source", ((0, 2), (3, 5)), "target", ((4, 6), (0, 2)))
+    other = Copy(1, "source", ((2, 4), (3, 5)), "target", ((6, 8), (0, 2)))
+    texts = [
+        fingerprint(copies)
+        for copies in (
+            [],
+            [one],
+            [other],
+            [one, other],
+            [one, one],
+            [one._replace(source_rank=2)],
+            [one._replace(source_param="tied")],
+            [one._replace(source=((0, 2), (3, 6)))],
+            [one._replace(source=((1, 3), (3, 5)))],
+            [one._replace(target_param="tied")],
+            [one._replace(target=((4, 6), (1, 3)))],
+            [one._replace(target=((0, 1), (4, 6), (0, 2)))],
+            # the same numbers, otherwise combined
+            [one._replace(source=other.source), other._replace(source=one.source)],
+        )
+    ]
+    assert len(set(texts)) == len(texts)
+    assert fingerprint([other, one]) == fingerprint([one, other])
 
 
 def test_sides_that_planned_differently_are_named_by_pair() -> None:

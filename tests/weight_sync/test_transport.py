@@ -150,3 +150,19 @@ def test_columns_that_are_apart_are_refused() -> None:
     transposed = numbers(6, 10).t()
     with pytest.raises(ValueError, match=r"weight: the last dimension is not contiguous .*1, 10"):
         SpanTable({"weight": form_of(transposed)}, [("weight", ((0, 2), (0, 2)))])
+
+
+def test_a_single_column_may_have_any_stride() -> None:
+    column = numbers(2, 6).t()[:, 1:]  # strides (1, 6)
+    table = SpanTable({"column": form_of(column)}, [("column", ((1, 5), (0, 1)))])
+    spans = table.at(addresses_of({"column": column}, ["column"]))
+    assert (spans.rows.tolist(), spans.width.tolist()) == ([1], [16])
+    assert read(spans, 0) == column[1:5].flatten().numpy().tobytes()
+
+
+def test_address_width_and_pitch_must_be_aligned() -> None:
+    columns = [16, 8, 16, 16], [1, 2, 2, 2], [32, 32, 24, 32], [32, 32, 32, 40]
+    spans = Spans(*(np.array(column) for column in columns))
+    assert spans.is_aligned(16).tolist() == [True, False, False, False]
+    assert spans.is_aligned(8).all() and spans.is_aligned(4).all()
+    assert not spans.is_aligned(64).any()
