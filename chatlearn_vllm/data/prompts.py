@@ -75,6 +75,29 @@ def require_records(prompts: Any) -> None:
         )
 
 
+def require_dataset(dataset: Any, hook: str, num_records: int) -> None:
+    """Check what a policy's `build_dataset` returned.
+
+    Args:
+        dataset: that it returned.
+        hook: how it was called, for the message.
+        num_records: that it got.
+
+    Raises:
+        ValueError: it has no prompts, or is no sequence with a `collate_fn`.
+    """
+    if dataset is None or (hasattr(dataset, "__len__") and len(dataset) == 0):
+        raise ValueError(f"{hook} returned no prompts for {num_records} records")
+    needed = ("__len__", "__getitem__", "collate_fn")
+    missing = [name for name in needed if not hasattr(dataset, name)]
+    if missing:
+        raise ValueError(
+            f"{hook} returned {type(dataset).__name__}, which has no {', '.join(missing)}; it must "
+            "return a sequence of dicts with a method `collate_fn` that makes a list of them a "
+            "batch, such as VLLMPromptPipeline; see docs/vllm_module.md"
+        )
+
+
 def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")
