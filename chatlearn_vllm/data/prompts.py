@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import ADDED_KEYS, ROLLOUT_KEYS
 
 ASSISTANT_TAG = "\n\nAssistant: "
@@ -47,11 +48,11 @@ def load_prompts(
         Records with the field "prompt" first, in the order of the file.
 
     Raises:
-        ValueError: no file is named; or names file, line number, key and rule of the first ten
+        UserError: no file is named; or names file, line number, key and rule of the first ten
             problems.
     """
     if not path:
-        raise ValueError(
+        raise UserError(
             f"no file to load prompts from, only {path!r}; set runtime.data_path, and "
             "runtime.eval_data_path for evaluation"
         )
@@ -66,10 +67,10 @@ def require_records(prompts: Any) -> None:
     """Check that records were given, not the name of their file.
 
     Raises:
-        ValueError: it is the name: each of its letters would be a prompt.
+        UserError: it is the name: each of its letters would be a prompt.
     """
     if isinstance(prompts, str | Path):
-        raise ValueError(
+        raise UserError(
             f"set_dataset({str(prompts)!r}) takes prompts; load them first: "
             f"set_dataset(load_prompts({str(prompts)!r}))"
         )
@@ -100,7 +101,7 @@ def require_dataset(dataset: Any, hook: str, num_records: int) -> None:
 
 def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
+        raise UserError(f"prompt file {path} does not exist")
     records, problems = [], []
     for place, line in _numbered_lines(path):
         try:
@@ -111,9 +112,9 @@ def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
         shown = problems[:_MAX_REPORTED_PROBLEMS]
         if len(problems) > len(shown):
             shown.append(f"... and {len(problems) - len(shown)} more")
-        raise ValueError("\n".join(shown))
+        raise UserError("\n".join(shown))
     if not records:
-        raise ValueError(f"prompt file {path} holds no record")
+        raise UserError(f"prompt file {path} holds no record")
     return records
 
 
@@ -315,7 +316,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 def _read_record(line: str, prompt_key: str) -> dict[str, Any]:
     """Parse one line; ValueError says what is wrong without naming the place."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(record, dict):
