@@ -7,6 +7,7 @@ Hugging Face form, into a directory that is removed when the server ends.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -48,8 +49,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--served-model-name", metavar="NAME", help="that requests give; default: CKPT as given"
     )
     command.add_argument(
-        "--dtype", help="of the weights; default: that of the checkpoint, float32 for "
-        "--weight-updates without GPU",
+        "--dtype", help="of the weights; default: that of the checkpoint, float32 included; "
+        "float32 for --weight-updates without GPU",
     )  # fmt: skip
     command.add_argument(
         "--weight-updates",
@@ -77,7 +78,7 @@ def serve(arguments: argparse.Namespace) -> int:
                 model = Path(directory) / "model"
                 print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
             return run(
-                serve_command(str(model), vllm_arguments(arguments), arguments.flags),
+                serve_command(str(model), vllm_arguments(arguments, model), arguments.flags),
                 should_end=lambda: False,
                 environment={**os.environ, **_environment(arguments)},
                 signals=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
@@ -112,8 +113,8 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
         )
 
 
-def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of vLLM's server by their Python names."""
+def vllm_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Arguments of vLLM's server of `model`, a Hugging Face directory, by their Python names."""
     import torch
 
     from chatlearn_vllm.engines.server_process import weight_update_arguments
@@ -126,6 +127,8 @@ def vllm_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "served_model_name": arguments.served_model_name or arguments.checkpoint,
         "dtype": arguments.dtype,
     }
+    if arguments.dtype is None and _is_float32(model):
+        chosen["dtype"] = "float32"  # vLLM's own choice is half precision, with other tokens
     if not torch.cuda.is_available():
         # On CPU vLLM's engine fails where a step ends inside the prompt of a request with a seed.
         chosen["enable_chunked_prefill"] = False
@@ -149,6 +152,11 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     if not arguments.weight_updates:
         return {}
     return weight_update_environment(os.environ["VLLM_API_KEY"])
+
+
+def _is_float32(model: Path) -> bool:
+    config = json.loads((model / "config.json").read_text())
+    return (config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 
 def _is_given(flag: str, flags: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import ADDED_KEYS, ROLLOUT_KEYS
 
 ASSISTANT_TAG = "\n\nAssistant: "
@@ -47,11 +48,11 @@ def load_prompts(
         Records with the field "prompt" first, in the order of the file.
 
     Raises:
-        ValueError: no file is named; or names file, line number, key and rule of the first ten
+        UserError: no file is named; or names file, line number, key and rule of the first ten
             problems.
     """
     if not path:
-        raise ValueError(
+        raise UserError(
             f"no file to load prompts from, only {path!r}; set runtime.data_path, and "
             "runtime.eval_data_path for evaluation"
         )
@@ -66,18 +67,41 @@ def require_records(prompts: Any) -> None:
     """Check that records were given, not the name of their file.
 
     Raises:
-        ValueError: it is the name: each of its letters would be a prompt.
+        UserError: it is the name: each of its letters would be a prompt.
     """
     if isinstance(prompts, str | Path):
-        raise ValueError(
+        raise UserError(
             f"set_dataset({str(prompts)!r}) takes prompts; load them first: "
             f"set_dataset(load_prompts({str(prompts)!r}))"
         )
 
 
+def require_dataset(dataset: Any, hook: str, num_records: int) -> None:
+    """Check what a policy's `build_dataset` returned.
+
+    Args:
+        dataset: that it returned.
+        hook: how it was called, for the message.
+        num_records: that it got.
+
+    Raises:
+        ValueError: it has no prompts, or is no sequence with a `collate_fn`.
+    """
+    if dataset is None or (hasattr(dataset, "__len__") and len(dataset) == 0):
+        raise ValueError(f"{hook} returned no prompts for {num_records} records")
+    needed = ("__len__", "__getitem__", "collate_fn")
+    missing = [name for name in needed if not hasattr(dataset, name)]
+    if missing:
+        raise ValueError(
+            f"{hook} returned {type(dataset).__name__}, which has no {', '.join(missing)}; it must "
+            "return a sequence of dicts with a method `collate_fn` that makes a list of them a "
+            "batch, such as VLLMPromptPipeline; see docs/vllm_module.md"
+        )
+
+
 def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
+        raise UserError(f"prompt file {path} does not exist")
     records, problems = [], []
     for place, line in _numbered_lines(path):
         try:
@@ -88,9 +112,9 @@ def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
         shown = problems[:_MAX_REPORTED_PROBLEMS]
         if len(problems) > len(shown):
             shown.append(f"... and {len(problems) - len(shown)} more")
-        raise ValueError("\n".join(shown))
+        raise UserError("\n".join(shown))
     if not records:
-        raise ValueError(f"prompt file {path} holds no record")
+        raise UserError(f"prompt file {path} holds no record")
     return records
 
 
@@ -291,7 +315,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 def _read_record(line: str, prompt_key: str) -> dict[str, Any]:
     """Parse one line; ValueError says what is wrong without naming the place."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(record, dict):

@@ -1,10 +1,28 @@
 """How do given prompts and responses become rows that a model learns from?"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from chatlearn_vllm.data.batch import Batch
+
+
+def require_eos(tokenizer: Any, directory: str) -> None:
+    """Check that a tokenizer has the token that ends a complete response.
+
+    Args:
+        tokenizer: of transformers.
+        directory: that it was read from, for the message.
+
+    Raises:
+        ValueError: it has none: a model would learn no end.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {directory} has no eos_token, with which a response that is learned "
+            "ends; name one of its tokens as eos_token in its tokenizer_config.json"
+        )
 
 
 def response_rows(

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 
-def rollouts_to_batch(outputs: Sequence[Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:
+def rollouts_to_batch(
+    outputs: Sequence[Any], seq_length: int, pad_token_id: int | None
+) -> dict[str, Any]:
     """Turn finished requests into the batch contract of `data/batch.py`.
 
     Only sampled tokens count as actions: an end-of-sequence token is in the loss mask if and only
@@ -17,7 +19,8 @@ def rollouts_to_batch(outputs: Sequence[Any], seq_length: int, pad_token_id: int
     Args:
         outputs: P `vllm.RequestOutput`s with n completions each.
         seq_length: S, the width of the batch.
-        pad_token_id: fills up to S; by convention the tokenizer's eos_token_id.
+        pad_token_id: fills up to S; by convention the tokenizer's eos_token_id; None, where it
+            has none: 0. No mask includes it.
 
     Returns:
         A batch of B = P * n rows in request order, responses of a prompt adjacent; these share one
@@ -35,7 +38,7 @@ def rollouts_to_batch(outputs: Sequence[Any], seq_length: int, pad_token_id: int
     # Rows are filled all at once: a conversion for each would take longer than several steps.
     places = np.arange(seq_length)
     sampled = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
-    tokens = np.full((len(rows), seq_length), pad_token_id, dtype=np.int64)
+    tokens = np.full((len(rows), seq_length), pad_token_id or 0, dtype=np.int64)
     tokens[sampled] = _flat((completion.token_ids for _, completion in rows), np.int64)
     logprobs = np.zeros((len(rows), seq_length - 1), dtype=np.float32)
     logprobs[sampled[:, 1:]] = _flat(

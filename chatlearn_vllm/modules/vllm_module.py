@@ -312,12 +312,11 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
 
     def build_prompts(self, prompts: list[Any], is_eval: bool = False) -> int:
         """Build and keep the dataset; returns the number of its prompts."""
+        from chatlearn_vllm.data.prompts import require_dataset
+
         dataset = self.build_dataset(prompts, is_eval=is_eval)
-        if dataset is None or len(dataset) == 0:
-            raise ValueError(
-                f"{type(self).__name__}.build_dataset(is_eval={is_eval}) returned no prompts "
-                f"for {len(prompts)} records"
-            )
+        hook = f"{type(self).__name__}.build_dataset(is_eval={is_eval})"
+        require_dataset(dataset, hook, len(prompts))
         num_cut = getattr(dataset, "num_cut", 0)
         if num_cut and self.rank == self.replica_id == 0:
             logger.warning(

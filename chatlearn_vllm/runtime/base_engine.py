@@ -38,7 +38,7 @@ from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.named_servers import check_named_servers
 from chatlearn_vllm.runtime.rollout_checks import check_model_has
 from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
-from chatlearn_vllm.runtime.vocabulary_checks import check_vocabularies
+from chatlearn_vllm.runtime.vocabulary_checks import check_tokenizer, check_vocabularies
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
 
 logger = get_logger(__name__)
@@ -241,8 +241,8 @@ class BaseEngine(ABC):
 
         Raises:
             UserError: the evaluator has no prompts, a model has not what its keys ask for, or
-                another vocabulary than the policy, a directory cannot be written, or a server that
-                the yaml names is not there; nothing is started then.
+                another vocabulary than the policy, which may have no tokenizer, a directory cannot
+                be written, or a server that the yaml names is not there; nothing is started then.
         """
         if self.evaluator is not None:
             self.evaluator.require_prompts()
@@ -256,6 +256,7 @@ class BaseEngine(ABC):
         *others, last = self.modules
         if isinstance(last, VLLMModule):  # the policy: kinds of training put it there
             check_vocabularies(last, others)
+            check_tokenizer(last)
         for key, directory in (
             ("output_dir", self.run_dir), ("data_checkpoint_path", self._state_dir),
         ):  # fmt: skip

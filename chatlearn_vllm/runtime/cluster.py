@@ -139,7 +139,7 @@ class Cluster:
             self._wait_for_exit()
             self._ranks, self._placement_group = [], None
             if self._started_ray:
-                _remove_sessions(keep_logs_in)
+                remove_sessions(keep_logs_in)
                 self._started_ray = False
             # What a killed rank could not remove itself; such names contain the job's id.
             for leftover in (*Path("/dev/shm").glob(f"*{self._job_id}*"), *queues):
@@ -475,14 +475,27 @@ def _exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _remove_sessions(keep_logs_in: Path | None) -> None:
-    """Remove the directories that Ray made for this process; their names end with its id."""
+def remove_sessions(keep_logs_in: Path | None) -> None:
+    """Remove the directories that Ray made for this process; their names end with its id.
+
+    Args:
+        keep_logs_in: directory that the log files are moved to. Where that is impossible, on a full
+            disk for example, they stay where Ray wrote them: the job's own error is to be seen.
+    """
     for session in _ray_dir().glob(f"session_*_{os.getpid()}"):
         logs = session / "logs"
         if keep_logs_in is not None and logs.is_dir():
-            shutil.rmtree(keep_logs_in, ignore_errors=True)
-            keep_logs_in.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(str(logs), str(keep_logs_in))
+            try:
+                shutil.rmtree(keep_logs_in, ignore_errors=True)
+                keep_logs_in.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(str(logs), str(keep_logs_in))
+            except OSError as error:
+                shutil.rmtree(keep_logs_in, ignore_errors=True)
+                logger.warning(
+                    "Ray's logs stay in %s; moving them to %s failed: %.200s",
+                    logs, keep_logs_in, error,
+                )  # fmt: skip
+                continue
             logger.info("Ray's logs are in %s", keep_logs_in)
         shutil.rmtree(session, ignore_errors=True)
     latest = _ray_dir() / "session_latest"

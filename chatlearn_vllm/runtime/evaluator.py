@@ -15,7 +15,7 @@ import torch
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.data.batch import Batch, batch_size
 from chatlearn_vllm.data.prompts import load_prompts, require_records
-from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, Handle, record
+from chatlearn_vllm.job.flow import Call, FlowError, FlowFunction, Handle, apply, record
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.observability.tables import metric_table, sample_table
@@ -28,6 +28,7 @@ from chatlearn_vllm.runtime.flow_steps import (
     run_flow,
 )
 from chatlearn_vllm.runtime.rollout import Rollout
+from chatlearn_vllm.runtime.scores import required_column
 from chatlearn_vllm.runtime.worker_group import WorkerGroup
 
 logger = get_logger(__name__)
@@ -42,7 +43,7 @@ class Evaluator:
     """Answers the evaluation prompts with the `eval_*` sampling keys and scores the answers.
 
     Example:
-        engine.set_evaluator(Evaluator(policy, reward, eval_prompts))
+        engine.set_evaluator(Evaluator(policy, reward, eval_prompts))  # or a list of rewards
 
         def eval_flow(prompts):
             return reward.eval_forward(policy.eval_forward(prompts))
@@ -53,7 +54,7 @@ class Evaluator:
     def __init__(
         self,
         policy: BaseModule | FlowFunction,
-        reward: BaseModule | None = None,
+        reward: BaseModule | Sequence[BaseModule] | None = None,
         prompts: Sequence[Any] | None = None,
     ) -> None:
         """Say who answers, who scores and what is asked.
@@ -62,7 +63,8 @@ class Evaluator:
             policy: a flow, see docs/flows.md: calls `eval_forward` of a policy on its argument, of
                 others on the policy's samples, and returns what is looked at. Or a policy of the
                 engine (a `VLLMModule`), which stands for the flow that `reward` scores.
-            reward: with a policy; a module of the engine. Its `eval_forward` returns `rewards` [B],
+            reward: with a policy; a module of the engine, or several, whose rewards are added as in
+                training, each times its `reward_weight`. Its `eval_forward` returns `rewards` [B],
                 and `accuracy` [B] if it can tell right from wrong.
             prompts: strings, or dicts as read from a jsonl file; None: see `set_dataset`.
 
@@ -70,12 +72,14 @@ class Evaluator:
             FlowError: the flow is none, or does what an evaluation cannot do.
         """
         is_flow = not isinstance(policy, BaseModule)
-        if is_flow != (reward is None):
+        rewards = [reward] if isinstance(reward, BaseModule) else reward
+        if is_flow != (reward is None) or not (is_flow or _are_modules(rewards)):
             raise FlowError(
                 "Evaluator takes a policy, a reward module and prompts, or a flow: "
-                "Evaluator(eval_flow, prompts=prompts)"
+                "Evaluator(policy, reward, prompts), with a list of modules in the place of reward "
+                "if there are several, or Evaluator(eval_flow, prompts=prompts)"
             )
-        self.flow = record(policy if is_flow else _scored_by(reward, policy))
+        self.flow = record(policy if is_flow else _scored_by(rewards, policy))
         self.flow.require_methods("eval_forward")
         self.flow.require_result()
         self._policy_call = policy_call(self.flow, "eval_forward")
@@ -158,7 +162,8 @@ class Evaluator:
 
         Returns:
             `eval/reward_mean`, `eval/reward_std` and `eval/accuracy` (of what the flow returns, if
-            there is any), `eval/num_samples`, and what `post_process_func` adds.
+            there is any), of several rewards the mean of each before its weight,
+            `eval/num_samples`, and what `post_process_func` adds.
 
         Raises:
             RankError: a rank failed.
@@ -243,11 +248,45 @@ def write_samples(path: Path, batch: Batch) -> None:
     os.replace(unfinished, path)
 
 
-def _scored_by(reward: BaseModule, policy: BaseModule) -> FlowFunction:
+def _are_modules(rewards: Any) -> bool:
+    return (
+        isinstance(rewards, Sequence)
+        and bool(rewards)
+        and all(isinstance(reward, BaseModule) for reward in rewards)
+    )
+
+
+def _scored_by(rewards: Sequence[BaseModule], policy: BaseModule) -> FlowFunction:
     def eval_flow(prompts: Handle) -> Handle:
-        return reward.eval_forward(policy.eval_forward(prompts))
+        answers = policy.eval_forward(prompts)
+        if len(rewards) == 1:
+            return rewards[0].eval_forward(answers)
+        for reward in rewards:
+            answers = apply(_kept(reward), reward.eval_forward(answers))
+        return apply(_sum_of(rewards), answers)
 
     return eval_flow
+
+
+def _kept(reward: BaseModule) -> Callable[[Batch], tuple[Batch, dict[str, float]]]:
+    def keep(batch: Batch) -> tuple[Batch, dict[str, float]]:
+        scores = required_column(reward.name, batch, "rewards")
+        name = f"rewards/{reward.name}"
+        return {name: scores}, {f"eval/{name}_mean": scores.mean().item()}
+
+    return keep
+
+
+def _sum_of(rewards: Sequence[BaseModule]) -> Callable[[Batch], Batch]:
+    def add(batch: Batch) -> Batch:
+        return {
+            "rewards": sum(
+                reward.module_args.reward_weight * batch[f"rewards/{reward.name}"]
+                for reward in rewards
+            )
+        }
+
+    return add
 
 
 def _steps_per_episode(module: BaseModule) -> int:

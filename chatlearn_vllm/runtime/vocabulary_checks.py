@@ -1,4 +1,4 @@
-"""Do the models that read the policy's token ids mean the same tokens by them?"""
+"""Has a policy a tokenizer, and do the models that read its token ids mean the same by them?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,31 @@ from chatlearn_vllm.config.model_files import OTHER_CONFIG, read_config_json, re
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
+
+_TOKENIZER_FILES = ("tokeniz*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Patterns of names, one of which every tokenizer of transformers or vLLM has, remote code too."""
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+"""Which is no tokenizer by itself."""
+
+
+def check_tokenizer(policy: BaseModule) -> None:
+    """Check that the directory of the policy's tokenizer has one.
+
+    Raises:
+        UserError: there is none in it; transformers would say so late, and without the key.
+    """
+    args = policy.model_args
+    if args.tokenizer is None and args.load is None:
+        return  # the module says what to set
+    directory = Path(args.tokenizer or args.load)
+    found = {path.name for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)}
+    if not found - {_TOKENIZER_SETTINGS}:
+        key = "load" if args.tokenizer in (None, args.load) else "tokenizer"
+        raise UserError(
+            f"models.{policy.name}: {key}={directory} has no tokenizer (tokenizer.json, "
+            "tokenizer.model, vocab.json, ...); put its files there, or name the directory that "
+            "has them with the key tokenizer"
+        )
 
 
 def check_vocabularies(policy: BaseModule, others: Iterable[BaseModule]) -> None:

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from vllm.config import ModelConfig
 
 from chatlearn_vllm.cli import serve
 from chatlearn_vllm.cli.main import main
@@ -84,12 +85,18 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_command_is_that_of_vllm_with_the_users_flags() -> None:
+def save_config(directory: Path, **fields: str) -> Path:
+    (directory / "config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def test_the_command_is_that_of_vllm_with_the_users_flags(tmp_path) -> None:
+    model = save_config(tmp_path, dtype="bfloat16")
     chosen = Namespace(
         checkpoint="run/ckpt", host=None, port=8001, tensor_parallel_size=2, dtype=None,
         served_model_name=None, weight_updates=False, flags=["--max-model-len", "32768"],
     )  # fmt: skip
-    command = serve_command("/tmp/hf", serve.vllm_arguments(chosen), chosen.flags)
+    command = serve_command("/tmp/hf", serve.vllm_arguments(chosen, model), chosen.flags)
     on_cpu = []
     if not torch.cuda.is_available():
         room = ["--kv-cache-memory-bytes", str(cpu_kv_cache_bytes())]
@@ -127,7 +134,8 @@ def test_flags_of_tutorials_reach_vllms_server(ours, flags, expected, tmp_path) 
     serve.add_arguments(parser)
     chosen = parser.parse_args([str(tmp_path), *ours.split()])
     chosen.flags = flags
-    command = serve_command(str(tmp_path), serve.vllm_arguments(chosen), flags)
+    model = save_config(tmp_path, dtype="bfloat16")
+    command = serve_command(str(model), serve.vllm_arguments(chosen, model), flags)
     _, parsed = vllm_serve.parse(command[3:])
     assert parsed.model_tag == str(tmp_path)
     assert {name: getattr(parsed, name) for name in expected} == expected
@@ -146,17 +154,46 @@ def test_vllm_no_longer_has_the_flags_that_are_refused(flags, tmp_path, capsys) 
     assert f"{flags.split()[0]}: vLLM no longer has it" in capsys.readouterr().err
 
 
-def test_a_server_that_takes_weights_is_on_this_host_and_tells_trainable_logprobs() -> None:
+def test_a_server_that_takes_weights_is_on_this_host_and_tells_trainable_logprobs(
+    tmp_path,
+) -> None:
+    model = save_config(tmp_path, dtype="float32")
     chosen = Namespace(
         checkpoint="hf", host=None, port=None, tensor_parallel_size=None, dtype="bfloat16",
         served_model_name="policy", weight_updates=True, flags=[],
     )  # fmt: skip
-    arguments = serve.vllm_arguments(chosen)
+    arguments = serve.vllm_arguments(chosen, model)
     assert arguments["host"] == "127.0.0.1"
     assert arguments["logprobs_mode"] == "processed_logprobs"
     assert arguments["dtype"] == "bfloat16"
     chosen.flags = ["--logprobs_mode=raw_logprobs"]
-    assert "logprobs_mode" not in serve.vllm_arguments(chosen)
+    assert "logprobs_mode" not in serve.vllm_arguments(chosen, model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ours", "flags", "expected"),
+    [
+        ({"dtype": "float32"}, "", [], torch.float32),
+        ({"torch_dtype": "float32"}, "", [], torch.float32),
+        ({"dtype": "bfloat16"}, "", [], torch.bfloat16),
+        ({"dtype": "float32"}, "--dtype bfloat16", [], torch.bfloat16),
+        ({"dtype": "float32"}, "", ["--dtype", "bfloat16"], torch.bfloat16),
+    ],
+)
+def test_a_model_is_served_in_the_type_of_its_checkpoint(
+    fields, ours, flags, expected, tmp_path
+) -> None:
+    save_tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype", None)
+    model = save_config(tmp_path, **(config | fields))
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    chosen = parser.parse_args([str(model), *ours.split()])
+    chosen.flags = flags
+    command = serve_command(str(model), serve.vllm_arguments(chosen, model), flags)
+    _, parsed = vllm_serve.parse(command[3:])
+    assert ModelConfig(model=parsed.model_tag, dtype=parsed.dtype).dtype == expected
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +220,7 @@ def server(trained, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "serve.log"
     command = [
         sys.executable, "-m", "chatlearn_vllm.cli.main", "serve", "checkpoints",
-        "--host", "localhost", "--port", str(port), "--dtype", "float32", "--",
+        "--host", "localhost", "--port", str(port), "--",
         "--max-model-len", "600", "--max-num-seqs", "4", "--enforce-eager",
         "--kv-cache-memory-bytes", str(2**26), "--block-size", "32",
     ]  # fmt: skip

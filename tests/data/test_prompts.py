@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from chatlearn_vllm.config import UserError
 from chatlearn_vllm.data.prompts import (
     PromptPipeline,
     PromptSampler,
@@ -104,7 +105,10 @@ def test_blank_lines_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', r"p.jsonl, line 2: is not valid JSON"),
+        (
+            '{"prompt": "a"',
+            r"p.jsonl, line 2: is not valid JSON \(Expecting ',' delimiter, column 15",
+        ),
         ('["a"]', r"line 2: is a JSON list, must be an object"),
         ('{"question": "a"}', r"line 2: has keys \['question'\], needs one of \['prompt', 'qu"),
         ('{"prompt": ""}', r"line 2: key 'prompt' is '', must be a non-empty string"),
@@ -116,13 +120,13 @@ def test_blank_lines_are_skipped(tmp_path):
 def test_a_bad_line_is_named_with_file_number_and_key(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "good"}\n' + line, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_prompts(path)
 
 
 def test_all_bad_lines_are_reported_up_to_ten(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", *({"prompt": ""} for _ in range(12)))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_prompts(path)
     lines = str(error.value).splitlines()
     assert len(lines) == 11 and lines[-1] == "... and 2 more"
@@ -134,12 +138,12 @@ def test_all_bad_lines_are_reported_up_to_ten(tmp_path):
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="from, only None; set runtime.data_path, and runtime.ev"):
+    with pytest.raises(UserError, match="from, only None; set runtime.data_path, and runtime.ev"):
         load_prompts(None)
-    with pytest.raises(ValueError, match="none.jsonl does not exist"):
+    with pytest.raises(UserError, match="none.jsonl does not exist"):
         load_prompts(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="empty.jsonl holds no record"):
+    with pytest.raises(UserError, match="empty.jsonl holds no record"):
         load_prompts(tmp_path / "empty.jsonl")
 
 

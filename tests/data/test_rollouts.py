@@ -69,6 +69,13 @@ def test_log_probabilities_of_fewer_tokens_than_there_are_are_refused() -> None:
         rollouts_to_batch([output], seq_length=4, pad_token_id=0)
 
 
+def test_a_tokenizer_without_eos_pads_with_zeros_that_no_mask_includes() -> None:
+    output = request("0", [5, 6], [([8], [-0.5])])
+    batch = rollouts_to_batch([output], seq_length=5, pad_token_id=None)
+    assert batch["all_tokens"].tolist() == [[5, 6, 8, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 0, 1, 0, 0]]
+
+
 def test_what_does_not_fit_or_lacks_log_probabilities_is_refused() -> None:
     output = request("7", [5, 6, 7], [([8, 9], [-0.5, -1.0])])
     with pytest.raises(ValueError, match=r"request 7: 3 prompt \+ 2 response tokens .*=4"):

@@ -1,9 +1,15 @@
 """Which Ray does a job run on, and are its ranks where they must be?"""
 
+import os
+
 import pytest
 
 from chatlearn_vllm.config import load_config
-from chatlearn_vllm.runtime.cluster import check_servers_on_one_host, existing_cluster
+from chatlearn_vllm.runtime.cluster import (
+    check_servers_on_one_host,
+    existing_cluster,
+    remove_sessions,
+)
 from chatlearn_vllm.runtime.errors import RankId
 from chatlearn_vllm.runtime.worker import RankLocation, process_environment
 from chatlearn_vllm.runtime.worker_group import RankHandle
@@ -42,6 +48,32 @@ def test_the_user_can_ask_for_a_cluster_or_for_none(noted_cluster, monkeypatch):
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert not existing_cluster()
+
+
+@pytest.fixture
+def session_logs(tmp_path, monkeypatch):
+    """The directory of the logs of a Ray that this process started."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    logs = tmp_path / "ray" / f"session_1_{os.getpid()}" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("what went wrong")
+    return logs
+
+
+def test_logs_of_a_failed_job_are_kept_and_the_session_is_removed(session_logs, tmp_path):
+    remove_sessions(tmp_path / "run" / "ray_logs")
+
+    assert (tmp_path / "run" / "ray_logs" / "raylet.out").read_text() == "what went wrong"
+    assert not session_logs.parent.exists()
+
+
+def test_logs_that_cannot_be_kept_stay_and_hide_no_error_of_the_job(session_logs, tmp_path, caplog):
+    (tmp_path / "run").write_text("is no directory")
+
+    remove_sessions(tmp_path / "run" / "ray_logs")
+
+    assert (session_logs / "raylet.out").read_text() == "what went wrong"
+    assert f"Ray's logs stay in {session_logs}; moving them to" in caplog.text
 
 
 def test_only_ranks_of_megatron_core_put_all_work_for_their_gpu_in_one_line():

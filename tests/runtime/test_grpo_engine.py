@@ -1,5 +1,6 @@
 """What does the GRPO engine train on: dynamic sampling, several rewards, and its estimators?"""
 
+import json
 import logging
 from logging.handlers import BufferingHandler
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ import pytest
 import torch
 import yaml
 
+from chatlearn_vllm.job.flow import FlowError
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime import session
+from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.grpo_engine import GRPOEngine
 from tests.helpers.toy_modules import (
     PROMPTS,
@@ -87,6 +90,34 @@ def dynamic_sampling_engine(path, *overrides):
     engine = GRPOEngine(UnevenPolicy("policy"), None, rewards, Trainer("policy_trainer"))
     engine.set_dataset(PROMPTS)
     return engine
+
+
+def test_an_evaluation_adds_several_rewards_as_training_does(shared_cluster, tmp_path):
+    session.init(str(write_job(tmp_path, num_episode=1, enable_eval_before_training=True)))
+    policy, rewards = UnevenPolicy("policy"), [Judge("judge"), Style("style")]
+    engine = GRPOEngine(policy, None, rewards, Trainer("policy_trainer"))
+    engine.set_dataset(PROMPTS).set_evaluator(Evaluator(policy, rewards, PROMPTS))
+
+    metrics = engine.learn()[0]
+
+    lines = (engine.run_dir / "eval" / "episode_000000.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    by_judge = [1.0 + 0.001 * index - (index % 2 == 1 and index in DISPUTED) for index in range(16)]
+    by_style = [10.0 * (index % 3) for index in range(16)]
+    expected = [one + STYLE_WEIGHT * other for one, other in zip(by_judge, by_style, strict=True)]
+    assert [sample["rewards"] for sample in samples] == pytest.approx(expected)
+    assert [sample["rewards/style"] for sample in samples] == by_style
+    assert metrics["eval/reward_mean"] == pytest.approx(sum(expected) / 16)
+    assert metrics["eval/rewards/judge_mean"] == pytest.approx(sum(by_judge) / 16)
+    assert metrics["eval/rewards/style_mean"] == pytest.approx(sum(by_style) / 16)
+
+
+def test_an_evaluation_is_refused_what_is_no_reward(tmp_path):
+    session.init(str(write_job(tmp_path)))
+    policy = UnevenPolicy("policy")
+    for reward in ([], [Judge], "judge", Judge):
+        with pytest.raises(FlowError, match="with a list of modules in the place of reward"):
+            Evaluator(policy, reward, PROMPTS)
 
 
 @pytest.fixture(scope="module")

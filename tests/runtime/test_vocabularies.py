@@ -9,7 +9,7 @@ from chatlearn_vllm import DraftModule, GRPOEngine, RewardModule, ValueModule, l
 from chatlearn_vllm.config import UserError
 from chatlearn_vllm.modules.hf_reward_module import HFRewardModule
 from chatlearn_vllm.runtime import base_engine
-from chatlearn_vllm.runtime.vocabulary_checks import check_vocabularies
+from chatlearn_vllm.runtime.vocabulary_checks import check_tokenizer, check_vocabularies
 from examples.megatron.models.policy_reference import PolicyReference
 from examples.megatron.models.policy_trainer import PolicyTrainer
 from tests.helpers.job_modules import DigitReward
@@ -117,13 +117,40 @@ def test_the_tokens_are_those_of_the_tokenizer_that_the_policy_names(tmp_path) -
     check(tmp_path, policy={"tokenizer": str(tmp_path / "reader")})
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.txt", "tekken.json"])
+def test_a_directory_with_a_tokenizer_passes(tmp_path, name) -> None:
+    save(tmp_path / "policy", 128)
+    save(tmp_path / "reader", 128)
+    (tmp_path / "policy" / name).touch()
+    check_tokenizer(VLLMPolicyInference("policy", make_job(tmp_path)))
+
+
+def test_a_policy_without_tokenizer_is_refused_before_anything_starts(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(base_engine, "Cluster", None)
+    save(tmp_path / "policy", 128)
+    save(tmp_path / "reader", 128, TOKENS)
+    (tmp_path / "policy" / "tokenizer_config.json").write_text("{}")
+    make = {"num_inference_per_prompt": 2}
+    with pytest.raises(UserError, match=r"models.policy: load=\S*/policy has no tokenizer"):
+        learn(make_job(tmp_path, policy=make))
+    own = {**make, "load": str(tmp_path / "reader"), "tokenizer": str(tmp_path / "policy")}
+    with pytest.raises(UserError, match=r"models.policy: tokenizer=\S*/policy has no tokenizer"):
+        learn(make_job(tmp_path, policy=own))
+
+
+def learn(job):
+    frozen = VLLMPolicyInference("policy", job), None, DigitReward("rules", job)
+    engine = GRPOEngine(*frozen, PolicyTrainer("trained", job))
+    engine.set_dataset([{"prompt": "1+1="}])
+    engine.learn()
+
+
 def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(base_engine, "Cluster", None)
     save(tmp_path / "policy", 128)
     save(tmp_path / "reader", 100)
     job = make_job(tmp_path, policy={"num_inference_per_prompt": 2})
-    frozen = VLLMPolicyInference("policy", job), None, DigitReward("rules", job)
-    engine = GRPOEngine(*frozen, PolicyTrainer("trained", job))
-    engine.set_dataset([{"prompt": "1+1="}])
     with pytest.raises(UserError, match="models.trained reads the token ids of models.policy"):
-        engine.learn()
+        learn(job)

@@ -49,12 +49,6 @@ def main() -> None:
     else:
         engine = GRPOEngine(policy, reference, rewards, PolicyTrainer("policy_trainer"))
 
-    def eval_flow(prompts: Any) -> Any:
-        answers = policy.eval_forward(prompts)
-        for reward in rewards:
-            answers = reward.eval_forward(answers)
-        return answers
-
     args, key = job.runtime, policy.model_args.prompt_key
     if not args.data_path:
         raise UserError(
@@ -65,7 +59,7 @@ def main() -> None:
     engine.set_dataset(prompts)
     if args.eval_data_path:
         eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit, key)
-        engine.set_evaluator(Evaluator(eval_flow, prompts=eval_prompts))
+        engine.set_evaluator(Evaluator(policy, rewards, eval_prompts))
     engine.learn()
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from chatlearn_vllm import RewardModule
 from chatlearn_vllm.data.prompts import keep_tail, prompt_token_ids
-from chatlearn_vllm.data.responses import response_rows
+from chatlearn_vllm.data.responses import require_eos, response_rows
 
 
 class RewardTrainer(RewardModule):
@@ -17,6 +17,7 @@ class RewardTrainer(RewardModule):
     def setup(self) -> None:
         """Load the tokenizer."""
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_args.tokenizer)
+        require_eos(self.tokenizer, self.model_args.tokenizer)
 
     def train_records(self, records: list[dict[str, str]], iteration: int) -> list[dict]:
         """Tokenize pairs and learn them; one dict of metrics per optimizer step."""

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from chatlearn_vllm import MegatronModule
 from chatlearn_vllm.data.prompts import prompt_token_ids
-from chatlearn_vllm.data.responses import response_rows
+from chatlearn_vllm.data.responses import require_eos, response_rows
 
 
 class SFTTrainer(MegatronModule):
@@ -16,6 +16,7 @@ class SFTTrainer(MegatronModule):
     def setup(self) -> None:
         """Load the tokenizer."""
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_args.tokenizer)
+        require_eos(self.tokenizer, self.model_args.tokenizer)
 
     def model_provider(self, *args: Any, **kwargs: Any) -> Any:
         """Build the model that config.json in `load` describes."""

@@ -26,10 +26,5 @@ def for_tags(reward: type[BaseModule]) -> type[BaseModule]:
                 rewards[rows] = torch.as_tensor(scores["rewards"]).float()
             return {"rewards": rewards}
 
-        def eval_forward(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
-            """`rewards` [B], added to those of the rewards called before."""
-            own = self.forward_step(data, iteration)["rewards"] * self.module_args.reward_weight
-            return {"rewards": own + data.get("rewards", 0.0)}
-
     TaggedReward.__name__ = f"Tagged{reward.__name__}"
     return TaggedReward

@@ -1,0 +1,56 @@
+"""Is a policy's own `build_dataset` told at once what it has to return?"""
+
+import pytest
+
+from chatlearn_vllm import VLLMModule
+from chatlearn_vllm.data.prompts import VLLMPromptPipeline
+from tests.helpers.engines import policy_job
+from tests.helpers.tiny_llama import save_tiny_llama
+
+
+class OwnDataset(VLLMModule):
+    returned = None
+
+    def build_dataset(self, train_prompts, is_eval=False):
+        return self.returned
+
+    def model_provider(self):
+        return super().model_provider()
+
+    def _add_request(self, data, is_eval=False):
+        return super()._add_request(data, is_eval)
+
+    def forward_step(self, data, iteration=0):
+        return super().forward_step(data, iteration)
+
+    def decode_internal(self, batched_outputs):
+        return super().decode_internal(batched_outputs)
+
+
+@pytest.fixture
+def policy(tmp_path):
+    save_tiny_llama(tmp_path / "model")
+    return OwnDataset("policy", policy_job(tmp_path, tmp_path / "model"))
+
+
+ROWS = [{"prompt": "1+1=", "input_ids": [1, 5]}]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"build_dataset\(is_eval=True\) returned no prompts for 2 records"),
+        ([], "returned no prompts for 2 records"),
+        (ROWS, r"returned list, which has no collate_fn; it must return a sequence of dicts"),
+        (iter(ROWS), "list_iterator, which has no __len__, __getitem__, collate_fn"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_when_it_is_built(policy, returned, message) -> None:
+    policy.returned = returned
+    with pytest.raises(ValueError, match=message):
+        policy.build_prompts(["1+1=", "2+2="], is_eval=True)
+
+
+def test_a_dataset_of_ones_own_is_taken(policy) -> None:
+    policy.returned = VLLMPromptPipeline(["1+1="], 8, policy.tokenizer.tokenizer)
+    assert policy.build_prompts(["1+1=", "2+2="]) == 1
