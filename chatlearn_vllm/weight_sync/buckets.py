@@ -67,6 +67,8 @@ def plan_buckets(
 
 def cut(shape: tuple[int, ...], max_elements: int) -> list[Rect]:
     """Cut a shape into parts of whole rows, or of parts of a row where one is too large."""
+    if not shape:
+        return [()]
     num_rows, *columns = shape
     step = max_elements // math.prod(columns)
     if step:

@@ -77,6 +77,12 @@ def test_a_bucket_is_sent_only_when_the_next_piece_does_not_fit(bucket_bytes) ->
             assert -(-at // 16) * 16 + num_bytes > bucket_bytes
 
 
+def test_a_number_is_one_part() -> None:
+    assert cut((), 4) == [()]
+    (bucket,) = plan_buckets([Copy(0, "b", (), "scale", ())], DTYPES, 64)
+    assert [(piece.source, piece.target, piece.stop) for piece in bucket] == [((), (), 4)]
+
+
 def test_a_message_may_be_filled_to_its_last_byte() -> None:
     copies = [Copy(0, "b", ((row, row + 1), (0, 8)), f"b{row}", ((0, 1), (0, 8))) for row in (0, 1)]
     (bucket,) = plan_buckets(copies, DTYPES, 64)
