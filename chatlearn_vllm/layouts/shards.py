@@ -89,11 +89,7 @@ class LayeredShards(ShardedModel):
 
     def __eq__(self, other: object) -> bool:
         """Whether the sizes are the same."""
-        return (
-            isinstance(other, LayeredShards)
-            and type(self) is type(other)
-            and self.__getstate__() == other.__getstate__()
-        )
+        return type(self) is type(other) and self.__getstate__() == other.__getstate__()
 
     __hash__ = None
 

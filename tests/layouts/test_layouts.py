@@ -217,6 +217,10 @@ def test_sizes_are_read_from_config_json_as_vllm_reads_them() -> None:
             {"model_type": "qwen3_moe", **EXPERTS, "mlp_only_layers": 1},
             "mlp_only_layers=1 must be a list of layer numbers",
         ),
+        (
+            {"model_type": "qwen3_moe", **EXPERTS, "mlp_only_layers": [0, "1"]},
+            r"mlp_only_layers=\[0, '1'\] must be a list of layer numbers",
+        ),
     ],
 )
 def test_a_config_json_that_gives_no_sizes_is_refused_with_all_keys(changes, problem) -> None:

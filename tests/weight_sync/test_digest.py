@@ -49,6 +49,8 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
         numbers(1, dtype=torch.bfloat16),
         numbers(3, 5, dtype=torch.bfloat16),  # 30 bytes: the last word is half filled
         numbers(64, 1, dtype=torch.bfloat16),
+        numbers(3, 7, dtype=torch.float8_e4m3fn),  # 21 bytes: the last word has one
+        numbers(5, 3, dtype=torch.float8_e4m3fn),  # 15 bytes: the last word lacks one
         numbers(300, 301),  # several units
         numbers(200_000),  # more words than are worked on at a time
         numbers(4, 6, dtype=torch.float64),
