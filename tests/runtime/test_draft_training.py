@@ -131,3 +131,9 @@ def test_pairs_are_spread_over_the_ranks_of_both_trainers(models, tmp_path) -> N
             DigitReward("reward", job), OnlineDPOTrainer("policy_trainer", job),
             draft_trainer=DraftModule("draft_trainer", job),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [{}, {"speculative_config": None}])
+def test_a_policy_may_draft_with_what_nobody_trains_or_not_at_all(models, tmp_path, policy) -> None:
+    engine = make_engine(tmp_path, models, trains=False, policy=policy)
+    assert [module.name for module in engine.modules] == ["policy_trainer", "reward", "policy"]

@@ -112,6 +112,37 @@ def test_columns_that_disagree_are_an_error():
     )
 
 
+def tensors(*lengths):
+    return [torch.arange(length) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_equal"),
+    [
+        (["a", "b", "c"], ["a", "b", "c"], True),
+        (["a", "b", "c"], ["a", "b", "d"], False),
+        ([1, 2, 3], [1.0, 2.0, 3.0], False),
+        (tensors(1, 2, 3), tensors(1, 2, 3), True),
+        (tensors(1, 2, 3), tensors(1, 2, 4), False),
+        (tensors(1, 2, 3), ["a", "b", "c"], False),
+        (["a", "b", "c"], tensors(1, 2, 3), False),
+        (torch.ones(3), torch.ones(3), True),
+        (torch.ones(3), [1.0, 1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], torch.ones(3), False),
+    ],
+)
+def test_columns_agree_if_all_their_entries_do(one, other, is_equal):
+    def env_flow(prompts):
+        samples = policy.forward_step(prompts)
+        return [apply(lambda batch, column=column: {"mine": column}, samples)
+                for column in (one, other)]  # fmt: skip
+
+    if is_equal:
+        assert len(run(env_flow)[0]["mine"]) == 3
+    else:
+        refused(env_flow, "the returned handles disagree: .* have different 'mine'")
+
+
 def test_batches_of_different_lengths_cannot_be_merged():
     def env_flow(prompts):
         samples = policy.forward_step(prompts)
@@ -141,6 +172,11 @@ def test_a_function_returns_columns_and_perhaps_metrics():
         lambda prompts: apply(lambda batch: torch.zeros(3), policy.forward_step(prompts)),
         "<lambda> returned Tensor; a function given to apply returns a dict of columns",
     )
+
+
+def test_the_policy_is_found_among_models_that_score():
+    flow = record(lambda prompts: reward.forward_step(policy.forward_step(prompts)))
+    assert policy_call(flow, "forward_step") is flow.calls[0]
 
 
 @pytest.mark.parametrize(
