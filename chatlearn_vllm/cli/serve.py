@@ -7,9 +7,11 @@ Hugging Face form, into a directory that is removed when the server ends.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,10 @@ _RETIRED_FLAGS = {
 }
 """Flags of older vLLM versions -> what stands in their place."""
 
+_VLLM_PORT = 8000
+"""Where vLLM listens unless told otherwise."""
+
+_LISTENING_FLAGS = ("--host", "--port", "--uds", "--config")
 _KV_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 HELP = "serve a trainer's checkpoint, or a Hugging Face directory, with an OpenAI API"
 USER_ERROR = 2
@@ -111,6 +117,24 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
             "--weight-updates: who reaches such a server can change its model; set VLLM_API_KEY to "
             "a secret, and vllm_server_api_key: ${VLLM_API_KEY} in the job"
         )
+    _require_free_port(arguments)
+
+
+def _require_free_port(arguments: argparse.Namespace) -> None:
+    """Before a checkpoint is written for a server that cannot listen."""
+    if any(_is_given(flag, arguments.flags) for flag in _LISTENING_FLAGS):
+        return
+    port, host = arguments.port or _VLLM_PORT, arguments.host or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(
+                    f"--port {port}: another process listens there; name a free one"
+                ) from None
 
 
 def vllm_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:

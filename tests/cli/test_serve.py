@@ -85,6 +85,20 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_port_that_is_in_use_is_told_before_anything_starts(tmp_path, capsys) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        on_loopback = ["--host", "127.0.0.1", "--port", str(port)]
+        for where in (on_loopback, ["--port", str(port)]):
+            assert main(["serve", str(tmp_path), *where]) == 2
+            assert f"--port {port}: another process listens there" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), *on_loopback]) == 2
+    told = capsys.readouterr().err  # of what comes next: the port is free now
+    assert "checkpoint" in told and "--port" not in told
+
+
 def save_config(directory: Path, **fields: str) -> Path:
     (directory / "config.json").write_text(json.dumps(fields))
     return directory

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import threading
@@ -202,6 +203,14 @@ def test_a_failure_in_the_background_is_raised_on_all_ranks_with_its_rank(ranks,
     assert [path.name for path in tmp_path.iterdir()] == [".iter_0000001.writing"]
 
 
+def test_files_that_cannot_be_written_are_told_on_all_ranks_with_directory_and_rank(
+    ranks, llama, tmp_path
+):
+    for message in ranks[2].run(error_of_saving_without_room, llama, tmp_path, tp=2):
+        assert f"could not be written in {tmp_path}/.iter_0000001.writing:\nrank 1: " in message
+        assert re.search(r"[\d.]+ MiB are free there", message) and "rank 0" not in message
+
+
 def test_saving_leaves_no_process_behind(ranks, llama, tmp_path):
     assert ranks[2].run(processes_after_save, llama, tmp_path) == [0, 0]
 
@@ -361,6 +370,21 @@ def error_of_saving_in_the_background(path, directory, **settings):
                 return str(error)
     finally:
         BackgroundWriter._write_file = write_file
+
+
+def error_of_saving_without_room(path, directory, **settings):
+    """The second rank may write small files only."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with tiny_models.engine(path, **settings) as engine:
+            if torch.distributed.get_rank() == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, before[1]))
+            try:
+                engine.save_checkpoint(directory, 1)
+            except RuntimeError as error:
+                return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def processes_after_save(path, directory):

@@ -15,6 +15,7 @@ import json
 import logging
 import queue
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from chatlearn_vllm.engines.megatron import checkpoint_files
 from chatlearn_vllm.engines.megatron.background_writer import BackgroundWriter
@@ -113,6 +115,7 @@ class UnfinishedSave:
 
         Raises:
             ValueError: psutil is not installed; megatron-core would hang instead of saying so.
+            RuntimeError: on all ranks: some could not write; names each and its error.
         """
         if importlib.util.find_spec("psutil") is None:
             raise ValueError("saving a checkpoint needs the package psutil: pip install psutil")
@@ -131,7 +134,7 @@ class UnfinishedSave:
         self._temporary = begin_directory(directory / self._name)
         sharded = _sharded_state(state, self._about["optimizer_format"], is_loading=False)
         self._writer: BackgroundWriter | None = None
-        with _write_results_stay_in_this_process():
+        with _write_results_stay_in_this_process(), _failures_told_on_all_ranks(self._temporary):
             request = dist_checkpointing.save(
                 sharded,
                 str(self._temporary),
@@ -167,6 +170,22 @@ class UnfinishedSave:
         if dist.get_rank() == 0:
             write_text_atomically(self._directory / LATEST, self._name + "\n")
         dist.barrier()
+
+
+@contextmanager
+def _failures_told_on_all_ranks(directory: Path) -> Iterator[None]:
+    """megatron-core fails on all ranks, and tells the reasons on the first one only."""
+    try:
+        yield
+    except CheckpointException as error:
+        own = [f"rank {rank}: {reason!r}" for rank, (reason, _) in sorted(error.failures.items())]
+        told: list[list[str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, own)
+        reasons = "\n".join(reason for of_rank in told for reason in of_rank or ())
+        raise RuntimeError(
+            f"a checkpoint could not be written in {directory}:\n{reasons}\n"
+            f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB are free there"
+        ) from None
 
 
 def load(directory: Path, iteration: int | None, state: Resumable, args: ModelArgs) -> int | None:
