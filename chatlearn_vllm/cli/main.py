@@ -18,6 +18,8 @@ READER_GONE = 128 + signal.SIGPIPE
 _PRINTING = ("plan", "sync-plan")
 USER_ERROR = 2
 """Exit code for a job that cannot start as described."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         if arguments.command not in _PRINTING:
             raise

@@ -51,6 +51,12 @@ def test_launch_tells_what_the_user_can_set_right_in_a_line(job, capsys):
         main(["launch", str(job)])
 
 
+def test_an_interrupted_launch_ends_with_a_line(job, capsys):
+    (job.parent / "entry/run.py").write_text("raise KeyboardInterrupt")
+    assert main(["launch", str(job)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_reader_that_has_enough_of_the_output_is_no_error(job):
     command = f"{sys.executable} -m chatlearn_vllm.cli.main plan {job} | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

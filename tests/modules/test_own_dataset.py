@@ -4,7 +4,7 @@ import pytest
 
 from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.data.prompts import VLLMPromptPipeline
-from tests.helpers.engines import policy_job
+from tests.helpers.engines import policy_job, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
 
 
@@ -54,3 +54,22 @@ def test_what_is_no_dataset_is_refused_when_it_is_built(policy, returned, messag
 def test_a_dataset_of_ones_own_is_taken(policy) -> None:
     policy.returned = VLLMPromptPipeline(["1+1="], 8, policy.tokenizer.tokenizer)
     assert policy.build_prompts(["1+1=", "2+2="]) == 1
+
+
+class Prompts(list):
+    """The least that will do, as in docs/vllm_module.md."""
+
+    def collate_fn(self, samples):
+        return {key: [sample[key] for sample in samples] for key in ("input_ids", "prompt")}
+
+
+def test_the_least_dataset_is_answered(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model")
+    job = policy_job(tmp_path, tmp_path / "model", load_format="auto", n=2)
+    policy = start_policy(OwnDataset, job)
+    policy.returned = Prompts([*ROWS, {"prompt": "7+8=", "input_ids": [1, 6, 7]}])
+    assert policy.build_prompts(["1+1=", "7+8="]) == 2
+    batch = policy.generate([0, 1], first_sample=0)
+    assert batch["str_prompts"] == ["1+1=", "1+1=", "7+8=", "7+8="]
+    assert [ids.tolist() for ids in batch["no_padded_query_ids"]] == [[1, 5]] * 2 + [[1, 6, 7]] * 2
+    policy.shutdown()

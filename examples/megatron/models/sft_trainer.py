@@ -30,12 +30,14 @@ class SFTTrainer(MegatronModule):
         """Batch of prompt + response + EOS; the mask is on response and EOS.
 
         Raises:
-            ValueError: a record is longer than `seq_length`.
+            ValueError: a record has no response, or is longer than `seq_length`.
         """
         seq_length, eos = self.model_args.seq_length, self.tokenizer.eos_token_id
         prompts, responses = [], []
         for record in records:
             prompts.append(prompt_token_ids(record["prompt"], self.tokenizer))
+            if not isinstance(record.get("response"), str):
+                raise ValueError(f"record {record!r:.200} has no 'response', a text to be learned")
             response = self.tokenizer.encode(record["response"], add_special_tokens=False)
             responses.append([*response, eos])
             length = len(prompts[-1]) + len(responses[-1])
