@@ -2,29 +2,17 @@
 
 import pytest
 
-from chatlearn_vllm import VLLMModule
 from chatlearn_vllm.data.prompts import VLLMPromptPipeline
 from tests.helpers.engines import policy_job, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
+from tests.modules.test_vllm_module import VLLMPolicyInference
 
 
-class OwnDataset(VLLMModule):
+class OwnDataset(VLLMPolicyInference):
     returned = None
 
     def build_dataset(self, train_prompts, is_eval=False):
         return self.returned
-
-    def model_provider(self):
-        return super().model_provider()
-
-    def _add_request(self, data, is_eval=False):
-        return super()._add_request(data, is_eval)
-
-    def forward_step(self, data, iteration=0):
-        return super().forward_step(data, iteration)
-
-    def decode_internal(self, batched_outputs):
-        return super().decode_internal(batched_outputs)
 
 
 @pytest.fixture
