@@ -99,6 +99,31 @@ def require_dataset(dataset: Any, hook: str, num_records: int) -> None:
         )
 
 
+def require_prompt(row: int, text: Any, ids: Any, room: int, seq_length: int) -> None:
+    """Check a prompt that a policy's `_add_request` adds.
+
+    Args:
+        row: its place among those that are added together.
+        text: of the prompt.
+        ids: its tokens.
+        room: for a response, in tokens.
+        seq_length: of prompt and response.
+
+    Raises:
+        ValueError: text and tokens are something else, or there is no room.
+    """
+    if not isinstance(text, str | None) or isinstance(ids, str):
+        raise ValueError(
+            f"prompt {row}: _add_request_internal(texts, token_ids) got the text {text!r:.80} and "
+            f"the tokens {ids!r:.80}; a text and its token ids are needed, in this order"
+        )
+    if room < 1:
+        raise ValueError(
+            f"prompt {row} has {len(ids)} tokens: no room for a response in "
+            f"seq_length={seq_length}; truncate it in build_dataset()"
+        )
+
+
 def _read_file(path: Path, prompt_key: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")

@@ -202,8 +202,10 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             is_eval: whether to sample with the `eval_*` keys; None: as the prompts are asked for.
 
         Raises:
-            ValueError: a prompt leaves no room for a response, or vLLM refuses it.
+            ValueError: a prompt is no text with its tokens, leaves no room for a response, or vLLM
+                refuses it.
         """
+        from chatlearn_vllm.data.prompts import require_prompt
         from chatlearn_vllm.engines.vllm_arguments import max_response_tokens
         from chatlearn_vllm.engines.vllm_partial import PartialRequest
 
@@ -212,11 +214,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         sampling = self._sampling(is_eval)
         for row, (prompt, ids) in enumerate(zip(prompt_list, prompt_token_id_list, strict=True)):
             room = max_response_tokens(args, len(ids))
-            if room < 1:
-                raise ValueError(
-                    f"prompt {row} has {len(ids)} tokens: no room for a response in "
-                    f"seq_length={args.seq_length}; truncate it in build_dataset()"
-                )
+            require_prompt(row, prompt, ids, room, args.seq_length)
             ordinal = self._asking[row].first_sample
             seed = sample_seed(args.seed, ordinal, is_eval)
             request = {"max_tokens": room, "seed": seed} | sampling

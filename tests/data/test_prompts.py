@@ -11,6 +11,7 @@ from chatlearn_vllm.data.prompts import (
     PromptSampler,
     VLLMPromptPipeline,
     load_prompts,
+    require_prompt,
     require_records,
 )
 
@@ -341,3 +342,12 @@ def test_the_prompt_may_have_another_name_in_a_file(tmp_path):
     assert (item["prompt"], len(item["input_ids"])) == ("1+1=", 4)
     with pytest.raises(ValueError, match=r"needs one of \['ask', 'prompt', 'query', 'text'\]"):
         load_prompts(write_jsonl(tmp_path / "q.jsonl", {"question": "1"}), prompt_key="ask")
+
+
+def test_text_and_tokens_of_a_prompt_in_the_wrong_order_are_told() -> None:
+    require_prompt(0, "1+1=", [1, 5], 1, 3)
+    require_prompt(0, None, (1, 5), 1, 3)
+    with pytest.raises(ValueError, match=r"prompt 2: .* the text \[1, 5\] and the tokens '1\+1='"):
+        require_prompt(2, [1, 5], "1+1=", 1, 3)
+    with pytest.raises(ValueError, match="prompt 2 has 3 tokens: no room for a response in seq_le"):
+        require_prompt(2, "1+1=", [1, 5, 6], 0, 3)
