@@ -270,6 +270,20 @@ class RolloutEngine(BaseEngine):
             self.modules, policy=self.policy, rewards=self.rewards, targets=dict.fromkeys(targets)
         )
 
+    def start_models(self) -> None:
+        """See BaseEngine; rewards have to be made of responses.
+
+        Raises:
+            UserError: as there, and for a reward that cannot.
+        """
+        for reward in self.rewards:
+            if type(reward).forward_step is BaseModule.forward_step:
+                raise UserError(
+                    f"models.{reward.name}: {type(reward).__name__} has no forward_step(self, "
+                    "data, iteration=0), which makes `rewards` of responses"
+                )
+        super().start_models()
+
     def count_prompts(self, records: Sequence[Any]) -> int:
         """Hand the prompts to the policy's ranks."""
         return self.groups[self.policy.name].call("build_prompts", records)[0]

@@ -7,6 +7,7 @@ import pytest
 
 from chatlearn_vllm.config import UserError
 from chatlearn_vllm.data.prompts import PromptSampler
+from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime import base_engine, session
 from chatlearn_vllm.runtime.checkpoint import DriverState, save_state
 from chatlearn_vllm.runtime.evaluator import Evaluator
@@ -129,6 +130,15 @@ def test_prompts_that_only_the_policy_can_count_are_left_to_it(path, num_records
     state = DriverState(2, 2, order, algorithm="GRPOEngine", num_records=num_records)
     save_state(engine.run_dir / "checkpoints" / "driver", state)
     with pytest.raises(StartedError):
+        engine.learn()
+
+
+def test_a_reward_that_cannot_score_is_told_before_anything_starts(path):
+    engine = make_engine(path, "runtime.num_episode=3")
+    engine.rewards = (BaseModule("reward"),)
+    with pytest.raises(
+        UserError, match=r"models.reward: BaseModule has no forward_step\(self, data"
+    ):
         engine.learn()
 
 
