@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides",
             nargs="*",
+            default=[],  # else argparse calls it required
             metavar="key=value",
             help="as in runtime.num_episode=3 or models.policy.model_args.temperature=0.7",
         )

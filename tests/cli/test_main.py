@@ -51,6 +51,12 @@ def test_launch_tells_what_the_user_can_set_right_in_a_line(job, capsys):
         main(["launch", str(job)])
 
 
+def test_a_launch_of_nothing_asks_for_the_file_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["launch"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: JOB.yaml\n")
+
+
 def test_an_interrupted_launch_ends_with_a_line(job, capsys):
     (job.parent / "entry/run.py").write_text("raise KeyboardInterrupt")
     assert main(["launch", str(job)]) == 130
