@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import signal
 import socket
@@ -179,7 +178,9 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _is_float32(model: Path) -> bool:
-    config = json.loads((model / "config.json").read_text())
+    from chatlearn_vllm.config.model_files import read_config_json
+
+    config = read_config_json(str(model))
     return (config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 
