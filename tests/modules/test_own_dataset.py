@@ -60,4 +60,12 @@ def test_the_least_dataset_is_answered(tmp_path) -> None:
     batch = policy.generate([0, 1], first_sample=0)
     assert batch["str_prompts"] == ["1+1=", "1+1=", "7+8=", "7+8="]
     assert [ids.tolist() for ids in batch["no_padded_query_ids"]] == [[1, 5]] * 2 + [[1, 6, 7]] * 2
+
+    policy._add_request = lambda data, is_eval: policy._add_request_internal(
+        data["input_ids"], data["prompt"]
+    )
+    with pytest.raises(
+        ValueError, match=r"prompt 0: _add_request_internal\(texts, token_ids\) got"
+    ):
+        policy.generate([0, 1], first_sample=0)
     policy.shutdown()
