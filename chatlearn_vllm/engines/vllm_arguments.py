@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from chatlearn_vllm.config import ModelArgs
-from chatlearn_vllm.config.engine_support import DRAFT_DIR_METHODS, quantization_of_checkpoint
+from chatlearn_vllm.config.engine_support import (
+    DRAFT_DIR_METHODS,
+    NGRAM_METHODS,
+    quantization_of_checkpoint,
+)
 from chatlearn_vllm.config.model_files import (
     OTHER_CONFIG,
     longest_sequence,
@@ -212,8 +216,9 @@ def speculative_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A draft is loaded from its own directory, whatever the model that verifies it waits for.
     """
-    own = {"draft_load_config": {"load_format": "auto"}} if config["method"] != "ngram" else {}
-    return own | dict(config)
+    if config["method"] in NGRAM_METHODS:
+        return dict(config)
+    return {"draft_load_config": {"load_format": "auto"}} | dict(config)
 
 
 def cpu_kv_cache_bytes() -> int:

@@ -389,6 +389,39 @@ def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]] | 
         finalize_layerwise_reload(draft, config)
 
 
+def load_format(arguments: Mapping[str, Any]) -> str:
+    """With which `load_format` an engine is built of these arguments of vLLM's.
+
+    On GPUs vLLM 0.25 builds EAGLE heads as the model that verifies them, whatever
+    `draft_load_config` says: at random, where the policy's weights come from a weight sync.
+    """
+    asked = arguments.get("load_format", "auto")
+    config = arguments.get("speculative_config") or {}
+    if asked == "dummy" and "draft_load_config" in config and installed_version() < Version("0.32"):
+        return dummy_but_drafts()
+    return asked
+
+
+@functools.cache
+def dummy_but_drafts() -> str:
+    """Tell vLLM of a `load_format` with random weights for all models but drafts; its name."""
+    from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    class DummyButDrafts(DummyModelLoader):
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+            speculative = vllm_config.speculative_config
+            draft_config = speculative.draft_model_config  # the model's own if there is no draft
+            if model_config is not draft_config or draft_config is speculative.target_model_config:
+                return super().load_model(vllm_config, model_config, prefix)
+            loader = get_model_loader(speculative.draft_load_config)
+            return loader.load_model(vllm_config, model_config, prefix)
+
+    name = "chatlearn_dummy_but_drafts"
+    register_model_loader(name)(DummyButDrafts)
+    return name
+
+
 def draft_is_built_random(engine: Any) -> bool:
     """Whether `draft_load_config` says that the weights of the draft come from elsewhere."""
     config = engine.vllm_config.speculative_config.draft_load_config

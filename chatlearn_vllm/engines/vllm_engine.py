@@ -77,6 +77,7 @@ class VLLMEngine(GenerationEngine):
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
+        arguments["load_format"] = vllm_compat.load_format(engine_arguments)
         if arguments.get("speculative_config"):
             self.speculation = Speculation(self._switch_drafting)
             vllm_compat.repair_cpu_drafts()
@@ -105,7 +106,7 @@ class VLLMEngine(GenerationEngine):
         self._sampled: SampledLogprobs | None = None
         """What takes log-probabilities out of each step at once; None where vLLM does."""
         self.seed_per_response = seed_per_response
-        super().__init__(has_weights=arguments.get("load_format") != "dummy")
+        super().__init__(has_weights=engine_arguments.get("load_format") != "dummy")
         self.draft = self._find_draft()
 
     def _find_draft(self) -> DraftModel | None:

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.gpu.conftest import LLAMA_100M
 from tests.helpers.draft_ranks import FOUR_TOKENS, save_eagle_head, save_eagle_head_of_four
@@ -115,6 +116,18 @@ def logprob_error(module, model):
     return torch.cat(differences).mean().item()
 
 
+def eagle_head_error(module, root):
+    """Largest difference between the weights that draft and those of the head's file."""
+    stored = load_file(root / "eagle" / "model.safetensors")
+    live = module.engine.draft.parameters()
+    return max(
+        (tensor.cpu() - stored[key].to(tensor.dtype)).abs().max().item()
+        for key in ("fc.weight", "layers.0.mlp.down_proj.weight")
+        for name, tensor in live.items()
+        if name.endswith(key.removeprefix("layers.0."))
+    )
+
+
 def drafts_through_sleep_and_sync(root, job_dir, model_args):
     """On a rank: what a drafting policy answers, before and after."""
     from tests.helpers.engines import put_weights
@@ -125,9 +138,12 @@ def drafts_through_sleep_and_sync(root, job_dir, model_args):
     facts["regret"] = regret(models["model"], batch)
     facts["rate"] = stats.acceptance_rate
     facts["logprob_error"] = logprob_error(module, models["model"])
+    has_head = model_args["speculative_config"]["method"] == "eagle"
+    facts["head_errors"] = [eagle_head_error(module, root)] if has_head else []
     module.sleep()
     module.wake_weights()
     put_weights(module, models["model"], version=2)
+    facts["head_errors"] += [eagle_head_error(module, root)] if has_head else []
     module.wake_kv_cache()
     again, stats = greedy(module)
     facts["same"] = share_of_same_tokens(batch, again)
@@ -173,6 +189,7 @@ def test_drafts_outlive_sleep_level_2_and_a_sync(rank, root, tmp_path, method, e
     assert facts["regret_of_trained"] < 0.01
     assert facts.get("regret_without", 0.0) < 0.01
     assert facts["logprob_error"] < 0.0176
+    assert facts["head_errors"] == [0, 0] * (method == "eagle")
     assert facts["same"] > 0.9
     assert abs(facts["rate_after_sleep"] - facts["rate"]) < 0.1
     assert facts["num_drafts_of_trained"] > 20
