@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task
 
 ONLY_OF_MODULE = (
-    "async_scheduling", "distributed_executor_backend", "disable_custom_all_reduce",
-    "disable_log_stats", "enable_sleep_mode", "logprobs_mode",
+    "async_scheduling", "distributed_executor_backend", "disable_log_stats", "enable_sleep_mode",
+    "logprobs_mode",
 )  # fmt: skip
 """Engine arguments that VLLMModule sets for its job; bare vLLM runs with its own defaults."""
 COUNTERS = {

@@ -97,7 +97,7 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "ngram_gpu": Feature(
         "drafts: n-grams, found on the GPU", "speculative_config",
-        _method("ngram_gpu"), "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
+        _method("ngram_gpu"), YES, _VLLM_ONLY, _OF_SERVER,
         cpu="works on GPUs only; set method: ngram",
     ),
     "draft_model": Feature(

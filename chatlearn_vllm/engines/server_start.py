@@ -34,8 +34,8 @@ _PROBE_LOGPROBS = 5
 _LEAST_SPREAD = 1e-6
 _NOT_OF_A_SERVER = frozenset({"model", "distributed_executor_backend"})
 """Engine arguments that a server gets in another place."""
-_BETTER_IN_A_SERVER = frozenset({"disable_log_stats", "disable_custom_all_reduce"})
-"""Those whose default is better where vLLM starts all processes of a replica."""
+_BETTER_IN_A_SERVER = frozenset({"disable_log_stats"})
+"""Those whose default is better where steps are another process's."""
 _CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 

@@ -80,9 +80,6 @@ def engine_arguments(
         "distributed_executor_backend": "external_launcher",
         # Log-probabilities of the distribution that was really sampled from.
         "logprobs_mode": "processed_logprobs",
-        # It shares buffers of CUDA graphs by CUDA IPC; where sleep mode allocates those, that
-        # fails: https://github.com/vllm-project/vllm/pull/45611
-        "disable_custom_all_reduce": True,
         # Counting takes a tenth of the time of a step that does not wait for the GPU.
         "disable_log_stats": not (args.log_metrics or args.speculative_config),
     }

@@ -80,8 +80,7 @@ def test_every_engine_has_all_its_numbers(ran, name):
 def test_both_vllm_cases_have_the_same_engine_arguments_but_for_what_a_job_adds(ran):
     bare, module = (dict(ran.case(name)["engine_arguments"]) for name in ("vllm", "vllm-module"))
     assert {name for name in bare.keys() | module.keys() if bare.get(name) != module.get(name)} <= {
-        "distributed_executor_backend", "disable_custom_all_reduce", "disable_log_stats",
-        "logprobs_mode",
+        "distributed_executor_backend", "disable_log_stats", "logprobs_mode",
     }  # fmt: skip
     assert bare["disable_log_stats"]
     assert bare["max_model_len"] == 22

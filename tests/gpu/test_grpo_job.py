@@ -38,17 +38,10 @@ def test_trainer_reference_and_rollout_share_one_gpu(model_dir, tmp_path) -> Non
     [
         ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         ({"tensor_model_parallel_size": 2}, {}),
-        (
-            {
-                "tensor_model_parallel_size": 2,
-                "disable_custom_all_reduce": False,
-                "enforce_eager": False,
-            },
-            {},
-        ),
+        ({"tensor_model_parallel_size": 2, "enforce_eager": False}, {}),
         ({"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
     ],
-    ids=["tp2 to two replicas", "dp2 to tp2", "vLLM's own all-reduce", "pp2 to pp2"],
+    ids=["tp2 to two replicas", "dp2 to tp2", "dp2 to tp2 with graphs", "pp2 to pp2"],
 )
 def test_two_gpus_are_shared(two_gpus, model_dir, tmp_path, policy, trainer) -> None:
     job = write_job(

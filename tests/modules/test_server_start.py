@@ -6,11 +6,11 @@ from chatlearn_vllm.engines.server_start import server_arguments, server_environ
 def test_a_server_starts_the_processes_of_a_replica_itself() -> None:
     of_an_engine = {
         "model": "/m", "tensor_parallel_size": 2, "distributed_executor_backend": "external",
-        "disable_custom_all_reduce": True, "disable_log_stats": True,
+        "disable_log_stats": True,
     }  # fmt: skip
     assert server_arguments(of_an_engine, given={}) == {"tensor_parallel_size": 2}
-    assert server_arguments(of_an_engine, given={"disable_custom_all_reduce": True}) == {
-        "tensor_parallel_size": 2, "disable_custom_all_reduce": True,
+    assert server_arguments(of_an_engine, given={"disable_log_stats": True}) == {
+        "tensor_parallel_size": 2, "disable_log_stats": True,
     }  # fmt: skip
 
 
