@@ -72,6 +72,7 @@ class DraftModel(LiveModel):
 
         Raises:
             EngineStateError: the weights are asleep.
+            ValueError: a layer that is the draft's own is not in the directory.
         """
         if self.state.weights is Weights.ASLEEP:
             raise EngineStateError("load_draft(): the engine is ASLEEP; wake_weights() first")

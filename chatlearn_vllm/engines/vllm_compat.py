@@ -364,6 +364,9 @@ def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]] | N
         engine: with a draft that is a model.
         source: the directory of the weights, or whole tensors by their Hugging Face names; None:
             the directory of `speculative_config`.
+
+    Raises:
+        ValueError: a layer that is the draft's own is not in the directory.
     """
     with unpacked_cpu_weights():
         engine.collective_rpc(_load_draft, args=(source,))
@@ -380,13 +383,44 @@ def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]] | 
     speculative = worker.vllm_config.speculative_config
     draft, config = _draft_of(worker), speculative.draft_model_config
     if source is None or isinstance(source, str):
-        config.model = source or config.model
         loader = get_model_loader(speculative.draft_load_config or LoadConfig())
-        source = loader.get_all_weights(config, draft)
+        before, config.model = config.model, source or config.model
+        try:
+            _check_own_layers(draft, loader.get_all_weights(config, draft), config.model)
+        except ValueError:
+            config.model = before
+            raise
+        source = _of_the_draft(loader.get_all_weights(config, draft), draft, worker.get_model())
     with set_current_vllm_config(worker.vllm_config), _buffers_keep_their_kind(draft):
         initialize_layerwise_reload(draft)
         draft.load_weights(source)
         finalize_layerwise_reload(draft, config)
+
+
+def _check_own_layers(
+    draft: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], directory: str
+) -> None:
+    layers = [name for name in ("embed_tokens", "lm_head") if getattr(draft, f"has_own_{name}", 0)]
+    names = [name for name, _ in tensors] if layers else []
+    for layer in layers:
+        if not any(layer in name for name in names):
+            raise ValueError(
+                f"load_draft({directory!r}): the draft has its own {layer}, and these files have "
+                "none; add it to them, or begin the job with this draft"
+            )
+
+
+def _of_the_draft(
+    tensors: Iterator[tuple[str, torch.Tensor]], draft: torch.nn.Module, target: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Without what the draft shares with its target; vLLM would write the file's into both."""
+    targets = {id(parameter) for parameter in target.parameters()}
+    shared = {
+        name.split(".")[-2]
+        for name, parameter in draft.named_parameters()
+        if id(parameter) in targets
+    }
+    return ((name, tensor) for name, tensor in tensors if shared.isdisjoint(name.split(".")[-2:-1]))
 
 
 def load_format(arguments: Mapping[str, Any]) -> str:

@@ -386,7 +386,8 @@ class VLLMEngine(GenerationEngine):
 
         Raises:
             EngineStateError: the weights are asleep.
-            ValueError: the engine has no such model.
+            ValueError: the engine has no such model, or the directory lacks a layer that is the
+                draft's own.
         """
         if self.draft is None:
             raise ValueError("load_draft(): speculative_config names no model that drafts")

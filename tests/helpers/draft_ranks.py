@@ -460,9 +460,18 @@ def built_with_the_format_of_drafts(root: Path) -> tuple[torch.Tensor, torch.Ten
     return head.model.fc.weight.detach(), model.model.embed_tokens.weight.detach()
 
 
-def take_over_draft(name: str, directory: Path) -> None:
-    """Load another draft."""
-    _policies[name].engine.load_draft(str(directory))
+def take_over_draft(name: str, directory: Path | None) -> None:
+    """Load another draft, or that of its own directory."""
+    _policies[name].engine.load_draft(directory and str(directory))
+
+
+def why_not_taken_over(name: str, directory: Path) -> str:
+    """What a policy says about a draft that does not fit."""
+    try:
+        take_over_draft(name, directory)
+    except ValueError as error:
+        return str(error)
+    return "it fits"
 
 
 def why_it_cannot_stop(name: str) -> str:

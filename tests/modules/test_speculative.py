@@ -123,6 +123,27 @@ def test_a_draft_is_read_from_its_directory_and_another_can_take_its_place(rank)
     assert rank(draft_ranks.greedy, "draft_model")[0] == before
 
 
+def test_a_head_with_an_embedding_leaves_the_shared_one_of_the_policy_alone(rank) -> None:
+    before = rank(draft_ranks.greedy, "eagle")
+    shared = rank(draft_ranks.draft_of, "eagle", "model.embed_tokens.weight")
+    rank(draft_ranks.take_over_draft, "eagle", rank.root / "eagle_of_four")
+    stored = load_file(rank.root / "eagle_of_four/model.safetensors")
+    assert torch.equal(rank(draft_ranks.draft_of, "eagle", "model.fc.weight"), stored["fc.weight"])
+    embedding = rank(draft_ranks.draft_of, "eagle", "model.embed_tokens.weight")
+    assert torch.equal(embedding, shared) and not torch.equal(shared, stored["embed_tokens.weight"])
+    assert rank(draft_ranks.greedy, "eagle")[0] == before[0]
+    rank(draft_ranks.take_over_draft, "eagle", rank.root / "eagle")
+    assert rank(draft_ranks.greedy, "eagle") == before
+
+
+def test_a_head_without_the_embedding_that_it_needs_is_refused(rank) -> None:
+    before = rank(draft_ranks.greedy, "eagle_of_four")
+    why = rank(draft_ranks.why_not_taken_over, "eagle_of_four", rank.root / "eagle")
+    assert "the draft has its own embed_tokens, and these files have none; add it" in why
+    rank(draft_ranks.take_over_draft, "eagle_of_four", None)  # its own again
+    assert rank(draft_ranks.greedy, "eagle_of_four") == before
+
+
 def test_a_response_near_its_end_stops_no_drafts_of_others(rank, frozen_again) -> None:
     rank(draft_ranks.take_over_draft, "draft_model", rank.root / "model")
     stats = rank(draft_ranks.up_to_the_longest_sequence, "draft_model")
