@@ -93,7 +93,7 @@ class MegatronModule(BaseModule, ABC):
 
         Args:
             batch: see data/batch.py; `old_logprobs` [b, S'-1] is there if the rollout sent
-                `logprobs`.
+                `logprobs`, or the rows have `advantages`.
             logprobs: [b, S'-1] of softmax(logits / temperature), differentiable.
             entropy: [b, S'-1] of the same distribution, differentiable.
 
@@ -213,8 +213,9 @@ class MegatronModule(BaseModule, ABC):
         """
         self._check_equal_rows(batch_size(data))
         common: dict[str, float] = {}
-        if "logprobs" in data and batch_size(data):
+        if not data.keys().isdisjoint(("logprobs", "advantages")) and batch_size(data):
             data = {**data, "old_logprobs": self.compute_logprobs(data)}
+        if "logprobs" in data and batch_size(data):
             common = self._compare_with_rollout(data, iteration)
         return [{**metrics, **common} for metrics in self._train_epochs(data, iteration)]
 

@@ -442,8 +442,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             self._has_told_no_logprobs = True
             logger.warning(
                 "%s: what %s.decode_internal() made has no `logprobs`: no trainer compares these "
-                "rollouts with its own weights, nor gets `old_logprobs`; keep what "
-                "super().decode_internal() returns",
+                "rollouts with its own weights; keep what super().decode_internal() returns",
                 self.name,
                 type(self).__name__,
             )

@@ -104,6 +104,15 @@ def test_first_step_compares_the_rollout_with_the_weights_before_it(ranks, llama
     assert metrics[0]["tokens"] == tiny_models.batch()["loss_mask"][:4].sum()
 
 
+def test_a_rollout_without_logprobs_is_learnt_from_like_others(ranks, llama):
+    (expected,) = ranks[1].run(train, llama)
+    (found,) = ranks[1].run(train, llama, sends_logprobs=False)
+    assert "logprob_abs_diff_mean" in expected[0] and "logprob_abs_diff_mean" not in found[0]
+    assert_same_metrics(
+        found, [{name: step[name] for name in found[0]} for step in expected], rel=1e-6
+    )
+
+
 def test_the_comparison_does_not_depend_on_the_ranks(ranks, llama):
     # An error that differs by token, and rows of different lengths: a mean of means would show.
     error = torch.linspace(-0.4, 0.3, 8 * 23).view(8, 23).tolist()
@@ -254,9 +263,14 @@ def rollout(module, rows=8, rollout_error=0.0, weight_version=None, token_versio
     return batch
 
 
-def train(path, rows=8, rollout_error=0.0, weight_version=None, token_versions=None, **settings):
+def train(
+    path, rows=8, rollout_error=0.0, weight_version=None, token_versions=None, sends_logprobs=True,
+    **settings,
+):  # fmt: skip
     with built(Trainer, path, **settings) as module:
         batch = rollout(module, rows, rollout_error, weight_version, token_versions)
+        if not sends_logprobs:
+            del batch["logprobs"]
         return module.train(batch, iteration=0)
 
 
