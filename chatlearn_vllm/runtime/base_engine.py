@@ -36,7 +36,7 @@ from chatlearn_vllm.runtime.checkpoint import (
 from chatlearn_vllm.runtime.cluster import Cluster
 from chatlearn_vllm.runtime.evaluator import Evaluator
 from chatlearn_vllm.runtime.named_servers import check_named_servers
-from chatlearn_vllm.runtime.rollout_checks import check_model_has
+from chatlearn_vllm.runtime.rollout_checks import check_model_has, check_room_for_rollouts
 from chatlearn_vllm.runtime.stop_request import AbandonedError, StopRequest
 from chatlearn_vllm.runtime.vocabulary_checks import check_tokenizer, check_vocabularies
 from chatlearn_vllm.runtime.worker_group import WorkerGroup, gather
@@ -256,6 +256,7 @@ class BaseEngine(ABC):
         *others, last = self.modules
         if isinstance(last, VLLMModule):  # the policy: kinds of training put it there
             check_vocabularies(last, others)
+            check_room_for_rollouts(last, others)
             check_tokenizer(last)
         for key, directory in (
             ("output_dir", self.run_dir), ("data_checkpoint_path", self._state_dir),

@@ -7,6 +7,7 @@ which module plays which role.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
 from chatlearn_vllm.config.model_files import OTHER_CONFIG, longest_sequence, read_config_json
@@ -17,6 +18,7 @@ from chatlearn_vllm.config.sampling import (
 )
 from chatlearn_vllm.config.schema import MismatchWarnConfig, RuntimeConfig
 from chatlearn_vllm.modules.base import BaseModule
+from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
 from chatlearn_vllm.observability.logging import get_logger
 
@@ -100,6 +102,31 @@ def check_model_has(policy: BaseModule) -> None:
             raise UserError(
                 f"models.{policy.name}: {name}: token {largest} is none of the {num_tokens} that "
                 f"{args.load}/config.json says the model has"
+            )
+
+
+def check_room_for_rollouts(policy: BaseModule, others: Iterable[BaseModule]) -> None:
+    """Check that micro-batches which are limited in tokens hold the policy's longest sequence.
+
+    Args:
+        policy: the module that generates.
+        others: of the same job; those on other engines are passed over.
+
+    Raises:
+        UserError: one has no room for it, which an episode would show first that has such a row.
+    """
+    longest = policy.model_args.seq_length
+    for reader in others:
+        if not isinstance(reader, MegatronModule) or not reader.reads_policy_tokens:
+            continue
+        rows = 2 if isinstance(reader, PreferenceModule) else 1
+        limit = reader.model_args.max_tokens_per_micro_batch
+        if limit is not None and limit < rows * longest:
+            what = "a pair of responses" if rows == 2 else "a sequence"
+            raise UserError(
+                f"models.{reader.name}: max_tokens_per_micro_batch={limit} must be at least "
+                f"{rows * longest}: {what} of models.{policy.name} has up to that many tokens "
+                f"(its seq_length is {longest}), and is not cut"
             )
 
 

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import yaml
 
+from chatlearn_vllm import RewardModule, load_config
 from chatlearn_vllm.config import UserError
 from chatlearn_vllm.runtime import base_engine
 from chatlearn_vllm.runtime.eval_engine import EvalEngine
-from chatlearn_vllm.runtime.rollout_checks import check_model_has
+from chatlearn_vllm.runtime.rollout_checks import check_model_has, check_room_for_rollouts
+from examples.megatron.models.online_dpo_trainer import OnlineDPOTrainer
 from tests.helpers.engines import policy_job
 from tests.modules.test_vllm_module import VLLMPolicyInference
 
@@ -57,6 +60,35 @@ def test_beams_find_twice_as_many_tokens_in_the_vocabulary(tmp_path, key) -> Non
     check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: 50}))
     with pytest.raises(UserError, match=f"policy: {key}=51 must be at most 50: of each beam twice"):
         check_model_has(policy(tmp_path, CONFIG, seq_length=48, **{key: 51}))
+
+
+def reader(tmp_path, cls, **model_args):
+    keys = {"load": str(tmp_path), "seq_length": 16, "max_new_tokens": 8, **model_args}
+    (tmp_path / "reader.yaml").write_text(yaml.safe_dump(keys))
+    model = {"num_gpu": 1, "model_config_file": "reader.yaml"}
+    runtime = {"sample_per_episode": 8, "output_dir": str(tmp_path)}
+    job = {"models": {"reader": model}, "runtime": runtime}
+    (tmp_path / "reader_job.yaml").write_text(yaml.safe_dump(job))
+    return cls("reader", load_config(tmp_path / "reader_job.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "least", "what"),
+    [(RewardModule, 48, "a sequence"), (OnlineDPOTrainer, 96, "a pair of responses")],
+)
+def test_micro_batches_have_room_for_the_policys_longest_sequence(
+    tmp_path, cls, least, what
+) -> None:
+    sampler = policy(tmp_path, CONFIG, seq_length=48)
+    for limit in (None, least):
+        enough = reader(tmp_path, cls, max_tokens_per_micro_batch=limit)
+        check_room_for_rollouts(sampler, [enough])
+    few = reader(tmp_path, cls, max_tokens_per_micro_batch=least - 1)
+    message = f"models.reader: max_tokens_per_micro_batch={least - 1} must be at least {least}: "
+    with pytest.raises(UserError, match=message + what):
+        check_room_for_rollouts(sampler, [enough, few])
+    few.reads_policy_tokens = False
+    check_room_for_rollouts(sampler, [few, policy(tmp_path, CONFIG, seq_length=16)])
 
 
 def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:

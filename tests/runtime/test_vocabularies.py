@@ -147,6 +147,18 @@ def learn(job):
     engine.learn()
 
 
+def test_a_micro_batch_without_room_is_refused_before_anything_starts(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(base_engine, "Cluster", None)
+    save(tmp_path / "policy", 128, TOKENS)
+    save(tmp_path / "reader", 128, TOKENS)
+    few = {"seq_length": 16, "max_tokens_per_micro_batch": 31}
+    job = make_job(tmp_path, policy={"num_inference_per_prompt": 2}, reader=few)
+    with pytest.raises(UserError, match="models.trained: max_tokens_per_micro_batch=31 must be"):
+        learn(job)
+
+
 def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(base_engine, "Cluster", None)
     save(tmp_path / "policy", 128)
