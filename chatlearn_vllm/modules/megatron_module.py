@@ -92,8 +92,7 @@ class MegatronModule(BaseModule, ABC):
         sequence_packing is set.
 
         Args:
-            batch: see data/batch.py; `old_logprobs` [b, S'-1] is there if the rollout sent
-                `logprobs`, or the rows have `advantages`.
+            batch: see data/batch.py; `old_logprobs` [b, S'-1] with `logprobs` or `advantages`.
             logprobs: [b, S'-1] of softmax(logits / temperature), differentiable.
             entropy: [b, S'-1] of the same distribution, differentiable.
 
@@ -213,10 +212,10 @@ class MegatronModule(BaseModule, ABC):
         """
         self._check_equal_rows(batch_size(data))
         common: dict[str, float] = {}
-        if not data.keys().isdisjoint(("logprobs", "advantages")) and batch_size(data):
+        if batch_size(data) and ("logprobs" in data or "advantages" in data):
             data = {**data, "old_logprobs": self.compute_logprobs(data)}
-        if "logprobs" in data and batch_size(data):
-            common = self._compare_with_rollout(data, iteration)
+            if "logprobs" in data:
+                common = self._compare_with_rollout(data, iteration)
         return [{**metrics, **common} for metrics in self._train_epochs(data, iteration)]
 
     def _train_epochs(self, data: Batch, iteration: int) -> list[dict[str, float]]:

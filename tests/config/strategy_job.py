@@ -27,6 +27,16 @@ rewards:
   rule: {worker_cls: my.Rule}
 """
 
+CRITIC = """
+critic:
+  model_args: {model_name_or_path: critic}
+  training_args:
+    {learning_rate: 1e-5, per_device_train_batch_size: 4, gradient_accumulation_steps: 4}
+  strategy_args: {strategy_name: megatron_train}
+  device_mapping: "[0, 1]"
+"""
+"""A role that an estimator of advantages adds to JOB."""
+
 ACTOR = "actor_train."
 REFERENCE = [
     "reference.strategy_args.strategy_name=megatron_infer",

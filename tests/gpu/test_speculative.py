@@ -54,8 +54,8 @@ def build(root, job_dir, model_args):
     """On a rank: a policy with `model_args` and the model's weights."""
     from transformers import LlamaForCausalLM
 
+    from tests.helpers.documented_policy import VLLMPolicyInference
     from tests.helpers.engines import policy_job, put_weights, start_policy
-    from tests.modules.test_vllm_module import VLLMPolicyInference
 
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
     job_dir.mkdir()

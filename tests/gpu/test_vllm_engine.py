@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.gpu.conftest import LLAMA_100M
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import change_model_args, policy_job, put_weights, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 pytestmark = pytest.mark.gpu
 

@@ -105,7 +105,7 @@ def _save_medusa_heads(directory: Path, model: LlamaForCausalLM) -> None:
 
 def build(root: Path) -> None:
     """Build all policies and sync the model's weights into them; n-grams come last."""
-    from tests.modules.test_vllm_module import VLLMPolicyInference
+    from tests.helpers.documented_policy import VLLMPolicyInference
 
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
     configs = {

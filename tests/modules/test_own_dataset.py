@@ -3,9 +3,9 @@
 import pytest
 
 from chatlearn_vllm.data.prompts import VLLMPromptPipeline
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import policy_job, start_policy
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 
 class OwnDataset(VLLMPolicyInference):

@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from chatlearn_vllm.engines.stop_tokens import with_stop_tokens
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import policy_job
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 
 @pytest.fixture(scope="module")

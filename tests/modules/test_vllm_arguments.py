@@ -14,9 +14,9 @@ from chatlearn_vllm.engines.vllm_arguments import (
     sampling_arguments,
 )
 from chatlearn_vllm.layouts import ModelShape
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import policy_job
 from tests.helpers.tiny_llama import save_tiny_llama
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 

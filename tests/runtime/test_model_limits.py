@@ -11,8 +11,8 @@ from chatlearn_vllm.runtime import base_engine
 from chatlearn_vllm.runtime.eval_engine import EvalEngine
 from chatlearn_vllm.runtime.rollout_checks import check_model_has, check_room_for_rollouts
 from examples.megatron.models.online_dpo_trainer import OnlineDPOTrainer
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import policy_job
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 CONFIG = {"vocab_size": 100, "max_position_embeddings": 48}
 

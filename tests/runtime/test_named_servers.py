@@ -8,8 +8,8 @@ import pytest
 from chatlearn_vllm import BaseModule
 from chatlearn_vllm.config import UserError
 from chatlearn_vllm.runtime.named_servers import check_named_servers
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import policy_job
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 
 class Page(BaseHTTPRequestHandler):

@@ -12,8 +12,8 @@ from chatlearn_vllm.runtime import base_engine
 from chatlearn_vllm.runtime.vocabulary_checks import check_tokenizer, check_vocabularies
 from examples.megatron.models.policy_reference import PolicyReference
 from examples.megatron.models.policy_trainer import PolicyTrainer
+from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.job_modules import DigitReward
-from tests.modules.test_vllm_module import VLLMPolicyInference
 
 TOKENS = {"a": 0, "b": 1}
 END = [{"content": "</s>", "id": 2}]
