@@ -357,14 +357,17 @@ class VLLMEngine(GenerationEngine):
     def on_step(self, step: Step) -> Any:
         """Pass a scheduled batch to the owner; called by the executor.
 
-        Once a batch was executed vLLM must get its handle, or the engine could not be used again;
-        an error of the owner is then raised when the step is over.
+        Whatever the owner does, the batch is run: it also tells vLLM's workers which requests have
+        ended, and they would keep the places of those. An error of the owner is raised when the
+        step is over.
         """
         try:
             self._owner.on_step(step)
         except Exception as error:  # the user's hook may raise anything; raised again by run()
-            if not step.executed:
+            if step.failed:
                 raise
+            if not step.executed:
+                step.execute()
             self._error_in_step = error
         return step.handle
 

@@ -32,6 +32,8 @@ class Step:
     def __init__(self, scheduler_output: Any, execute: Callable[[], Any]) -> None:
         self.scheduler_output = scheduler_output
         self.executed = False
+        self.failed = False
+        """Whether vLLM raised: there is no handle then."""
         self.handle: Any = None
         """What vLLM's executor returned: a future, or None."""
         self._execute = execute
@@ -44,8 +46,12 @@ class Step:
         """
         if self.executed:
             raise RuntimeError("execute_step() may be called only once per forward_step()")
-        self.handle = self._execute()
-        self.executed = True  # not if vLLM raised: there is no handle to pass on then
+        try:
+            self.handle = self._execute()
+        except BaseException:
+            self.failed = True
+            raise
+        self.executed = True
         return self.handle
 
     def check_done(self, returned: Any, owner: str) -> None:
@@ -56,7 +62,7 @@ class Step:
         """
         if not self.executed:
             raise RuntimeError(
-                f"{owner} did not call self.execute_step(data): the scheduled batch was never run"
+                f"{owner} did not call self.execute_step(data), which runs the scheduled batch"
             )
         if returned is not self.handle:
             raise RuntimeError(

@@ -362,11 +362,18 @@ def test_a_broken_forward_step_is_named_and_the_engine_stays_usable(
     ready, how, error, match
 ) -> None:
     want = ready.generate([0], first_sample=0)
+    held = ready.engine._engine.collective_rpc(requests_of_the_model)
     ready.misbehave = how
     with pytest.raises(error, match=match):
         ready.generate([0, 1], first_sample=0)
     ready.misbehave = None
     assert torch.equal(ready.generate([0], first_sample=0)["all_tokens"], want["all_tokens"])
+    # All but the last, whose end comes with the next step, have given their places back.
+    assert ready.engine._engine.collective_rpc(requests_of_the_model) == held
+
+
+def requests_of_the_model(worker):
+    return len(worker.model_runner.requests)
 
 
 def test_full_collections_leave_out_the_engine_and_do_not_interrupt_a_rollout(ready) -> None:
@@ -443,7 +450,7 @@ def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> No
     step = Step(scheduler_output=None, execute=out_of_memory)
     with pytest.raises(MemoryError, match="no blocks left"):
         step.execute()
-    assert not step.executed  # so VLLMEngine.on_step raises it instead of passing on a handle
+    assert step.failed and not step.executed  # so VLLMEngine.on_step does not try again
 
 
 @pytest.fixture
