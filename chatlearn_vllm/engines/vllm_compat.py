@@ -27,6 +27,8 @@ OLDEST = Version("0.25.1")
 """The newest vLLM built for torch 2.11; older ones lack API that is used here."""
 FIRST_UNTESTED = Version("0.33")
 """vLLM changes internals often; a version counts as supported once the tests ran on it."""
+_MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""vLLM's variable that chooses one of its two."""
 
 
 def installed_version() -> Version:
@@ -70,16 +72,32 @@ def validation_errors() -> tuple[type[Exception], ...]:
     return (ValueError, VLLMValidationError)
 
 
-def set_environment(*, pipeline_parallel_size: int) -> None:
+def set_environment(*, pipeline_parallel_size: int, drafts: bool) -> None:
     """Set what vLLM reads from the environment; call before vLLM's config is made.
 
     The engine runs in this process, and ranks of one replica must name requests alike: with
     pipeline parallelism their random request-id suffixes would differ and the scheduler of one
     rank would not know the other's requests.
+
+    Drafts are made by the older of vLLM 0.25's two model runners. On GPUs the newer one would make
+    those of EAGLE and MTP, at random beside weights that a sync brings (it passes over
+    `draft_load_config`), with the numbers that responses are drawn with, too (vLLM's pull request
+    54282), and whether they are asked for or not; it reads bad words one token off.
+
+    Raises:
+        ValueError: the environment asks for the newer one.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if pipeline_parallel_size > 1:
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+    if drafts and installed_version() < Version("0.32"):
+        asked = os.environ.get(_MODEL_RUNNER, "0")
+        if asked.lower() not in ("0", "false", ""):
+            raise ValueError(
+                f"{_MODEL_RUNNER}={asked}: with this model runner of vLLM {installed_version()} "
+                "drafts change what responses say; unset it, or leave speculative_config out"
+            )
+        os.environ[_MODEL_RUNNER] = "0"
 
 
 def engine_defaults(speculative_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -300,17 +318,16 @@ def set_drafting(engine: Any, drafts: bool) -> None:
 def why_drafting_goes_on(engine: Any) -> str | None:
     """Why steps that ask for no drafts do not save the time of making them; None if they do.
 
-    The newer of vLLM's two model runners drafts in full and throws the drafts away: in 0.25 always,
-    in 0.32 where the draft is a model of its own.
+    The newer of vLLM's two model runners drafts in full and throws the drafts away where the draft
+    is a model of its own.
     """
     config = engine.vllm_config
     if _has_one_length(engine):
         return f"vLLM's {config.speculative_config.method} makes drafts of one length only"
-    of_its_own = config.speculative_config.method == "draft_model"
-    if config.use_v2_model_runner and (installed_version() < Version("0.32") or of_its_own):
+    if config.use_v2_model_runner and config.speculative_config.method == "draft_model":
         return (
             "this model runner of vLLM goes on making drafts that nobody asks for; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the other one"
+            f"{_MODEL_RUNNER}=0 chooses the other one"
         )
     return None
 
@@ -421,39 +438,6 @@ def _of_the_draft(
         if id(parameter) in targets
     }
     return ((name, tensor) for name, tensor in tensors if shared.isdisjoint(name.split(".")[-2:-1]))
-
-
-def load_format(arguments: Mapping[str, Any]) -> str:
-    """With which `load_format` an engine is built of these arguments of vLLM's.
-
-    On GPUs vLLM 0.25 builds EAGLE heads as the model that verifies them, whatever
-    `draft_load_config` says: at random, where the policy's weights come from a weight sync.
-    """
-    asked = arguments.get("load_format", "auto")
-    config = arguments.get("speculative_config") or {}
-    if asked == "dummy" and "draft_load_config" in config and installed_version() < Version("0.32"):
-        return dummy_but_drafts()
-    return asked
-
-
-@functools.cache
-def dummy_but_drafts() -> str:
-    """Tell vLLM of a `load_format` with random weights for all models but drafts; its name."""
-    from vllm.model_executor.model_loader import get_model_loader, register_model_loader
-    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-
-    class DummyButDrafts(DummyModelLoader):
-        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-            speculative = vllm_config.speculative_config
-            draft_config = speculative.draft_model_config  # the model's own if there is no draft
-            if model_config is not draft_config or draft_config is speculative.target_model_config:
-                return super().load_model(vllm_config, model_config, prefix)
-            loader = get_model_loader(speculative.draft_load_config)
-            return loader.load_model(vllm_config, model_config, prefix)
-
-    name = "chatlearn_dummy_but_drafts"
-    register_model_loader(name)(DummyButDrafts)
-    return name
 
 
 def draft_is_built_random(engine: Any) -> bool:

@@ -68,7 +68,8 @@ class VLLMEngine(GenerationEngine):
         if not dist.is_initialized():
             raise RuntimeError("initialise torch.distributed before building the engine")
         pipeline = engine_arguments.get("pipeline_parallel_size", 1)
-        vllm_compat.set_environment(pipeline_parallel_size=pipeline)
+        drafts = bool(engine_arguments.get("speculative_config"))
+        vllm_compat.set_environment(pipeline_parallel_size=pipeline, drafts=drafts)
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.executor.abstract import Executor
@@ -77,8 +78,7 @@ class VLLMEngine(GenerationEngine):
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
-        arguments["load_format"] = vllm_compat.load_format(engine_arguments)
-        if arguments.get("speculative_config"):
+        if drafts:
             self.speculation = Speculation(self._switch_drafting)
             vllm_compat.repair_cpu_drafts()
         with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
@@ -106,7 +106,7 @@ class VLLMEngine(GenerationEngine):
         self._sampled: SampledLogprobs | None = None
         """What takes log-probabilities out of each step at once; None where vLLM does."""
         self.seed_per_response = seed_per_response
-        super().__init__(has_weights=engine_arguments.get("load_format") != "dummy")
+        super().__init__(has_weights=arguments.get("load_format") != "dummy")
         self.draft = self._find_draft()
 
     def _find_draft(self) -> DraftModel | None:

@@ -439,27 +439,6 @@ def draft_of(name: str, parameter: str) -> torch.Tensor:
     return dict(draft.named_parameters())[parameter].detach().clone()
 
 
-def built_with_the_format_of_drafts(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight of an EAGLE head and the embedding of its model, both by the same loader."""
-    from vllm import EngineArgs
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model
-
-    from chatlearn_vllm.engines import vllm_compat
-
-    config = {"method": "eagle", "model": str(root / "eagle"), "num_speculative_tokens": 2}
-    config["draft_load_config"] = {"load_format": "auto"}
-    vllm_config = EngineArgs(
-        model=str(root / "model"), speculative_config=config, dtype="float32",
-        load_format=vllm_compat.dummy_but_drafts(),
-    ).create_engine_config()  # fmt: skip
-    with set_current_vllm_config(vllm_config), vllm_compat.unpacked_cpu_weights():
-        model = get_model(vllm_config=vllm_config)
-        draft_config = vllm_config.speculative_config.draft_model_config
-        head = get_model(vllm_config=vllm_config, model_config=draft_config)
-    return head.model.fc.weight.detach(), model.model.embed_tokens.weight.detach()
-
-
 def take_over_draft(name: str, directory: Path | None) -> None:
     """Load another draft, or that of its own directory."""
     _policies[name].engine.load_draft(directory and str(directory))

@@ -10,7 +10,6 @@ import torch
 from chatlearn_vllm.data.batch import check_batch, concat, select
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
-from chatlearn_vllm.engines import vllm_compat
 from chatlearn_vllm.engines.generation_engine import EngineStateError
 from chatlearn_vllm.engines.vllm_executor import Step
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
@@ -430,17 +429,6 @@ def test_maps_of_a_yaml_file_constrain_responses(ready) -> None:
 def test_execute_step_outside_of_forward_step_is_refused(ready) -> None:
     with pytest.raises(RuntimeError, match="only valid inside forward_step"):
         ready.execute_step({})
-
-
-def test_a_vllm_outside_the_supported_range_is_refused_with_the_remedy(
-    tmp_path, monkeypatch
-) -> None:
-    metadata = tmp_path / "vllm-0.19.0.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.19.0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"vllm 0\.19\.0 is not supported.*pip install"):
-        vllm_compat.installed_version()
 
 
 def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> None:
