@@ -87,8 +87,9 @@ class DraftModel(LiveModel):
             return
         # A trainer sends its weights again after level 2, as it does the policy's.
         is_lost = level == 2 and self.state.version is not None
-        if level == 2 and not is_lost and self.state.weights is not Weights.DUMMY:
-            self._kept.keep()
+        if level == 2:
+            is_sent = is_lost or self.state.weights is Weights.DUMMY
+            self._kept.keep(buffers_only=is_sent)
         self._asleep_as = Weights.EMPTY if is_lost else self.state.weights
         self.state = EngineState(Weights.ASLEEP, self.state.version)
 

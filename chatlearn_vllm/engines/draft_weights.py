@@ -1,7 +1,8 @@
 """How does a draft keep its weights while an engine sleeps without any?
 
 Sleep level 2 of vLLM drops them with those of the model that verifies drafts. A weight sync brings
-the latter back, and the draft's only if it is trained.
+the latter back, and the draft's only if it is trained; buffers, such as rotary tables, are no part
+of one, and vLLM 0.25 brings back those of the verifying model alone.
 """
 
 import torch
@@ -26,10 +27,16 @@ class DraftWeights:
         """Of host memory that the copy takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
 
-    def keep(self) -> None:
-        """Copy them to the host, unless they are there."""
+    def keep(self, *, buffers_only: bool = False) -> None:
+        """Copy them to the host, unless they are there.
+
+        Args:
+            buffers_only: a weight sync will bring the parameters.
+        """
         if not self._kept:
-            self._kept = {name: _to_host(tensor) for name, tensor in self._own().items()}
+            dropped = dict(self._draft.named_parameters()) if buffers_only else {}
+            own = self._own().items()
+            self._kept = {name: _to_host(tensor) for name, tensor in own if name not in dropped}
 
     def forget(self) -> None:
         """Others have taken their places."""

@@ -216,7 +216,8 @@ def drawn(root, job_dir, model_args, sampling):
     ("drafts", "async_scheduling"),
     [
         ("greedy", False), ("greedy", True), ("probabilistic", False), ("probabilistic", True),
-        ("eagle", False), ("eagle", True), ("ngram", False), ("ngram_gpu", True),
+        ("eagle", False), ("eagle", True), ("eagle that draws", True), ("ngram", False),
+        ("ngram_gpu", True),
     ],
 )  # fmt: skip
 def test_drafts_do_not_change_what_is_drawn_how_often(
@@ -232,9 +233,10 @@ def test_drafts_do_not_change_what_is_drawn_how_often(
         config["draft_sample_method"] = drafts
     else:
         config = NGRAM | {"method": drafts}
-        if drafts == "eagle":
+        if drafts.startswith("eagle"):
             model = str(root / "eagle_of_four")
             config = {"method": "eagle", "model": model, "num_speculative_tokens": 3}
+            config["draft_sample_method"] = "probabilistic" if "draws" in drafts else "greedy"
         sampling = {"allowed_token_ids": FOUR_TOKENS}
     model_args = {"speculative_config": config, "async_scheduling": async_scheduling}
     p_value, stats = rank(drawn, root, tmp_path / "job", model_args, sampling)

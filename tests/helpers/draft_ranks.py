@@ -386,8 +386,12 @@ def _chi_square(
     return torch.special.gammaincc(half_degrees, torch.tensor(statistic / 2).double()).item()
 
 
-def sleep_and_lose_the_weights(name: str) -> None:
-    """Sleep at level 2; the draft's memory then holds something else, as it does on a GPU."""
+def sleep_and_lose_the_weights(name: str) -> int:
+    """Sleep at level 2; the draft's memory then holds something else, as it does on a GPU.
+
+    Returns:
+        Bytes of the draft that are kept in host memory.
+    """
     from chatlearn_vllm.engines import vllm_compat
 
     policy = _policies[name]
@@ -396,6 +400,20 @@ def sleep_and_lose_the_weights(name: str) -> None:
     with torch.no_grad():
         for parameter in draft.parameters() if draft is not None else ():
             parameter.fill_(0.5)
+    for buffer in buffers_of_draft(name).values():
+        buffer.zero_()
+    return policy.engine.draft._kept.num_bytes if policy.engine.draft is not None else 0
+
+
+def buffers_of_draft(name: str) -> dict[str, torch.Tensor]:
+    """Those that what drafts has to itself."""
+    from chatlearn_vllm.engines import vllm_compat
+
+    engine = _policies[name].engine
+    draft = vllm_compat.draft_model(engine._engine)
+    shared = {id(buffer) for buffer in engine.model.buffers()}
+    buffers = dict(draft.named_buffers()) if draft is not None else {}
+    return {own: buffer for own, buffer in buffers.items() if id(buffer) not in shared}
 
 
 def wake(name: str, model: str, version: int) -> str:

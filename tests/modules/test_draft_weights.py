@@ -76,3 +76,15 @@ def test_weights_whose_place_others_have_taken_do_not_come_back() -> None:
     lose(draft)
     kept.give_back()
     assert (draft.layer.weight == 3).all()
+
+
+def test_of_a_draft_that_is_synced_again_the_buffers_alone_are_kept() -> None:
+    target = Target()
+    draft = Draft(target)
+    ids = draft.ids.clone()
+    kept = DraftWeights(draft, target)
+    kept.keep(buffers_only=True)
+    assert kept.num_bytes == 8 * 3
+    lose(draft)
+    kept.give_back()
+    assert torch.equal(draft.ids, ids) and not draft.layer.weight.any()

@@ -192,8 +192,12 @@ def test_a_draft_whose_sync_failed_is_not_used_until_one_succeeds(
 def test_a_draft_that_a_trainer_sends_is_sent_again_after_sleep(rank, frozen_again) -> None:
     name, model = "draft_model", rank.root / "model"
     rank(draft_ranks.sync_draft, name, model, 1)
-    rank(draft_ranks.sleep_and_lose_the_weights, name)
+    buffers = rank(draft_ranks.buffers_of_draft, name)
+    num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
+    assert rank(draft_ranks.sleep_and_lose_the_weights, name) == num_bytes > 0
     assert rank(draft_ranks.wake, name, "model", 8).startswith("READY(")
+    for own, buffer in rank(draft_ranks.buffers_of_draft, name).items():
+        assert torch.equal(buffer, buffers[own]), own  # which no sync brings
     assert "the draft of the engine is EMPTY" in rank(draft_ranks.why_not_ready, name)
     rank(draft_ranks.sync_draft, name, model, 2)
     assert rank(draft_ranks.greedy, name)[1].acceptance_rate == 1
