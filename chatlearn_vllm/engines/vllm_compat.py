@@ -72,7 +72,23 @@ def validation_errors() -> tuple[type[Exception], ...]:
     return (ValueError, VLLMValidationError)
 
 
-def set_environment(*, pipeline_parallel_size: int, drafts: bool) -> None:
+def needs_older_model_runner(sampling: Mapping[str, Any]) -> bool:
+    """Whether requests ask for more than the newer of vLLM's two model runners takes.
+
+    It refuses them when they are scheduled; which of the two there is depends on the platform.
+
+    Args:
+        sampling: for `vllm.SamplingParams`.
+    """
+    most = {"allowed_token_ids": 1024, "logit_bias": 1024, "bad_words": 128}
+    if sampling.get("min_tokens"):
+        most["stop_token_ids"] = 120  # of 128; a model's own count, too
+    too_many = any(len(sampling.get(name) or ()) > number for name, number in most.items())
+    has_budget = sampling.get("thinking_token_budget") is not None
+    return too_many or (has_budget and installed_version() < Version("0.32"))
+
+
+def set_environment(*, pipeline_parallel_size: int, drafts: bool, older_model_runner: bool) -> None:
     """Set what vLLM reads from the environment; call before vLLM's config is made.
 
     The engine runs in this process, and ranks of one replica must name requests alike: with
@@ -84,19 +100,26 @@ def set_environment(*, pipeline_parallel_size: int, drafts: bool) -> None:
     `draft_load_config`), with the numbers that responses are drawn with, too (vLLM's pull request
     54282), and whether they are asked for or not; it reads bad words one token off.
 
+    Args:
+        pipeline_parallel_size: of a replica.
+        drafts: whether the engine makes drafts.
+        older_model_runner: whether requests need it; unless the environment chooses one.
+
     Raises:
-        ValueError: the environment asks for the newer one.
+        ValueError: the environment asks for the newer one, and the engine drafts.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if pipeline_parallel_size > 1:
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+    asked = os.environ.get(_MODEL_RUNNER)
     if drafts and installed_version() < Version("0.32"):
-        asked = os.environ.get(_MODEL_RUNNER, "0")
-        if asked.lower() not in ("0", "false", ""):
+        if (asked or "0").lower() not in ("0", "false"):
             raise ValueError(
                 f"{_MODEL_RUNNER}={asked}: with this model runner of vLLM {installed_version()} "
                 "drafts change what responses say; unset it, or leave speculative_config out"
             )
+        os.environ[_MODEL_RUNNER] = "0"
+    elif older_model_runner and asked is None:
         os.environ[_MODEL_RUNNER] = "0"
 
 

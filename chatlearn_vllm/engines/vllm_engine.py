@@ -51,6 +51,7 @@ class VLLMEngine(GenerationEngine):
         owner: StepOwner,
         *,
         seed_per_response: bool = True,
+        older_model_runner: bool = False,
     ) -> None:
         """Build the engine; collective over the replica's ranks.
 
@@ -60,6 +61,7 @@ class VLLMEngine(GenerationEngine):
             owner: its `on_step` is called once per scheduled batch.
             seed_per_response: whether requests are drawn with their own seeds. Else that of the
                 first request that comes to an idle engine seeds all until it is idle again.
+            older_model_runner: whether requests need that of vLLM's two.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -69,7 +71,9 @@ class VLLMEngine(GenerationEngine):
             raise RuntimeError("initialise torch.distributed before building the engine")
         pipeline = engine_arguments.get("pipeline_parallel_size", 1)
         drafts = bool(engine_arguments.get("speculative_config"))
-        vllm_compat.set_environment(pipeline_parallel_size=pipeline, drafts=drafts)
+        vllm_compat.set_environment(
+            pipeline_parallel_size=pipeline, drafts=drafts, older_model_runner=older_model_runner
+        )
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.executor.abstract import Executor

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatlearn_vllm.config.engine_support import cpu_problem, draws_drafts
-from chatlearn_vllm.engines.vllm_arguments import engine_arguments, resolve_dtype
+from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.vllm_arguments import (
+    engine_arguments,
+    resolve_dtype,
+    sampling_arguments,
+)
 from chatlearn_vllm.layouts import ModelShape
 from chatlearn_vllm.observability.logging import get_logger
 
@@ -51,7 +56,11 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
     # Numbers that drafts are drawn with come from the rollout's seed.
     default = not on_gpu and not draws_drafts(args)
     own = default if args.seed_per_response is None else args.seed_per_response
-    engine = VLLMEngine(arguments, shape, owner=policy, seed_per_response=own)
+    asked = [sampling_arguments(args, is_eval=is_eval) for is_eval in (False, True)]
+    older = any(vllm_compat.needs_older_model_runner(sampling) for sampling in asked)
+    engine = VLLMEngine(
+        arguments, shape, owner=policy, seed_per_response=own, older_model_runner=older
+    )
     if is_first and engine.speculation is not None and engine.speculation.goes_on_because:
         because = engine.speculation.goes_on_because
         logger.info("%s: no effect of speculative_min_gain: %s", policy.name, because)

@@ -5,6 +5,10 @@ import os
 import pytest
 
 from chatlearn_vllm.engines import vllm_compat
+from tests.helpers.documented_policy import VLLMPolicyInference
+from tests.helpers.engines import policy_job, start_policy
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny_llama import save_tiny_llama
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -27,11 +31,13 @@ def runner(monkeypatch):
     """Says which model runner the environment asks for after an engine was prepared."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # set again, and undone
 
-    def prepared(drafts, asked=None):
+    def prepared(asked=None, *, drafts=False, older=False):
         monkeypatch.setenv(RUNNER, asked or "")  # what is set below is undone
         if asked is None:
             monkeypatch.delenv(RUNNER)
-        vllm_compat.set_environment(pipeline_parallel_size=1, drafts=drafts)
+        vllm_compat.set_environment(
+            pipeline_parallel_size=1, drafts=drafts, older_model_runner=older
+        )
         return os.environ.get(RUNNER)
 
     return prepared
@@ -45,15 +51,58 @@ def test_a_vllm_outside_the_supported_range_is_refused_with_the_remedy(install) 
 
 def test_older_engines_draft_with_the_older_model_runner(install, runner) -> None:
     install("0.25.1")
-    assert runner(drafts=True) == "0"
-    assert runner(drafts=True, asked="false") == "0"
-    assert runner(drafts=False) is None
-    assert runner(drafts=False, asked="1") == "1"
+    assert runner(drafts=True) == runner("false", drafts=True) == "0"
+    assert runner() is None
+    assert runner("1") == "1"
     with pytest.raises(ValueError, match=f"{RUNNER}=1: with this model runner of vLLM 0.25.1"):
-        runner(drafts=True, asked="1")
+        runner("1", drafts=True)
 
 
 def test_newer_engines_draft_with_the_model_runner_of_their_choice(install, runner) -> None:
     install("0.32.0")
     assert runner(drafts=True) is None
-    assert runner(drafts=True, asked="1") == "1"
+    assert runner("1", drafts=True) == "1"
+
+
+@pytest.mark.parametrize(
+    ("fits", "too_much"),
+    [
+        ({"allowed_token_ids": [*range(1024)]}, {"allowed_token_ids": [*range(1025)]}),
+        ({"logit_bias": dict.fromkeys(range(1024), 1.0)},
+         {"logit_bias": dict.fromkeys(range(1025), 1.0)}),
+        ({"bad_words": ["a"] * 128}, {"bad_words": ["a"] * 129}),
+        ({"stop_token_ids": [*range(200)]}, {"stop_token_ids": [*range(200)], "min_tokens": 2}),
+        ({"bad_words": None, "min_tokens": 2, "stop_token_ids": [2]},
+         {"thinking_token_budget": 8}),
+    ],
+)  # fmt: skip
+def test_requests_that_the_newer_model_runner_refuses_get_the_older(
+    install, runner, fits, too_much
+) -> None:
+    install("0.25.1")
+    assert not vllm_compat.needs_older_model_runner(fits)
+    assert vllm_compat.needs_older_model_runner(too_much)
+    assert runner(older=True) == "0"
+    assert runner("1", older=True) == "1"  # who asks for it gets it
+
+
+def runner_of_a_policy(directory):
+    """On a rank: the model runner of a policy with more bad words than the newer one takes."""
+    model_dir = directory / "model"
+    model_dir.mkdir()
+    save_tiny_llama(model_dir)
+    words = [
+        chr(ord("a") + first) + chr(ord("a") + last) for first in range(12) for last in range(12)
+    ]
+    module = start_policy(VLLMPolicyInference, policy_job(directory, model_dir, bad_words=words))
+    asked_for = os.environ.get(RUNNER)
+    module.shutdown()
+    return asked_for
+
+
+def test_a_policy_s_requests_choose_its_model_runner(tmp_path) -> None:
+    ranks = Ranks(1)
+    try:
+        assert ranks.run(runner_of_a_policy, tmp_path) == ["0"]
+    finally:
+        ranks.close()
