@@ -323,8 +323,8 @@ class SamplingArgs(Section):
     """Leave special tokens out of the text of a response."""
     seed_per_response: bool | None = None
     """Draw every response with a seed of its own, so that it does not depend on what else is being
-    generated. False: one seed per rollout, which is faster on GPUs: with seeds of their own, vLLM
-    draws the tokens of a step one after the other. None = True on CPUs, False on GPUs and with
+    generated. False: one seed per rollout, which is faster where vLLM's older model runner draws
+    the tokens of a step one after the other then. None = True on CPUs, False on GPUs and with
     drafts that are drawn (draft_sample_method: probabilistic)."""
     apply_replica_id_to_seed: bool = True
     """Give every replica its own seed. Must be True: equal seeds give equal samples."""
@@ -349,7 +349,9 @@ class SchedulerArgs(Section):
     block_size: Positive | None = None
     """Tokens (not MB) per block of the KV cache; None = the backend's choice, 16 on most GPUs."""
     gpu_memory_utilization: Share = 0.5
-    """Share of a GPU's total memory for weights and KV cache; the trainer needs the rest."""
+    """Share of a GPU's total memory for weights and KV cache; the trainer needs the rest. With
+    vLLM 0.25 CUDA graphs and the sampler's state are beyond it: 4 bytes x max_num_seqs x vocabulary
+    and some more, 0.6 GB with 1,024 sequences and 152,000 tokens."""
     enforce_eager: bool = False
     """Run without compilation and CUDA graphs. Graphs are made for steps of up to 1024 tokens,
     where `max_num_seqs` allows so many."""

@@ -107,8 +107,11 @@ class SequenceGroupMetadataList(Sequence):
 def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
     chunk = scheduler_output.num_scheduled_tokens
     for new in scheduler_output.scheduled_new_reqs:
+        # With vLLM's newer model runner also one that was preempted and begins again.
+        again = new.prefill_token_ids is not None
+        is_prompt = not again or len(new.prefill_token_ids) == len(new.prompt_token_ids)
         yield SequenceGroupMetadata(
-            new.req_id, True, chunk.get(new.req_id, 0), new.num_computed_tokens
+            new.req_id, is_prompt, chunk.get(new.req_id, 0), new.num_computed_tokens
         )
     cached = scheduler_output.scheduled_cached_reqs
     for request_id, computed, generated in zip(

@@ -11,7 +11,6 @@ from chatlearn_vllm.data.batch import check_batch, concat, select
 from chatlearn_vllm.data.carried import Begun, Carried
 from chatlearn_vllm.data.rollouts import rollouts_to_batch
 from chatlearn_vllm.engines.generation_engine import EngineStateError
-from chatlearn_vllm.engines.vllm_executor import Step
 from chatlearn_vllm.engines.vllm_partial import PartialRequest
 from tests.helpers.documented_policy import VLLMPolicyInference
 from tests.helpers.engines import (
@@ -429,16 +428,6 @@ def test_maps_of_a_yaml_file_constrain_responses(ready) -> None:
 def test_execute_step_outside_of_forward_step_is_refused(ready) -> None:
     with pytest.raises(RuntimeError, match="only valid inside forward_step"):
         ready.execute_step({})
-
-
-def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> None:
-    def out_of_memory():
-        raise MemoryError("no blocks left")
-
-    step = Step(scheduler_output=None, execute=out_of_memory)
-    with pytest.raises(MemoryError, match="no blocks left"):
-        step.execute()
-    assert step.failed and not step.executed  # so VLLMEngine.on_step does not try again
 
 
 @pytest.fixture
