@@ -88,7 +88,9 @@ def needs_older_model_runner(sampling: Mapping[str, Any]) -> bool:
     return too_many or (has_budget and installed_version() < Version("0.32"))
 
 
-def set_environment(*, pipeline_parallel_size: int, drafts: bool, older_model_runner: bool) -> None:
+def set_environment(
+    *, pipeline_parallel_size: int, draft_method: str | None, older_model_runner: bool
+) -> None:
     """Set what vLLM reads from the environment; call before vLLM's config is made.
 
     The engine runs in this process, and ranks of one replica must name requests alike: with
@@ -102,17 +104,22 @@ def set_environment(*, pipeline_parallel_size: int, drafts: bool, older_model_ru
 
     Args:
         pipeline_parallel_size: of a replica.
-        drafts: whether the engine makes drafts.
+        draft_method: how the engine makes drafts; None if it makes none.
         older_model_runner: whether requests need it; unless the environment chooses one.
 
     Raises:
-        ValueError: the environment asks for the newer one, and the engine drafts.
+        ValueError: the environment or the method asks for the newer one, and the engine drafts.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if pipeline_parallel_size > 1:
         os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     asked = os.environ.get(_MODEL_RUNNER)
-    if drafts and installed_version() < Version("0.32"):
+    if draft_method and installed_version() < Version("0.32"):
+        if draft_method == "dspark":
+            raise ValueError(
+                f"speculative_config: method={draft_method!r} would draft with random weights in "
+                f"vLLM {installed_version()}; it needs 0.32, or take another method"
+            )
         if (asked or "0").lower() not in ("0", "false"):
             raise ValueError(
                 f"{_MODEL_RUNNER}={asked}: with this model runner of vLLM {installed_version()} "

@@ -70,10 +70,11 @@ class VLLMEngine(GenerationEngine):
         if not dist.is_initialized():
             raise RuntimeError("initialise torch.distributed before building the engine")
         pipeline = engine_arguments.get("pipeline_parallel_size", 1)
-        drafts = bool(engine_arguments.get("speculative_config"))
+        draft_method = (engine_arguments.get("speculative_config") or {}).get("method")
         vllm_compat.set_environment(
-            pipeline_parallel_size=pipeline, drafts=drafts, older_model_runner=older_model_runner
-        )
+            pipeline_parallel_size=pipeline, draft_method=draft_method,
+            older_model_runner=older_model_runner,
+        )  # fmt: skip
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.executor.abstract import Executor
@@ -82,7 +83,7 @@ class VLLMEngine(GenerationEngine):
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
         arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
-        if drafts:
+        if draft_method:
             self.speculation = Speculation(self._switch_drafting)
             vllm_compat.repair_cpu_drafts()
         with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():

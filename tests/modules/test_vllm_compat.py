@@ -31,12 +31,12 @@ def runner(monkeypatch):
     """Says which model runner the environment asks for after an engine was prepared."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # set again, and undone
 
-    def prepared(asked=None, *, drafts=False, older=False):
+    def prepared(asked=None, *, method=None, older=False):
         monkeypatch.setenv(RUNNER, asked or "")  # what is set below is undone
         if asked is None:
             monkeypatch.delenv(RUNNER)
         vllm_compat.set_environment(
-            pipeline_parallel_size=1, drafts=drafts, older_model_runner=older
+            pipeline_parallel_size=1, draft_method=method, older_model_runner=older
         )
         return os.environ.get(RUNNER)
 
@@ -51,17 +51,20 @@ def test_a_vllm_outside_the_supported_range_is_refused_with_the_remedy(install) 
 
 def test_older_engines_draft_with_the_older_model_runner(install, runner) -> None:
     install("0.25.1")
-    assert runner(drafts=True) == runner("false", drafts=True) == "0"
+    assert runner(method="eagle") == runner("false", method="eagle") == "0"
     assert runner() is None
     assert runner("1") == "1"
     with pytest.raises(ValueError, match=f"{RUNNER}=1: with this model runner of vLLM 0.25.1"):
-        runner("1", drafts=True)
+        runner("1", method="eagle")
+    with pytest.raises(ValueError, match="method='dspark' would draft with random weights in vLLM"):
+        runner(method="dspark")
 
 
 def test_newer_engines_draft_with_the_model_runner_of_their_choice(install, runner) -> None:
     install("0.32.0")
-    assert runner(drafts=True) is None
-    assert runner("1", drafts=True) == "1"
+    assert runner(method="eagle") is None
+    assert runner("1", method="eagle") == "1"
+    assert runner(method="dspark") is None
 
 
 @pytest.mark.parametrize(
