@@ -15,6 +15,8 @@ class NewRequest:
     req_id: str
     prompt_token_ids: list[int]
     num_computed_tokens: int = 0
+    prefill_token_ids: None = None
+    """What vLLM's newer model runner is told of a response that begins again; here none does."""
 
 
 @dataclass(frozen=True)
