@@ -12,7 +12,7 @@ from chatlearn_vllm.config.reference import with_tables
 from chatlearn_vllm.config.schema import ModelConfig, RuntimeConfig, RuntimeEnvConfig
 
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ROOT / "configs/strategies"  # see test_strategies.py
+STRATEGIES = ROOT / "configs/strategies"  # see strategies/test_whole_files.py
 YAML_FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STRATEGIES.glob("*.yaml")))
 
 

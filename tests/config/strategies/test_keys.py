@@ -1,7 +1,5 @@
 """Does each key of a strategy file set ours, and is each without effect told?"""
 
-from pathlib import Path
-
 import pytest
 
 from chatlearn_vllm.config import load_config
@@ -17,12 +15,6 @@ from tests.config.strategy_job import (
     args_of,
     problems_of,
 )
-
-
-@pytest.fixture
-def job(write) -> Path:
-    """A small strategy file without errors and without notices."""
-    return write("job.yaml", JOB)
 
 
 @pytest.mark.parametrize(

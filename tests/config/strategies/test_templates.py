@@ -1,17 +1,9 @@
 """What do templates and defaults in a strategy file stand for?"""
 
-from pathlib import Path
-
 import pytest
 
 from chatlearn_vllm.config import load_config
 from tests.config.strategy_job import JOB, args_of, problems_of
-
-
-@pytest.fixture
-def job(write) -> Path:
-    """A small strategy file without errors and without notices."""
-    return write("job.yaml", JOB)
 
 
 def test_templates_stand_for_keys_and_for_the_environment(job, write, monkeypatch):

@@ -10,10 +10,10 @@ from chatlearn_vllm.config import load_config
 from chatlearn_vllm.config.strategies import keys
 from chatlearn_vllm.config.strategies.reference import with_tables
 from chatlearn_vllm.job import place
-from tests.config.strategy_job import JOB, args_of
+from tests.config.strategy_job import args_of
 
-ROOT = Path(__file__).parents[2]
-FILES = Path(__file__).parent / "strategies"
+ROOT = Path(__file__).parents[3]
+FILES = Path(__file__).parent
 SHIPPED = ROOT / "configs/strategies/rlvr_config.yaml"
 
 SAME_JOB = """
@@ -61,12 +61,6 @@ runtime:
   enable_resume_training: False
   data_path: train.jsonl
 """
-
-
-@pytest.fixture
-def job(write) -> Path:
-    """A small strategy file without errors and without notices."""
-    return write("job.yaml", JOB)
 
 
 def test_the_same_job_in_both_dialects_is_the_same(job, write):

@@ -7,13 +7,7 @@ import pytest
 from chatlearn_vllm.config import load_config
 from tests.config.strategy_job import CONFIG, INFER, JOB, args_of, problems_of
 
-FILES = Path(__file__).parent / "strategies"
-
-
-@pytest.fixture
-def job(write) -> Path:
-    """Prompts of 40 tokens, responses of 24."""
-    return write("job.yaml", JOB)
+FILES = Path(__file__).parent
 
 
 def test_responses_end_at_a_max_model_len_below_the_sum_of_lengths():

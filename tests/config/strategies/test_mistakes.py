@@ -1,7 +1,5 @@
 """Is a mistake in a strategy file told by its key, value, rule and remedy?"""
 
-from pathlib import Path
-
 import pytest
 
 from chatlearn_vllm.config import ConfigError, load_config
@@ -16,12 +14,6 @@ from tests.config.strategy_job import (
     args_of,
     problems_of,
 )
-
-
-@pytest.fixture
-def job(write) -> Path:
-    """A small strategy file without errors and without notices."""
-    return write("job.yaml", JOB)
 
 
 @pytest.mark.parametrize(
