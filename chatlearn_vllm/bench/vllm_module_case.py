@@ -19,6 +19,7 @@ from chatlearn_vllm.modules.vllm_module import VLLMModule
 if TYPE_CHECKING:
     from chatlearn_vllm.bench.child import Task
     from chatlearn_vllm.bench.workload import Prompt
+    from chatlearn_vllm.config import JobConfig
 
 
 class _Prompts(PromptPipeline):
@@ -28,7 +29,7 @@ class _Prompts(PromptPipeline):
         self.data = [{"input_ids": one.token_ids, "prompt": one.text} for one in prompts]
 
 
-class _Policy(VLLMModule):
+class Policy(VLLMModule):
     """Every hook with its default, but for the dataset."""
 
     def build_dataset(self, train_prompts: list[Prompt], is_eval: bool = False) -> _Prompts:
@@ -47,6 +48,19 @@ class _Policy(VLLMModule):
         return super().decode_internal(batched_outputs)
 
 
+def ready_policy(task: Task, job: JobConfig) -> Policy:
+    """A policy that can generate, with the prompts of all passes; collective over its ranks."""
+    policy = Policy("policy", job)
+    policy.init()
+    policy.model_setup()
+    numbers = range(task.options.repeat + task.options.warmup)
+    policy.build_prompts([prompt for n in numbers for prompt in task.pass_prompts(n)])
+    if not policy.engine_state().startswith("READY"):  # dummy weights count as arrived
+        policy.engine.begin_weight_update()
+        policy.engine.finish_weight_update(0)
+    return policy
+
+
 def measure(task: Task) -> dict[str, Any]:
     """Measure one case of VLLMModule; collective over its ranks.
 
@@ -62,14 +76,7 @@ def measure(task: Task) -> dict[str, Any]:
     task.phase("load")
     start = time.perf_counter()
     job = make_job(task)
-    policy = _Policy("policy", job)
-    policy.init()
-    policy.model_setup()
-    numbers = range(options.repeat + options.warmup)
-    policy.build_prompts([prompt for n in numbers for prompt in task.pass_prompts(n)])
-    if not policy.engine_state().startswith("READY"):  # dummy weights count as arrived
-        policy.engine.begin_weight_update()
-        policy.engine.finish_weight_update(0)
+    policy = ready_policy(task, job)
     load_s = time.perf_counter() - start
 
     measured = _MeasuredPolicy(task, policy)
@@ -111,7 +118,7 @@ def measure(task: Task) -> dict[str, Any]:
 class _MeasuredPolicy:
     """A policy, and what is asked of it; every rank asks the same."""
 
-    def __init__(self, task: Task, policy: _Policy) -> None:
+    def __init__(self, task: Task, policy: Policy) -> None:
         self._task = task
         self._policy = policy
 
