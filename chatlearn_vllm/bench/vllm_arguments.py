@@ -121,8 +121,9 @@ def bare_engine_arguments(
         arguments["logprobs_mode"] = "processed_logprobs"
     # The counters of accepted tokens are part of the statistics.
     arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
-    # What VLLMModule does with an engine while others work has no meaning here.
-    return arguments, [notice for notice in notices if not notice.startswith("sleep mode")]
+    # Here ranks are scheduled by one process, and nobody puts the engine to sleep.
+    of_module = ("sleep mode", "pipeline_model_parallel_size")
+    return arguments, [notice for notice in notices if not notice.startswith(of_module)]
 
 
 def speculation(job: JobConfig, metrics: Mapping[str, float]) -> dict[str, Any] | None:

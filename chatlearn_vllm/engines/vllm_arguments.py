@@ -58,9 +58,16 @@ def engine_arguments(
         on_gpu: whether the engine runs on CUDA.
 
     Returns:
-        The arguments, and one sentence for each value that this platform cannot take.
+        The arguments, and one sentence for each value that this platform cannot take or that has
+        another effect than its user may expect.
     """
     notices: list[str] = []
+    if (stages := args.pipeline_model_parallel_size) > 1:
+        notices.append(
+            f"pipeline_model_parallel_size: the {stages} stages of an engine work one after the "
+            "other, since each rank schedules for itself (vLLM's external_launcher); ranks of "
+            "tensor_model_parallel_size work at the same time"
+        )
     dtype = resolve_dtype(args, on_gpu=on_gpu)
     kwargs: dict[str, Any] = {
         "model": str(model_dir),

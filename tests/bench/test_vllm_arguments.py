@@ -192,3 +192,11 @@ def test_lines_of_a_guide_reach_the_engine(
 )
 def test_each_name_of_a_type_reaches_the_engine(tmp_path, given, dtype):
     assert arguments_of(ENVIRON | {"VLLM_DTYPE": given}, tmp_path)["dtype"] == dtype
+
+
+def test_bare_vllm_is_not_told_how_the_module_s_ranks_work(tmp_path):
+    options = BenchOptions.of({"cases": ["vllm:pp=2"]})
+    (case,) = options.parsed_cases()
+    make_model(config_of(options), tmp_path / "model")
+    task = Task(case, options, tmp_path / "model", tmp_path, tmp_path / "events.jsonl")
+    assert bare_engine_arguments(task, make_job(task), on_gpu=True)[1] == []
