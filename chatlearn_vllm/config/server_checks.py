@@ -107,7 +107,8 @@ def _started_problems(model: ModelConfig, at: Key) -> Iterator[tuple[Key, str]]:
 def _place_of(address: str) -> tuple[str, str | None, int]:
     """Where a server listens, however its URL is written."""
     parts = urlsplit(address)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+    host = "localhost" if parts.hostname in ("127.0.0.1", "::1") else parts.hostname
+    return parts.scheme, host, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
 def _url_problem(address: str) -> str | None:

@@ -94,6 +94,10 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
         ({"vllm_server": [URL, f"{URL}/"], "num_cpu": 2}, "names a server twice"),
         ({"vllm_server": ["http://a:1", "http://A:1"], "num_cpu": 2}, "names a server twice"),
         ({"vllm_server": ["http://a", "HTTP://a:80"], "num_cpu": 2}, "names a server twice"),
+        (
+            {"vllm_server": ["http://127.0.0.1:1", "http://localhost:1"], "num_cpu": 2},
+            "names a server twice",
+        ),
         ({"vllm_server": f"{URL}\n"}, "is no http or https URL"),
         ({"vllm_server": URL, "flat_logprobs": True}, "sampling keys of vLLM's completions API"),
         ({"vllm_server": URL, "kv_cache_memory_bytes": 9}, "start it with --kv-cache-memory-bytes"),
