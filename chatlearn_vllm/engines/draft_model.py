@@ -7,7 +7,8 @@ weights one after the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,17 @@ class DraftModel(LiveModel):
 
         Raises:
             EngineStateError: the weights are asleep.
-            ValueError: a layer that is the draft's own is not in the directory.
+            ValueError: the directory cannot be read, or lacks a layer that is the draft's own; the
+                draft has the weights that it had.
         """
         if self.state.weights is Weights.ASLEEP:
             raise EngineStateError("load_draft(): the engine is ASLEEP; wake_weights() first")
-        vllm_compat.load_draft(self._engine, directory)
+        before, self.state = self.state, replace(self.state, weights=Weights.STALE)
+        try:
+            self._load(directory or str(self._directory))
+        except vllm_compat.DraftUntouchedError:
+            self.state = before
+            raise
         self._kept.forget()
         self.forget_prefixes()
         self.state = EngineState(Weights.READY, None)
@@ -128,8 +135,14 @@ class DraftModel(LiveModel):
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See LiveModel."""
         self.begin_weight_update()
+        self._load(checked_tensors(tensors, self._shape))
+
+    def _load(self, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Have vLLM load weights; it can again after an error."""
         try:
-            vllm_compat.load_draft(self._engine, checked_tensors(tensors, self._shape))
+            vllm_compat.load_draft(self._engine, source)
+        except vllm_compat.DraftUntouchedError:
+            raise
         except BaseException:
             # has vLLM forget the layers of which only a part came
             vllm_compat.load_draft(self._engine, iter(()))

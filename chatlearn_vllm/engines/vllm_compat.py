@@ -7,9 +7,11 @@ after loading, so that there are no plain parameters to copy new weights into.
 
 import atexit
 import contextlib
+import copy
 import functools
 import gc
 import importlib.metadata
+import itertools
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -401,7 +403,7 @@ def draft_model(engine: Any) -> torch.nn.Module | None:
     return engine.collective_rpc(_draft_of)[0]
 
 
-def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]] | None = None) -> None:
+def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
     """Read a draft's weights, as vLLM does with those of the model that verifies.
 
     vLLM builds a `draft_model` with the `load_format` of the model that verifies, whatever
@@ -409,65 +411,76 @@ def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]] | N
 
     Args:
         engine: with a draft that is a model.
-        source: the directory of the weights, or whole tensors by their Hugging Face names; None:
-            the directory of `speculative_config`.
+        source: the directory of the weights, or whole tensors by their Hugging Face names.
 
     Raises:
-        ValueError: a layer that is the draft's own is not in the directory.
+        DraftUntouchedError: the directory cannot be read, or lacks a layer that is the draft's own.
     """
     with unpacked_cpu_weights():
         engine.collective_rpc(_load_draft, args=(source,))
 
 
-def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]] | None) -> None:
-    from vllm.config import LoadConfig, set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
+class DraftUntouchedError(ValueError):
+    """Weights that a draft cannot be given; it has those that it had."""
+
+
+def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
     )
 
-    speculative = worker.vllm_config.speculative_config
-    draft, config = _draft_of(worker), speculative.draft_model_config
-    if source is None or isinstance(source, str):
-        loader = get_model_loader(speculative.draft_load_config or LoadConfig())
-        before, config.model = config.model, source or config.model
-        try:
-            _check_own_layers(draft, loader.get_all_weights(config, draft), config.model)
-        except ValueError:
-            config.model = before
-            raise
-        source = _of_the_draft(loader.get_all_weights(config, draft), draft, worker.get_model())
+    draft, config = _draft_of(worker), worker.vllm_config.speculative_config.draft_model_config
+    if isinstance(source, str):
+        source = _tensors_of_the_draft(worker, draft, source)
     with set_current_vllm_config(worker.vllm_config), _buffers_keep_their_kind(draft):
         initialize_layerwise_reload(draft)
         draft.load_weights(source)
         finalize_layerwise_reload(draft, config)
 
 
-def _check_own_layers(
-    draft: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], directory: str
-) -> None:
-    layers = [name for name in ("embed_tokens", "lm_head") if getattr(draft, f"has_own_{name}", 0)]
-    names = [name for name, _ in tensors] if layers else []
-    for layer in layers:
-        if not any(layer in name for name in names):
-            raise ValueError(
-                f"load_draft({directory!r}): the draft has its own {layer}, and these files have "
-                "none; add it to them, or begin the job with this draft"
-            )
-
-
-def _of_the_draft(
-    tensors: Iterator[tuple[str, torch.Tensor]], draft: torch.nn.Module, target: torch.nn.Module
+def _tensors_of_the_draft(
+    worker: Any, draft: torch.nn.Module, directory: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Without what the draft shares with its target; vLLM would write the file's into both."""
-    targets = {id(parameter) for parameter in target.parameters()}
+    """Those of a directory that vLLM shall write into the draft; the first is read by now.
+
+    Not what the draft shares with its target: vLLM would write the file's into both.
+    """
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    speculative = worker.vllm_config.speculative_config
+    loader = get_model_loader(speculative.draft_load_config or LoadConfig())
+    config = copy.copy(speculative.draft_model_config)
+    config.model = directory
+    targets = {id(parameter) for parameter in worker.get_model().parameters()}
     shared = {
         name.split(".")[-2]
         for name, parameter in draft.named_parameters()
         if id(parameter) in targets
     }
-    return ((name, tensor) for name, tensor in tensors if shared.isdisjoint(name.split(".")[-2:-1]))
+    try:
+        if not os.path.isdir(directory):
+            raise FileNotFoundError("no such directory")
+        own = {name for name in ("embed_tokens", "lm_head") if vars(draft).get(f"has_own_{name}")}
+        if own := own - shared:
+            names = [name for name, _ in loader.get_all_weights(config, draft)]
+            own = {layer for layer in own if not any(layer in name for name in names)}
+        if own:
+            raise ValueError(
+                f"the draft has its own {' and '.join(sorted(own))}, and these files have none; "
+                "add it to them, or begin the job with this draft"
+            )
+        tensors = (
+            (name, tensor)
+            for name, tensor in loader.get_all_weights(config, draft)
+            if shared.isdisjoint(name.split(".")[-2:-1])
+        )
+        first = next(tensors)
+    except Exception as error:  # vLLM and safetensors raise of all kinds
+        raise DraftUntouchedError(f"load_draft({directory!r}): {error}") from error
+    return itertools.chain([first], tensors)
 
 
 def draft_is_built_random(engine: Any) -> bool:

@@ -463,12 +463,17 @@ def take_over_draft(name: str, directory: Path | None) -> None:
 
 
 def why_not_taken_over(name: str, directory: Path) -> str:
-    """What a policy says about a draft that does not fit."""
+    """What a policy, or vLLM, says about a draft that does not fit."""
     try:
         take_over_draft(name, directory)
-    except ValueError as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         return str(error)
     return "it fits"
+
+
+def state_of_draft(name: str) -> str:
+    """What the weights of the draft are."""
+    return _policies[name].engine.draft.state.weights.value
 
 
 def why_it_cannot_stop(name: str) -> str:

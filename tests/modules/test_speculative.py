@@ -6,7 +6,7 @@ does not draft, and with transformers.
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chatlearn_vllm.engines import speculation
 from chatlearn_vllm.engines.speculation import Speculation, SpeculationStats
@@ -135,6 +135,34 @@ def test_a_head_without_the_embedding_that_it_needs_is_refused(rank) -> None:
     assert "the draft has its own embed_tokens, and these files have none; add it" in why
     rank(draft_ranks.take_over_draft, "eagle_of_four", None)  # its own again
     assert rank(draft_ranks.greedy, "eagle_of_four") == before
+
+
+@pytest.mark.parametrize("name", ["draft_model", "eagle"])
+def test_a_directory_that_cannot_be_read_changes_nothing(rank, tmp_path, name) -> None:
+    before = rank(draft_ranks.greedy, name)
+    missing, empty = tmp_path / "not yet", tmp_path / "empty"
+    empty.mkdir()
+    why = rank(draft_ranks.why_not_taken_over, name, missing)
+    assert why == f"load_draft({str(missing)!r}): no such directory"
+    why = rank(draft_ranks.why_not_taken_over, name, empty)
+    assert why.startswith(f"load_draft({str(empty)!r}): Cannot find any model weights")
+    assert rank(draft_ranks.state_of_draft, name) == "READY"
+    assert rank(draft_ranks.greedy, name) == before
+
+
+def test_a_draft_of_which_only_a_part_came_waits_for_another(rank, frozen_again, tmp_path) -> None:
+    before = rank(draft_ranks.greedy, "draft_model")
+    tensors = load_file(rank.root / "draft/model.safetensors")
+    last = max(tensors)
+    save_file(tensors | {last: tensors[last][:3].clone()}, tmp_path / "model.safetensors")
+    why = rank(draft_ranks.why_not_taken_over, "draft_model", tmp_path)
+    assert why != "it fits"
+    assert rank(draft_ranks.state_of_draft, "draft_model") == "STALE"
+    why = rank(draft_ranks.why_not_taken_over, "draft_model", tmp_path / "not yet")
+    assert why.endswith("no such directory")
+    assert rank(draft_ranks.state_of_draft, "draft_model") == "STALE"
+    rank(draft_ranks.take_over_draft, "draft_model", None)  # its own again
+    assert rank(draft_ranks.greedy, "draft_model") == before
 
 
 def test_a_response_near_its_end_stops_no_drafts_of_others(rank, frozen_again) -> None:
