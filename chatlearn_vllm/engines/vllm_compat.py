@@ -14,7 +14,7 @@ import importlib.metadata
 import itertools
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,20 +74,38 @@ def validation_errors() -> tuple[type[Exception], ...]:
     return (ValueError, VLLMValidationError)
 
 
-def needs_older_model_runner(sampling: Mapping[str, Any]) -> bool:
-    """Whether requests ask for more than the newer of vLLM's two model runners takes.
+def why_older_model_runner(
+    sampling: Mapping[str, Any], tokenize: Callable[[str], list[int]]
+) -> str | None:
+    """Which keys of requests ask for more than the newer of vLLM's two model runners takes.
 
     It refuses them when they are scheduled; which of the two there is depends on the platform.
+    From 0.32 on it takes as many bad words as the environment says, which is made to say enough.
 
     Args:
         sampling: for `vllm.SamplingParams`.
+        tokenize: a text's token ids, without special tokens.
     """
-    most = {"allowed_token_ids": 1024, "logit_bias": 1024, "bad_words": 128}
+    most = {"allowed_token_ids": 1024, "logit_bias": 1024}
     if sampling.get("min_tokens"):
         most["stop_token_ids"] = 120  # of 128; a model's own count, too
-    too_many = any(len(sampling.get(name) or ()) > number for name, number in most.items())
+    keys = [name for name, number in most.items() if len(sampling.get(name) or ()) > number]
+    if words := set(sampling.get("bad_words") or ()):
+        # vLLM forbids each at the beginning of a text and behind a space.
+        forbidden = [tokenize(space + word.lstrip()) for word in words for space in ("", " ")]
+        needed = {
+            "VLLM_MAX_NUM_BAD_WORDS": (len(forbidden), 128),
+            "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": (sum(map(len, forbidden)), 1024),
+        }
+        if installed_version() < Version("0.32"):
+            keys += ["bad_words"] * any(number > limit for number, limit in needed.values())
+        else:
+            for name, (number, limit) in needed.items():
+                if number > int(os.environ.get(name, limit)):
+                    os.environ[name] = str(number)
     has_budget = sampling.get("thinking_token_budget") is not None
-    return too_many or (has_budget and installed_version() < Version("0.32"))
+    keys += ["thinking_token_budget"] * (has_budget and installed_version() < Version("0.32"))
+    return ", ".join(keys) or None
 
 
 def set_environment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,13 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
     default = not on_gpu and not draws_drafts(args)
     own = default if args.seed_per_response is None else args.seed_per_response
     asked = [sampling_arguments(args, is_eval=is_eval) for is_eval in (False, True)]
-    older = any(vllm_compat.needs_older_model_runner(sampling) for sampling in asked)
+    reasons = [
+        vllm_compat.why_older_model_runner(keys, partial(_token_ids, policy)) for keys in asked
+    ]
+    if is_first and (reason := next(filter(None, reasons), None)):
+        logger.info("%s: vLLM's older model runner, which takes so many %s", policy.name, reason)
     engine = VLLMEngine(
-        arguments, shape, owner=policy, seed_per_response=own, older_model_runner=older
+        arguments, shape, owner=policy, seed_per_response=own, older_model_runner=any(reasons)
     )
     if is_first and engine.speculation is not None and engine.speculation.goes_on_because:
         because = engine.speculation.goes_on_because
@@ -91,9 +96,6 @@ def _transformers_engine(
 def _server_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> GenerationEngine:
     from chatlearn_vllm.engines.server_start import make_server_engine
 
-    def tokenize(text: str) -> list[int]:
-        return policy.tokenizer.tokenizer.encode(text, add_special_tokens=False)
-
     return make_server_engine(
         policy.model_args,
         name=policy.name,
@@ -103,6 +105,10 @@ def _server_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Ge
         log_dir=policy.runtime_args.run_dir / "vllm_server",
         model_dir=model_dir,
         shape=shape,
-        tokenize=tokenize,
+        tokenize=partial(_token_ids, policy),
         owner=policy,
     )
+
+
+def _token_ids(policy: VLLMModule, text: str) -> list[int]:
+    return policy.tokenizer.tokenizer.encode(text, add_special_tokens=False)
