@@ -468,7 +468,7 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         """[B, S-1]: the weight version that sampled each token of the responses, else -1."""
         import torch
 
-        versions = torch.full_like(batch["logprobs"], -1, dtype=torch.int64)
+        versions = torch.full_like(batch["loss_mask"][:, 1:], -1, dtype=torch.int64)
         for row, begun in enumerate(batch["begun"]):
             start = len(batch["no_padded_query_ids"][row]) - 1
             versions[row, start : start + len(begun.versions)] = torch.tensor(begun.versions)

@@ -25,6 +25,7 @@ from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.algorithm_checks import check_grpo_keys, warn_of_temperatures
 from chatlearn_vllm.runtime.memory import gives_memory_back
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
+from chatlearn_vllm.runtime.scores import rollout_logprobs
 
 logger = get_logger(__name__)
 
@@ -128,6 +129,8 @@ class GRPOEngine(RolloutEngine):
             )
             batch["rewards"] = batch["rewards"] + penalty
             metrics["rollout/overlong_penalty_mean"] = penalty.mean().item()
+        if args.tis_imp_ratio_cap is not None:
+            rollout_logprobs(self.policy.name, batch, "tis_imp_ratio_cap")
         if self.reference is not None:
             self.add_ref_logprobs(self.reference, batch, episode)
         if args.advantage_estimator == "reinforce++":
@@ -144,9 +147,10 @@ class GRPOEngine(RolloutEngine):
         """[B, S-1]; the KL towards the reference, if there is one, is part of the rewards."""
         args = self.policy_trainer.model_args
         mask = batch["loss_mask"][:, 1:]
-        kl = torch.zeros_like(batch["logprobs"])
+        kl = torch.zeros(mask.shape)
         if self.reference is not None:
-            kl = kl_penalty(batch["logprobs"], batch.pop("ref_logprobs"), "k1", mask=mask)
+            sampled = rollout_logprobs(self.policy.name, batch, "the KL penalty of the rewards")
+            kl = kl_penalty(sampled, batch.pop("ref_logprobs"), "k1", mask=mask)
         rewards = token_rewards(
             batch["rewards"], kl, mask, kl_coef=args.init_kl_coef, clip=args.cliprange_reward
         )

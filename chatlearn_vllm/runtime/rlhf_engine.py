@@ -19,7 +19,7 @@ from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime.algorithm_checks import check_ppo_keys, warn_of_temperatures
 from chatlearn_vllm.runtime.grpo_engine import needed_reference
 from chatlearn_vllm.runtime.rollout_engine import RolloutEngine
-from chatlearn_vllm.runtime.scores import required_column
+from chatlearn_vllm.runtime.scores import required_column, rollout_logprobs
 
 
 class RLHFEngine(RolloutEngine):
@@ -93,10 +93,13 @@ class RLHFEngine(RolloutEngine):
         """Add `values`, `advantages` and `returns`, [B, S-1] each."""
         args = self.policy_trainer.model_args
         mask = batch["loss_mask"][:, 1:]
-        kl = torch.zeros_like(batch["logprobs"])
+        if args.tis_imp_ratio_cap is not None:
+            rollout_logprobs(self.policy.name, batch, "tis_imp_ratio_cap")
+        kl = torch.zeros(mask.shape)
         if self.reference is not None:
             self.add_ref_logprobs(self.reference, batch, episode)
-            kl = kl_penalty(batch["logprobs"], batch.pop("ref_logprobs"), "k1", mask=mask)
+            sampled = rollout_logprobs(self.policy.name, batch, "the KL penalty of the rewards")
+            kl = kl_penalty(sampled, batch.pop("ref_logprobs"), "k1", mask=mask)
         with self.timers.phase("value"):
             values = self._values(batch, episode)
         name = (self.value or self.ppo_value).name

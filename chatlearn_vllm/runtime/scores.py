@@ -81,3 +81,22 @@ def _require_rows(call: str, result: Any, num_rows: int) -> None:
         if is_scalar or len(column) != num_rows:
             size = "a single value" if is_scalar else f"{len(column)} rows"
             raise ValueError(f"{call} returned {size} for {num_rows} samples as {key!r}")
+
+
+def rollout_logprobs(name: str, batch: Batch, needed_by: str) -> torch.Tensor:
+    """[B, S-1] log-probabilities that a rollout came with.
+
+    Args:
+        name: of the policy in the yaml.
+        batch: what its `decode_internal` made.
+        needed_by: what cannot do without.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if "logprobs" not in batch:
+        raise ValueError(
+            f"models.{name}: decode_internal() must return 'logprobs', which {needed_by} needs; "
+            "keep what super().decode_internal() returns"
+        )
+    return batch["logprobs"]

@@ -499,6 +499,14 @@ def test_partial_rollouts_say_what_whole_ones_say(ready, monkeypatch, sampling) 
     assert whole["str_outputs"] == parts["str_outputs"]
 
 
+def test_tokens_of_partial_rollouts_have_versions_without_logprobs_too(partial) -> None:
+    partial.misbehave = "drop logprobs"
+    batch = partial.generate([0, 1], first_sample=0)
+    assert "logprobs" not in batch
+    is_response = batch["loss_mask"][:, 1:] == 1
+    assert (batch["token_versions"] == torch.where(is_response, 1, -1)).all()
+
+
 def test_a_prompt_that_vllm_refuses_leaves_nothing_of_a_partial_request(ready) -> None:
     sampling = {"n": 1, "max_tokens": 4, "seed": 1}
     too_long = PartialRequest("x", None, [5] * 2 * SEQ_LENGTH, sampling, [Begun()])

@@ -347,6 +347,23 @@ def test_reinforce_takes_the_kl_off_the_rewards_and_not_off_the_loss(tmp_path):
     assert "ref_logprobs" not in batch
 
 
+def test_rollouts_without_logprobs_are_enough_where_nothing_is_computed_of_them(tmp_path):
+    whole, _ = prepared(tmp_path, *REINFORCE, **TWO_ROWS)
+    bare = {name: value for name, value in TWO_ROWS.items() if name != "logprobs"}
+    batch, _ = prepared(tmp_path, *REINFORCE, **bare)
+    assert torch.equal(batch["advantages"], whole["advantages"])
+    for keys, needed_by in (
+        ((*REINFORCE, "init_kl_coef=0.1"), "the KL penalty of the rewards"),
+        (("tis_imp_ratio_cap=2.0",), "tis_imp_ratio_cap"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            says = REF_SAYS if "init_kl_coef=0.1" in keys else None
+            prepared(tmp_path, *keys, reference_says=says, **bare)
+        assert str(refusal.value).startswith(
+            f"models.policy: decode_internal() must return 'logprobs', which {needed_by} needs;"
+        )
+
+
 def test_other_estimators_leave_the_kl_to_the_loss(tmp_path):
     batch, _ = prepared(tmp_path, "init_kl_coef=0.1", reference_says=REF_SAYS, **TWO_ROWS)
     assert torch.equal(batch["ref_logprobs"], REF_LOGPROBS)

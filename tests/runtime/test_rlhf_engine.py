@@ -8,6 +8,7 @@ import yaml
 
 from chatlearn_vllm.algorithms.gae import gae, moments, token_rewards, whiten
 from chatlearn_vllm.data.batch import concat, select
+from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.runtime import session
 from chatlearn_vllm.runtime.checkpoint import load_state
 from chatlearn_vllm.runtime.evaluator import Evaluator
@@ -239,6 +240,37 @@ def test_what_reaches_the_trainers_is_what_the_formulas_say(request, job_name, e
         batch["advantages"], whiten(advantages, mask, moments(advantages, mask))
     )
     assert "ref_logprobs" not in batch  # the loss has no second KL penalty
+
+
+class EngineWithoutRanks(RLHFEngine):
+    """Its value model says one everywhere, its reference half."""
+
+    def forward(self, module, batch, episode):
+        ones = torch.ones_like(batch["loss_mask"][:, 1:])
+        return {"values": ones, "ref_logprobs": -0.5 * ones}
+
+
+def test_rollouts_without_logprobs_are_enough_without_a_reference(tmp_path):
+    def prepared(reference, *keys, **columns):
+        overrides = [f"models.ppo_policy.model_args.{key}" for key in keys]
+        session.init(str(write_job(tmp_path)), overrides)
+        names = ("policy", "reference", "reward", "value", "ppo_policy", "ppo_value")
+        modules = {name: BaseModule(name) for name in names}
+        if not reference:
+            modules["reference"] = None
+        batch = {"loss_mask": torch.tensor([[0.0, 1, 1], [0, 1, 1]]), "rewards": torch.ones(2)}
+        return EngineWithoutRanks(*modules.values()).prepare(batch | columns, episode=1)[0]
+
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
+    whole = prepared(False, "init_kl_coef=0.0", logprobs=logprobs)
+    bare = prepared(False, "init_kl_coef=0.0")
+    assert torch.equal(bare["returns"], whole["returns"])
+    for reference, key, needed_by in (
+        (True, "init_kl_coef=0.1", "the KL penalty of the rewards"),
+        (True, "tis_imp_ratio_cap=2.0", "tis_imp_ratio_cap"),
+    ):
+        with pytest.raises(ValueError, match=f"must return 'logprobs', which {needed_by} needs"):
+            prepared(reference, key)
 
 
 @pytest.mark.parametrize("episode", [1, 2])
