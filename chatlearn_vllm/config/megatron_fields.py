@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from chatlearn_vllm.config.model_files import read_config_json
+from chatlearn_vllm.config.model_files import has_experts, read_config_json
 
 if TYPE_CHECKING:
     from chatlearn_vllm.config.problems import Key
@@ -72,7 +72,7 @@ def megatron_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
         values = value if isinstance(value, list) else [value]
         if not all(one in neutral for one in values):
             yield (*at, name), _OTHER_MODEL
-    if "moe_router_pre_softmax" in given and _has_experts(config):
+    if "moe_router_pre_softmax" in given and has_experts(config):
         # Chosen experts' probabilities add up to 1, or are those among all experts.
         adds_up = config.get("model_type") == "mixtral" or bool(config.get("norm_topk_prob"))
         if given["moe_router_pre_softmax"] == adds_up:
@@ -86,9 +86,5 @@ def idle_fields(model: ModelConfig) -> Iterator[tuple[list[str], str]]:
         if idle := [f"{name}={given[name]!r}" for name in names if name in given]:
             yield idle, why
     of_experts = [f"{name}={value!r}" for name, value in given.items() if name.startswith("moe_")]
-    if of_experts and config and not _has_experts(config):
+    if of_experts and config and not has_experts(config):
         yield of_experts, f"{model.model_args.load}/config.json describes no experts"
-
-
-def _has_experts(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("num_experts") or config.get("num_local_experts"))

@@ -56,6 +56,11 @@ def rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a mixture of experts."""
+    return bool(config.get("num_experts") or config.get("num_local_experts"))
+
+
 def longest_sequence(config: Mapping[str, Any]) -> int | None:
     """Tokens for which a model has positions, as vLLM counts them.
 

@@ -10,7 +10,12 @@ import os
 from collections.abc import Iterable
 
 from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
-from chatlearn_vllm.config.model_files import OTHER_CONFIG, longest_sequence, read_config_json
+from chatlearn_vllm.config.model_files import (
+    OTHER_CONFIG,
+    has_experts,
+    longest_sequence,
+    read_config_json,
+)
 from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
@@ -120,14 +125,24 @@ def check_room_for_rollouts(policy: BaseModule, others: Iterable[BaseModule]) ->
         if not isinstance(reader, MegatronModule) or not reader.reads_policy_tokens:
             continue
         rows = 2 if isinstance(reader, PreferenceModule) else 1
+        parts = _parts_of_a_sequence(reader)
+        padded = -(-longest // parts) * parts
         limit = reader.model_args.max_tokens_per_micro_batch
-        if limit is not None and limit < rows * longest:
+        if limit is not None and limit < rows * padded:
             what = "a pair of responses" if rows == 2 else "a sequence"
+            room = f", in {parts} equal parts" if padded > longest else ""
             raise UserError(
                 f"models.{reader.name}: max_tokens_per_micro_batch={limit} must be at least "
-                f"{rows * longest}: {what} of models.{policy.name} has up to that many tokens "
-                f"(its seq_length is {longest}), and is not cut"
+                f"{rows * padded}: {what} of models.{policy.name} has up to that many tokens "
+                f"(its seq_length is {longest}{room}), and is not cut"
             )
+
+
+def _parts_of_a_sequence(reader: BaseModule) -> int:
+    """Ranks that hold equal parts of each, by sequence parallelism; experts bring it with them."""
+    args = reader.model_args
+    is_parallel = args.sequence_parallel or has_experts(read_config_json(args.load))
+    return reader.module_args.tensor_model_parallel_size if is_parallel else 1
 
 
 def check_quantization(target: BaseModule) -> None:

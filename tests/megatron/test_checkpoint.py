@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from chatlearn_vllm.engines.megatron import checkpoint, checkpoint_files
 from chatlearn_vllm.engines.megatron.background_writer import BackgroundWriter
@@ -211,6 +212,12 @@ def test_files_that_cannot_be_written_are_told_on_all_ranks_with_directory_and_r
         assert re.search(r"[\d.]+ MiB are free there", message) and "rank 0" not in message
 
 
+def test_why_files_could_not_be_written_is_told_where_the_directory_is_gone(ranks, llama, tmp_path):
+    (message,) = ranks[1].run(error_of_a_directory_that_is_gone, llama, tmp_path / "gone")
+    assert f"could not be written in {tmp_path}/gone:\nrank 0: OSError('lost')\n" in message
+    assert "it cannot be looked at from rank 0: [Errno 2]" in message
+
+
 def test_saving_leaves_no_process_behind(ranks, llama, tmp_path):
     assert ranks[2].run(processes_after_save, llama, tmp_path) == [0, 0]
 
@@ -385,6 +392,15 @@ def error_of_saving_without_room(path, directory, **settings):
                 return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def error_of_a_directory_that_is_gone(path, directory):
+    with tiny_models.engine(path):  # which has the ranks talk to each other
+        try:
+            with checkpoint._failures_told_on_all_ranks(directory):
+                raise CheckpointException("write", {0: (OSError("lost"), None)})
+        except RuntimeError as error:
+            return str(error)
 
 
 def processes_after_save(path, directory):

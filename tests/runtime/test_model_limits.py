@@ -65,7 +65,8 @@ def test_beams_find_twice_as_many_tokens_in_the_vocabulary(tmp_path, key) -> Non
 def reader(tmp_path, cls, **model_args):
     keys = {"load": str(tmp_path), "seq_length": 16, "max_new_tokens": 8, **model_args}
     (tmp_path / "reader.yaml").write_text(yaml.safe_dump(keys))
-    model = {"num_gpu": 1, "model_config_file": "reader.yaml"}
+    num_gpu = model_args.get("tensor_model_parallel_size", 1)
+    model = {"num_gpu": num_gpu, "model_config_file": "reader.yaml"}
     runtime = {"sample_per_episode": 8, "output_dir": str(tmp_path)}
     job = {"models": {"reader": model}, "runtime": runtime}
     (tmp_path / "reader_job.yaml").write_text(yaml.safe_dump(job))
@@ -89,6 +90,22 @@ def test_micro_batches_have_room_for_the_policys_longest_sequence(
         check_room_for_rollouts(sampler, [enough, few])
     few.reads_policy_tokens = False
     check_room_for_rollouts(sampler, [few, policy(tmp_path, CONFIG, seq_length=16)])
+
+
+@pytest.mark.parametrize("case", ["sequence parallel", "experts", "neither"])
+def test_sequences_are_cut_into_equal_parts_by_sequence_parallel_ranks(tmp_path, case) -> None:
+    sampler = policy(tmp_path, CONFIG, seq_length=47)
+    experts = {"num_local_experts": 4} if case == "experts" else {}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | experts))
+    keys = {"tensor_model_parallel_size": 4, "sequence_parallel": case == "sequence parallel"}
+    exact = reader(tmp_path, RewardModule, max_tokens_per_micro_batch=47, **keys)
+    if case == "neither":
+        check_room_for_rollouts(sampler, [exact])
+        return
+    with pytest.raises(UserError, match="=47 must be at least 48: .* is 47, in 4 equal parts"):
+        check_room_for_rollouts(sampler, [exact])
+    enough = reader(tmp_path, RewardModule, max_tokens_per_micro_batch=48, **keys)
+    check_room_for_rollouts(sampler, [enough])
 
 
 def test_it_is_told_before_anything_starts(tmp_path, monkeypatch) -> None:

@@ -92,9 +92,11 @@ class Batching:
             if together > 1:
                 what = f"{together} sequences that belong together take"
                 least = f"{together} x {least}"
+            parts = self._ranks_of_a_sequence
+            padded = f", each a multiple of the {parts} tensor parallel ranks" if parts > 1 else ""
             raise ValueError(
                 f"{what} {lengths[0]} tokens, more than max_tokens_per_micro_batch={limit}; "
-                f"raise that key to at least {least}"
+                f"raise that key to at least {least}{padded}"
             )
         groups = groups_by_tokens(
             lengths,
@@ -139,8 +141,12 @@ class Batching:
 
     def _padded(self, length: int) -> int:
         """What sequence parallel ranks can hold equal parts of."""
-        size = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
-        return -(-length // size) * size
+        parts = self._ranks_of_a_sequence
+        return -(-length // parts) * parts
+
+    @property
+    def _ranks_of_a_sequence(self) -> int:
+        return self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
 
     def _agree_on_lengths(self, inputs: list[ModelInput]) -> list[ModelInput]:
         """Lengthen to the longest of all data parallel ranks, micro-batch by micro-batch.

@@ -182,9 +182,12 @@ def _failures_told_on_all_ranks(directory: Path) -> Iterator[None]:
         told: list[list[str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(told, own)
         reasons = "\n".join(reason for of_rank in told for reason in of_rank or ())
+        try:
+            room = f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB are free there"
+        except OSError as why:  # it is gone, or not there on this rank's host
+            room = f"it cannot be looked at from rank {dist.get_rank()}: {why}"
         raise RuntimeError(
-            f"a checkpoint could not be written in {directory}:\n{reasons}\n"
-            f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB are free there"
+            f"a checkpoint could not be written in {directory}:\n{reasons}\n{room}"
         ) from None
 
 
