@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 LOOP_ADDITIONS = 5_000
 SLOW_CORE = 1.3
 """A core is called slow when the loop takes so many times its shortest time of all ranks."""
-FIRST_PROFILED = 200
-"""Step of the last pass at which the GPU's work begins to be profiled."""
+LEAST_TOKENS = 32
+"""Of a response, so that there are steps to be timed and profiled."""
 
 
 class StepClock:
@@ -177,7 +177,8 @@ def _measure_ranks(task: Task) -> list[dict[str, Any]]:
     shortest_loop = min(_of_all_ranks(min(step["loop"] for step in steps)))
     result = {"pass_s": seconds, **summary(steps, shortest_loop)}
     if torch.cuda.is_available():
-        profiled = _profile_gpu(clock, NUM_PROFILED, lambda: generate(0))
+        middle = range(options.max_tokens // 2, options.max_tokens // 2 + NUM_PROFILED)
+        profiled = _profile_gpu(clock, middle, lambda: generate(0))
         result["gpu"] = gpu_time(profiled.events()) | {"device": torch.cuda.get_device_name()}
     ranks = _of_all_ranks(result)
     policy.shutdown()
@@ -192,7 +193,7 @@ def _of_all_ranks(value: Any) -> list[Any]:
     return gathered
 
 
-def _profile_gpu(clock: StepClock, num_steps: int, generate: Callable[[], Any]) -> Any:
+def _profile_gpu(clock: StepClock, steps: range, generate: Callable[[], Any]) -> Any:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -201,9 +202,9 @@ def _profile_gpu(clock: StepClock, num_steps: int, generate: Callable[[], Any]) 
 
     def around_step() -> None:
         nonlocal number
-        if number == FIRST_PROFILED:
+        if number == steps.start:
             profiler.__enter__()
-        if number == FIRST_PROFILED + num_steps:
+        if number == steps.stop:
             torch.cuda.synchronize()
             profiler.__exit__(None, None, None)
         number += 1
@@ -228,6 +229,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.max_tokens < LEAST_TOKENS:
+        parser.error(f"--max-tokens {options.max_tokens} must be at least {LEAST_TOKENS}")
     if "WORLD_SIZE" not in os.environ:
         parser.error("start it with torchrun, one process per GPU")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -369,7 +369,7 @@ class VLLMEngine(GenerationEngine):
         try:
             self._owner.on_step(step)
         except Exception as error:  # the user's hook may raise anything; raised again by run()
-            if step.failed:
+            if step.error is not None:
                 raise
             if not step.executed:
                 step.execute()

@@ -32,8 +32,8 @@ class Step:
     def __init__(self, scheduler_output: Any, execute: Callable[[], Any]) -> None:
         self.scheduler_output = scheduler_output
         self.executed = False
-        self.failed = False
-        """Whether vLLM raised: there is no handle then."""
+        self.error: BaseException | None = None
+        """What vLLM raised: there is no handle then."""
         self.handle: Any = None
         """What vLLM's executor returned: a future, or None."""
         self._execute = execute
@@ -42,14 +42,14 @@ class Step:
         """Hand the batch to vLLM's model executor; returns its handle.
 
         Raises:
-            RuntimeError: the batch was executed before.
+            RuntimeError: the batch was executed before, or vLLM failed to.
         """
-        if self.executed:
+        if self.executed or self.error is not None:
             raise RuntimeError("execute_step() may be called only once per forward_step()")
         try:
             self.handle = self._execute()
-        except BaseException:
-            self.failed = True
+        except BaseException as error:
+            self.error = error
             raise
         self.executed = True
         return self.handle
@@ -59,7 +59,10 @@ class Step:
 
         Raises:
             RuntimeError: it did not.
+            BaseException: what vLLM raised, if the hook kept it to itself.
         """
+        if self.error is not None:
+            raise self.error
         if not self.executed:
             raise RuntimeError(
                 f"{owner} did not call self.execute_step(data), which runs the scheduled batch"

@@ -12,7 +12,12 @@ def test_a_failure_of_the_model_is_raised_at_once_and_not_kept_for_later() -> No
     step = Step(scheduler_output=None, execute=out_of_memory)
     with pytest.raises(MemoryError, match="no blocks left"):
         step.execute()
-    assert step.failed and not step.executed  # so VLLMEngine.on_step does not try again
+    assert isinstance(step.error, MemoryError) and not step.executed
+    # A hook that tries again is told, and one that says nothing does not hide what happened.
+    with pytest.raises(RuntimeError, match="only once"):
+        step.execute()
+    with pytest.raises(MemoryError, match="no blocks left"):
+        step.check_done(None, "Policy.forward_step()")
 
 
 @pytest.mark.parametrize(
