@@ -37,6 +37,7 @@ from chatlearn_vllm.job.placement import RankPlacement, place
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
 from chatlearn_vllm.runtime.errors import RankId
+from chatlearn_vllm.runtime.rollout_checks import check_engines_on_cpus
 from chatlearn_vllm.runtime.worker import Rendezvous, Worker, process_environment
 from chatlearn_vllm.runtime.worker_group import PendingCall, RankHandle, WorkerGroup, gather
 
@@ -100,6 +101,7 @@ class Cluster:
         """Start one process per rank and make its module; returns the groups by model name.
 
         Raises:
+            UserError: there are no GPUs, and a model's engine needs them for what it is asked for.
             RuntimeError: the cluster has not enough free devices.
             RankError: a rank failed to start.
         """
@@ -109,6 +111,8 @@ class Cluster:
             self._previous_handler = signal.signal(signal.SIGTERM, _exit)
         self._node_id = ray.get_runtime_context().get_node_id()
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        if not has_gpu:
+            check_engines_on_cpus(self._job, self._modules.values())
         self._check_resources(has_gpu)
         logger.info("placement on %s:\n%s", "GPUs" if has_gpu else "CPUs", self._plan.describe())
         bundle_order = self._reserve_devices(has_gpu)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from chatlearn_vllm.config.engine_support import quantization_of_checkpoint
+from chatlearn_vllm.config.engine_support import cpu_problem, quantization_of_checkpoint
 from chatlearn_vllm.config.model_files import (
     OTHER_CONFIG,
     has_experts,
@@ -21,10 +21,11 @@ from chatlearn_vllm.config.sampling import (
     incomparable_logprobs,
     sampling_keys_of_whole_responses,
 )
-from chatlearn_vllm.config.schema import MismatchWarnConfig, RuntimeConfig
+from chatlearn_vllm.config.schema import JobConfig, MismatchWarnConfig, RuntimeConfig
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.megatron_module import MegatronModule
 from chatlearn_vllm.modules.preference_module import PreferenceModule
+from chatlearn_vllm.modules.vllm_module import VLLMModule
 from chatlearn_vllm.observability.logging import get_logger
 
 logger = get_logger(__name__)
@@ -143,6 +144,18 @@ def _parts_of_a_sequence(reader: BaseModule) -> int:
     args = reader.model_args
     is_parallel = args.sequence_parallel or has_experts(read_config_json(args.load))
     return reader.module_args.tensor_model_parallel_size if is_parallel else 1
+
+
+def check_engines_on_cpus(job: JobConfig, modules: Iterable[BaseModule]) -> None:
+    """Check that vLLM can do without GPUs what it is asked for.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for module in modules:
+        if isinstance(module, VLLMModule) and module.model_args.inference_engine == "vllm":
+            if problem := cpu_problem(module.module_args, job.runtime):
+                raise UserError(f"{problem} (this cluster has no GPUs)")
 
 
 def check_quantization(target: BaseModule) -> None:

@@ -5,7 +5,9 @@ import os
 import pytest
 
 from chatlearn_vllm.config import load_config
+from chatlearn_vllm.config.problems import UserError
 from chatlearn_vllm.runtime.cluster import (
+    Cluster,
     check_servers_on_one_host,
     existing_cluster,
     remove_sessions,
@@ -15,6 +17,8 @@ from chatlearn_vllm.runtime.worker import RankLocation, process_environment
 from chatlearn_vllm.runtime.worker_group import RankHandle
 from examples.megatron.models.policy_trainer import PolicyTrainer
 from examples.megatron.models.vllm_policy_inference import VLLMPolicyInference
+from tests.helpers.engines import policy_job
+from tests.helpers.tiny_llama import save_tiny_llama
 
 
 @pytest.fixture
@@ -108,3 +112,15 @@ def test_a_server_that_the_job_starts_has_its_devices_on_one_host(tmp_path):
         r"lower tensor_model_parallel_size=2 x .* or start the server yourself",
     ):
         check("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2")
+
+
+def test_an_engine_that_needs_gpus_is_refused_before_its_ranks_start(tmp_path, ray_address):
+    save_tiny_llama(tmp_path)
+    job = policy_job(tmp_path, tmp_path, quantization="fp8")
+    cluster = Cluster(job, [VLLMPolicyInference("policy", job)])
+    try:
+        with pytest.raises(UserError, match=r"quantised to fp8 .* GPUs only; leave it out \(this"):
+            cluster.start()
+        assert cluster._ranks == []
+    finally:
+        cluster.stop()
