@@ -223,15 +223,22 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
     }
     heads, layers = shape.get("num_attention_heads"), shape.get("num_layers")
     groups = shape.get("num_query_groups")
+    # Where the file does not say how many there are, config.json does.
+    of_heads, of_groups, of_size = (
+        (*at, "num_attention_heads"), (*at, "num_query_groups"),
+        ("models", model.name, "tensor_model_parallel_size"),
+    )  # fmt: skip
     report.require(
         heads is None or heads % tp == 0,
-        (*at, "num_attention_heads"),
-        f"{heads} heads must be a multiple of tensor_model_parallel_size={tp}",
+        of_size if args.num_attention_heads is None else of_heads,
+        f"a tensor parallel size of {tp} must divide the {heads} attention heads of the model; set "
+        f"it to one of {', '.join(map(str, _divisors(heads)))}",
     )
     report.require(
         groups is None or groups % tp == 0 or tp % groups == 0,
-        (*at, "num_query_groups"),
-        f"{groups} groups must be a multiple or a divisor of tensor_model_parallel_size={tp}",
+        of_size if args.num_query_groups is None else of_groups,
+        f"a tensor parallel size of {tp} must divide the {groups} key-value heads of the model "
+        "(num_query_groups), or be a multiple of them",
     )
     report.require(
         not heads or not groups or heads % groups == 0,
@@ -313,6 +320,10 @@ def _check_warmup(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) 
     )
 
 
+def _divisors(number: int | None) -> list[int]:
+    return [one for one in range(1, (number or 0) + 1) if number % one == 0]
+
+
 def _num_steps(runtime: RuntimeConfig) -> int | None:
     """Most optimizer steps of the job; None where old episodes are trained on again."""
     if runtime.max_relay_episode not in (0, 1) or not runtime.train_global_batch_size:
@@ -325,7 +336,9 @@ def _check_runtime(runtime: RuntimeConfig, report: Reporter) -> None:
     report.require(
         (runtime.train_global_batch_size or 0) <= runtime.sample_per_episode,
         ("runtime", "train_global_batch_size"),
-        f"must be at most sample_per_episode={runtime.sample_per_episode}",
+        f"the rows of an optimizer step, train_global_batch_size, are "
+        f"{runtime.train_global_batch_size} and must be at most "
+        f"sample_per_episode={runtime.sample_per_episode}; lower them, or raise that",
         given=[("runtime", "sample_per_episode"), ("runtime", "train_micro_batch_size")],
     )
     report.require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,28 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
         _check_speculation(model, report)
 
 
+_NO_PLUGIN = "; no plugin of vLLM is installed here that could add to them"
+
+
+def _has_plugins() -> bool:
+    """Whether others than vLLM register something with it, or nobody knows because it is absent."""
+    if not upstream_names("quantization"):
+        return True
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return any(not plugin.value.startswith("vllm.") for plugin in plugins)
+
+
 def _check_quantization(model: ModelConfig, report: Reporter) -> None:
     args, at = model.model_args, ("models", model.name, "model_args")
     method = args.quantization
-    for name in ("load_format", "quantization"):
+    for name in ("load_format", "quantization") if args.inference_engine == "vllm" else ():
         known = upstream_names(name)
         nearest = _nearest(str(args[name]), known)
         report.require(
             # What resembles none of them may be registered by a plugin.
-            args[name] is None or args[name] in known or not nearest,
+            args[name] is None or args[name] in known or (not nearest and _has_plugins()),
             (*at, name),
-            f"must be one of vLLM's: {', '.join(known)}{nearest}",
+            f"must be one of vLLM's: {', '.join(known)}{nearest or _NO_PLUGIN}",
         )
     report.require(
         method not in CHECKPOINT_QUANTIZATION or args.load_format != "dummy",

@@ -219,6 +219,9 @@ class _Validation:
         self._unreadable.add(key)
 
     def _report(self, key: Key, rule: str, suggestion: str | None = None) -> None:
+        in_model_file = (*key[:2], "model_args", *key[2:])
+        if key not in self._tree.origins and in_model_file in self._tree.origins:
+            key = in_model_file  # sizes may stand in either place
         file, dotted = self._tree.origin(key)
         value = self._tree.given(key)
         rule = self._tree.in_users_words(rule)

@@ -184,9 +184,9 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
-            ["quantization=bitsandbytes", "inference_engine=transformers"],
+            ["quantization=torchao", "inference_engine=transformers"],
             [
-                "quantization='bitsandbytes': is vLLM's; leave it out, or set inference_engine: "
+                "quantization='torchao': is vLLM's; leave it out, or set inference_engine: "
                 "vllm"
             ],
         ),
@@ -198,9 +198,9 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
-            ["quantization=bitsandbytes", "vllm_server=start"],
+            ["quantization=torchao", "vllm_server=start"],
             [
-                "quantization='bitsandbytes': is up to the server; leave it out here, and start "
+                "quantization='torchao': is up to the server; leave it out here, and start "
                 "the server with it"
             ],
         ),
@@ -246,8 +246,8 @@ def test_capital_letters_in_a_quantization_mean_the_same(job, name) -> None:
 
 
 def test_the_engine_in_the_job_takes_any_quantization_of_vllm(job) -> None:
-    args = policy_args(job, "quantization=bitsandbytes", "load_format=bitsandbytes")
-    assert args.quantization == "bitsandbytes"
+    args = policy_args(job, "quantization=torchao", "load_format=runai_streamer")
+    assert args.quantization == "torchao"
 
 
 def test_drafts_that_are_drawn_take_no_seed_of_a_response(job, models) -> None:

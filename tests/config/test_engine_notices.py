@@ -47,7 +47,7 @@ def test_a_key_that_another_engine_reads_is_told(tmp_path, given, told) -> None:
         {"length_penalty": 1.0},
         {"vllm_server": URL, "vllm_server_timeout": 5, "dtype": "auto"},
         {"vllm_server_timeout": 1800},
-        {"load_format": "gguf"},
+        {"load_format": "npcache"},
         {"load_format": "safetensors", "inference_engine": "transformers"},
         {"sleep_level": 1},
     ],

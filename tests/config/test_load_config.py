@@ -238,9 +238,20 @@ def test_run_dir_holds_the_name_of_the_experiment_once(job):
         assert load_config(job, overrides).runtime.run_dir.as_posix() == "out/exp"
 
 
-def test_a_load_format_that_a_plugin_of_vllm_brings_is_passed_on(job) -> None:
-    loaded = load_config(job, ["models.policy.model_args.load_format=my_object_store"])
-    assert loaded.models["policy"].model_args.load_format == "my_object_store"
+@pytest.mark.parametrize("key", ["load_format", "quantization"])
+def test_a_name_that_a_plugin_of_vllm_brings_is_passed_on(job, tmp_path, monkeypatch, key) -> None:
+    setting = f"models.policy.model_args.{key}=my_own"
+    with pytest.raises(ConfigError) as refusal:
+        load_config(job, [setting])
+    assert f"{key}='my_own': must be one of vLLM's: " in str(refusal.value)
+    assert "; no plugin of vLLM is installed here that could add to them" in str(refusal.value)
+    plugin = tmp_path / "site" / "my_plugin-1.0.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: my_plugin\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nmine = my_plugin:register\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    loaded = load_config(job, [setting])
+    assert getattr(loaded.models["policy"].model_args, key) == "my_own"
 
 
 @pytest.mark.parametrize("schedule", ["{}", "{lr_decay_style: linear, lr_decay_iters: 100000}"])

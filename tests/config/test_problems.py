@@ -158,7 +158,8 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
         ("runtime.train_global_batch_size=6", "runtime.train_global_batch_size=6: must be a "
          "multiple of 4 = train_micro_batch_size x data parallel size of models.policy_trainer"),
         ("runtime.train_global_batch_size=32", "runtime.train_global_batch_size=32: "
-         "must be at most sample_per_episode=16"),
+         "the rows of an optimizer step, train_global_batch_size, are 32 and must be at most "
+         "sample_per_episode=16; lower them, or raise that"),
         ("models.policy.model_args.num_inference_per_prompt=3", "sample_per_episode=16: "
          "must be a multiple of 3 = num_inference_per_prompt x n of models.policy"),
         ("runtime.load_data_checkpoint_iteration=0",
@@ -301,12 +302,15 @@ def test_heads_and_groups_must_fit_the_tensor_parallel_size(job, write):
     write("policy.yaml", f"tensor_model_parallel_size: 2\n{shape}")
     lines = problems_of(job)
     assert lines == [
-        "policy.yaml: num_query_groups=3: 3 groups must be a multiple or a divisor of "
-        "tensor_model_parallel_size=2"
+        "policy.yaml: num_query_groups=3: a tensor parallel size of 2 must divide the 3 key-value "
+        "heads of the model (num_query_groups), or be a multiple of them"
     ]
     write("policy.yaml", f"tensor_model_parallel_size: 4\n{shape}")
     lines = problems_of(job, ["models.policy.num_gpu=4"])
-    assert "6 heads must be a multiple of tensor_model_parallel_size=4" in lines[0]
+    assert lines[0] == (
+        "policy.yaml: num_attention_heads=6: a tensor parallel size of 4 must divide the 6 "
+        "attention heads of the model; set it to one of 1, 2, 3, 6"
+    )
     write("policy.yaml", "tensor_model_parallel_size: 4\nnum_attention_heads: 8\n"
           "num_query_groups: 2\n")  # fmt: skip
     load_config(job, ["models.policy.num_gpu=4"])
@@ -381,7 +385,13 @@ def test_structure_of_config_json_is_checked_against_the_parallel_sizes(job, wri
     write("hf/config.json", json.dumps({"num_attention_heads": 3, "num_key_value_heads": 3}))
     write("policy.yaml", f"load: {tmp_path}/hf\ntensor_model_parallel_size: 2\n")
     lines = problems_of(job)
-    assert ["3 heads" in lines[0], "3 groups" in lines[1]] == [True, True]
+    # It says how many there are, so the key to be changed is the size.
+    assert lines == [
+        "policy.yaml: tensor_model_parallel_size=2: a tensor parallel size of 2 must divide the 3 "
+        "attention heads of the model; set it to one of 1, 3",
+        "policy.yaml: tensor_model_parallel_size=2: a tensor parallel size of 2 must divide the 3 "
+        "key-value heads of the model (num_query_groups), or be a multiple of them",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_keys_of_an_engine_in_the_job_are_named_where_a_server_elsewhere_answers
                 "tensor_model_parallel_size": 4,
                 "num_attention_heads": 6,
             },
-            "6 heads must be a multiple of tensor_model_parallel_size=4",
+            "a tensor parallel size of 4 must divide the 6 attention heads of the model",
         ),
         (
             {"vllm_server": URL, "eval_num_beams": 4},

@@ -44,7 +44,9 @@ from tests.config.strategy_job import (
         ("rollout_batch_size=x", "command line: rollout_batch_size='x': must be a whole number"),
         ("rollout_batch_size=0", "rollout_batch_size=0: must be at least 1"),
         ("rollout_batch_size=2", "job.yaml: actor_train.training_args.gradient_accumulation_steps=2"
-         ": must be at most rollout_batch_size x num_return_sequences_in_group=8"),
+         ": the rows of an optimizer step, per_device_train_batch_size x "
+         "gradient_accumulation_steps x data parallel size, are 32 and must be at most "
+         "rollout_batch_size x num_return_sequences_in_group=8; lower them, or raise that"),
         ("loss_agg_mode=seq-mean-token-sum", "is a loss that grows with response_length; set "
          "seq-mean-token-sum-norm, which is this one divided by response_length"),
         ("actor_train.strategy_args.strategy_config={context_parallel_size: 2, additional_configs: "
