@@ -58,12 +58,18 @@ class Feature:
     @property
     def started_server(self) -> str:
         """What a server can do that the job starts."""
-        return self.server if self.started is None else self.started
+        if self.started is None:
+            return _NOT_PASSED_ON if self.server == _OF_SERVER else self.server
+        return self.started
 
 
 _ONE_RANK = "works with one rank per replica; set {key}: 1, or inference_engine: vllm"
 _VLLM_ONLY = "is vLLM's; leave it out, or set inference_engine: vllm"
 _OF_SERVER = "is up to the server; leave it out here, and start the server with it"
+_NOT_PASSED_ON = (
+    "is not passed on to a server that the job starts; leave it out, or start a server with it "
+    "yourself and name its URL in vllm_server"
+)
 
 
 def _method(*names: str) -> Callable[[ModelArgs, ModelConfig, RuntimeConfig], bool]:

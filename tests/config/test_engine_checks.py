@@ -200,8 +200,8 @@ def test_older_spellings_mean_the_map(job, models) -> None:
         (
             ["quantization=torchao", "vllm_server=start"],
             [
-                "quantization='torchao': is up to the server; leave it out here, and start "
-                "the server with it"
+                "quantization='torchao': is not passed on to a server that the job starts; leave "
+                "it out, or start a server with it yourself and name its URL in vllm_server"
             ],
         ),
         (
