@@ -123,6 +123,10 @@ def parse_case(
             case = replace(case, speculative=True)
         elif variant in ("logprobs", "seeds"):
             case = replace(case, **{variant: True})
+        elif variant.endswith("="):
+            raise OptionError(
+                f"case {text!r}: {variant[:-1]} has no value; give one or take it off"
+            )
         elif _SETTING.fullmatch(variant):
             case = replace(case, settings=(*case.settings, variant))
         else:

@@ -212,8 +212,14 @@ def _prompt_notices(
 
 
 def _effectless(options: BenchOptions, cases: Sequence[Case]) -> list[str]:
-    """Options about drafts that no case has an ear for."""
+    """What was asked for and changes nothing."""
     notices = []
+    if again := [text for text in dict.fromkeys(options.cases) if options.cases.count(text) > 1]:
+        notices.append(f"{', '.join(again)}: asked for more than once, measured once; see --rounds")
+    if options.hf_batch_size != "auto" and all(case.is_vllm for case in cases):
+        notices.append(
+            f"--hf-batch-size={options.hf_batch_size} has no effect without a transformers case"
+        )
     if options.draft is not None and not any(case.speculative for case in cases):
         notices.append(
             f"--draft={options.draft} has no effect without a case with :speculative, as in "

@@ -92,6 +92,7 @@ def options_from_environment(
     if engines is None:
         engines = environ.get("INFERENCE_ENGINE", "transformers").replace(",", " ").split()
     made = []
+    batches = flag("ENABLE_BATCH", True)
     for engine in engines:
         name, *variants = engine.split(":")
         if cases is None and name not in (*TRANSFORMERS, *VLLM):
@@ -113,7 +114,7 @@ def options_from_environment(
             )
         if name in VLLM and "ENABLE_BATCH" in environ:
             notices.append("ENABLE_BATCH has no effect on vLLM: it batches continuously")
-        if name in TRANSFORMERS and not flag("ENABLE_BATCH", True):
+        if name in TRANSFORMERS and not batches:
             options["hf_batch_size"] = "1"
     if not made:
         problems.append(

@@ -171,7 +171,9 @@ class BenchOptions:
             if value is not None and not Path(value, "config.json").is_file():
                 yield f"{flag(name)}={value}: no config.json there; give a Hugging Face directory"
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
-            yield f"--prompt-file={self.prompt_file}: no such file"
+            is_there = Path(self.prompt_file).is_dir()
+            why = "is a directory; name a file in it" if is_there else "no such file"
+            yield f"--prompt-file={self.prompt_file}: {why}"
         if self.prompt_file is not None and self.model is None:
             yield "--prompt-file needs --model: a made model's tokenizer knows no words"
 
@@ -179,13 +181,22 @@ class BenchOptions:
         """What is to be measured, each once, in the order given.
 
         Raises:
-            OptionError: a case cannot be read.
+            OptionError: one line for each case that cannot be read.
         """
         sizes = {
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
         }
-        return list(dict.fromkeys(parse_case(text, **sizes) for text in self.cases))
+        cases: list[Case] = []
+        problems: list[str] = []
+        for text in self.cases:
+            try:
+                cases.append(parse_case(text, **sizes))
+            except OptionError as error:
+                problems.append(str(error))
+        if problems:
+            raise OptionError("\n".join(problems))
+        return list(dict.fromkeys(cases))
 
     @property
     def num_completions(self) -> int:

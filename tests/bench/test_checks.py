@@ -182,3 +182,11 @@ def test_options_about_drafts_without_a_case_that_drafts_are_told(tmp_path):
     assert check("vllm:speculative", draft=draft, draft_sample_method="probabilistic") == []
     (notice,) = check("vllm:speculative", draft_sample_method="probabilistic")
     assert notice.startswith("--draft-sample-method=probabilistic has no effect without --draft")
+
+
+def test_what_changes_nothing_is_told():
+    assert check("vllm", "transformers", hf_batch_size="2") == []
+    (notice,) = check("vllm", "vllm-module:speculative", hf_batch_size="2")
+    assert notice == "--hf-batch-size=2 has no effect without a transformers case"
+    (notice,) = check("vllm", "vllm-module", "vllm")
+    assert notice == "vllm: asked for more than once, measured once; see --rounds"

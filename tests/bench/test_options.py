@@ -185,6 +185,7 @@ def test_processes_that_run_vllm_do_not_get_the_variables():
         (["--seed", str(2**31)], "--seed=2147483648 must be less than 2147483648"),
         (["--hf-batch-size", "many"], "must be auto or a whole number >= 1"),
         (["--prompt-file", "nowhere"], "--prompt-file=nowhere: no such file"),
+        (["--prompt-file", "/"], "--prompt-file=/: is a directory; name a file in it"),
         (["vllm:tp=3"], "must divide the model's 4 attention heads; set it to 1, 2 or 4"),
         (["--report", "nowhere.json"], "--report nowhere.json: cannot be read"),
     ],
@@ -271,3 +272,20 @@ def test_the_script_passes_variables_and_arguments_on():
     )  # fmt: skip
     assert run.returncode == 2
     assert "vllm:tp=3: tensor parallel size 3 must divide the model's 4 attention" in run.stderr
+
+
+def test_all_cases_that_cannot_be_read_are_told_at_once():
+    options = BenchOptions.of({"cases": ["vllm:tp=0", "transformers:tp=2", "vllm:block_size="]})
+    with pytest.raises(OptionError) as refusal:
+        options.parsed_cases()
+    assert str(refusal.value).splitlines() == [
+        "case 'vllm:tp=0': tp='0' must be a whole number >= 1",
+        "case 'transformers:tp=2': transformers runs on one GPU here; take tp and pp off, or "
+        "measure vllm",
+        "case 'vllm:block_size=': block_size has no value; give one or take it off",
+    ]
+
+
+def test_a_variable_is_read_whomever_it_concerns():
+    with pytest.raises(OptionError, match="ENABLE_BATCH='2' must be true or false"):
+        options_from_environment({"INFERENCE_ENGINE": "vllm", "ENABLE_BATCH": "2"})
