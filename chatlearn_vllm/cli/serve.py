@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from chatlearn_vllm.config.model_files import read_json_object
+
 _RETIRED_FLAGS = {
     "--speculative-model": '--speculative-config \'{"method": "draft_model", "model": "DIR", '
     '"num_speculative_tokens": 5}\'',
@@ -30,6 +32,9 @@ _RETIRED_FLAGS = {
 
 _VLLM_PORT = 8000
 """Where vLLM listens unless told otherwise."""
+
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""That vLLM knows."""
 
 _LISTENING_FLAGS = ("--host", "--port", "--uds", "--config")
 _KV_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
@@ -108,6 +113,16 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
         raise ValueError(f"--port {arguments.port}: must be from 1 to 65535")
     if arguments.tensor_parallel_size is not None and arguments.tensor_parallel_size < 1:
         raise ValueError(f"--tensor-parallel-size {arguments.tensor_parallel_size}: must be >= 1")
+    if arguments.dtype not in (None, *_DTYPES):
+        raise ValueError(f"--dtype {arguments.dtype}: must be one of {', '.join(_DTYPES)}")
+    config = Path(arguments.checkpoint, "config.json")
+    heads = read_json_object(config).get("num_attention_heads") if config.is_file() else None
+    if heads and heads % (arguments.tensor_parallel_size or 1):
+        sizes = ", ".join(str(one) for one in range(1, heads + 1) if heads % one == 0)
+        raise ValueError(
+            f"--tensor-parallel-size {arguments.tensor_parallel_size}: must divide the {heads} "
+            f"attention heads of {config}; set it to one of {sizes}"
+        )
     for flag, instead in _RETIRED_FLAGS.items():
         if _is_given(flag, arguments.flags):
             raise ValueError(f"{flag}: vLLM no longer has it; instead: {instead}")

@@ -72,6 +72,7 @@ print(response.json()["choices"][0]["text"])
         (["."], "no checkpoint|no complete checkpoint"),
         ([".", "--port", "70000"], "--port 70000: must be from 1 to 65535"),
         ([".", "--tensor-parallel-size", "0"], "--tensor-parallel-size 0: must be >= 1"),
+        ([".", "--dtype", "int8"], "--dtype int8: must be one of auto, half, float16, bfloat16, "),
         ([".", "--", "--speculative-model", "d"], "--speculative-model: .* --speculative-config"),
         ([".", "--weight-updates"], "set VLLM_API_KEY to a secret"),
     ],
@@ -83,6 +84,15 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert main(["serve", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_heads_that_cannot_be_shared_are_told_before_anything_starts(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
+    assert main(["serve", str(tmp_path), "--tensor-parallel-size", "4"]) == 2
+    assert capsys.readouterr().err == (
+        f"--tensor-parallel-size 4: must divide the 6 attention heads of {tmp_path}/config.json; "
+        "set it to one of 1, 2, 3, 6\n"
+    )
 
 
 def test_a_port_that_is_in_use_is_told_before_anything_starts(tmp_path, capsys) -> None:
