@@ -1,5 +1,6 @@
 """Environment that every test needs; set before torch, vLLM or Ray are imported."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with two, vLLM's CPU engine is ten times slower
@@ -8,3 +9,5 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Ray uses tokens in clusters that it starts itself and, from then on, in the whole process; the
 # cluster of tests/runtime has none.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# The server of vLLM 0.25 raises the level of the root logger when it is imported.
+logging.getLogger("chatlearn_vllm").setLevel(logging.INFO)
