@@ -21,7 +21,12 @@ from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, 
 from chatlearn_vllm.config.section import Section
 from chatlearn_vllm.config.strategies import ROLES
 from chatlearn_vllm.config.tree import BROKEN, Tree
-from chatlearn_vllm.config.upstream_fields import engine_choices, upstream_fields, upstream_scalars
+from chatlearn_vllm.config.upstream_fields import (
+    dropped_by_vllm,
+    engine_choices,
+    upstream_fields,
+    upstream_scalars,
+)
 
 _SECTIONS: dict[str, type[Section]] = {"runtime_env": RuntimeEnvConfig, "runtime": RuntimeConfig}
 _SET_BY_OUR_KEY = {
@@ -210,6 +215,9 @@ class _Validation:
         if len(key) == 1 and name in ROLES:
             rule = "a file describes models or roles, not both; docs/strategies.md"
             self._tree.written[key] = NO_VALUE  # a long map
+        if gone := dropped_by_vllm(str(name)):
+            self._report(key, f"unknown key: {gone}")
+            return
         nearest = difflib.get_close_matches(str(name), sorted(candidates), n=1)
         self._report(key, rule, nearest[0] if nearest and not home else None)
 

@@ -33,6 +33,14 @@ _SAMPLING_MAPS = {
 }
 """Fields of SamplingParams that are maps with fields of their own."""
 _SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
+_DROPPED = {
+    "best_of": "responses are returned as they are drawn; ask for more of them",
+    **{
+        f"guided_{kind}": f"set structured_outputs: {{{kind}: ...}}"
+        for kind in ("json", "regex", "choice", "grammar")
+    },
+}
+"""Sampling keys of older vLLM versions -> what stands in their place."""
 
 FIELDS_WITHOUT_VLLM = MappingProxyType(
     {
@@ -129,6 +137,11 @@ def upstream_names(key: str) -> tuple[str, ...]:
         ):
             return ast.literal_eval(node.value.slice)
     return ()
+
+
+def dropped_by_vllm(key: str) -> str | None:
+    """What to say of a sampling key that vLLM had once; None of any other."""
+    return f"vLLM no longer has it; {_DROPPED[key]}" if key in _DROPPED else None
 
 
 @functools.cache

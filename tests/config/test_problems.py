@@ -179,6 +179,9 @@ def test_a_file_shared_by_two_models_is_reported_once(write):
          "valid boolean"),
         ("models.policy.model_args.max_model_len=8k", "max_model_len='8k': must be a valid int"),
         ("models.policy.model_args.max_model_len=True", "max_model_len=True: must be a valid int"),
+        ("models.policy.model_args.guided_json={}", "guided_json={}: unknown key: vLLM no longer "
+         "has it; set structured_outputs: {json: ...}"),
+        ("models.policy.model_args.best_of=3", "best_of=3: unknown key: vLLM no longer has it; "),
         ("models.policy.model_args.load_format=dumy", "load_format='dumy': must be one of vLLM's"),
         ("models.policy.model_args.quantization=awk", "; did you mean awq?"),
         ("models.policy.model_args.max_model_len=63", "models.policy.model_args.max_model_len=63: "

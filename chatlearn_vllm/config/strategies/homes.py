@@ -5,6 +5,7 @@ from collections.abc import Collection
 from chatlearn_vllm.config.problems import Key, dotted_key
 from chatlearn_vllm.config.strategies import keys, strategy_keys
 from chatlearn_vllm.config.strategies.fields import megatron_fields, sampling_fields, vllm_fields
+from chatlearn_vllm.config.upstream_fields import dropped_by_vllm
 
 _GENERATES, _TRAINS = ("actor_infer", "rewards", "reward_model"), ("actor_train", "critic")
 _ROLES = (*_GENERATES, *_TRAINS, "reference")
@@ -50,8 +51,8 @@ def home_of(path: Key, name: str, table: keys.Keys, further: Collection[str] = (
     """
     if name.startswith("vllm_server"):
         return f"unknown key: {_SERVER}"
-    if name in _OTHER_WORDS:
-        return f"unknown key: {_OTHER_WORDS[name]}"
+    if other := _OTHER_WORDS.get(name) or dropped_by_vllm(name):
+        return f"unknown key: {other}"
     if same := _same_here(name, table, further):
         return f"unknown key; it is called {same} here"
     if path and isinstance(keys.TOP.get(name), keys.Becomes):

@@ -36,6 +36,8 @@ from tests.config.strategy_job import (
         (f"{CONFIG}sleep_level=3", f"command line: {CONFIG}sleep_level=3: must be 1 or 2"),
         (f"{CONFIG}trust_remote_code=maybe", f"command line: {CONFIG}trust_remote_code='maybe': "
          "must be a valid boolean"),
+        ("actor_infer.generating_args.guided_regex=a", "guided_regex='a': unknown key: vLLM no "
+         "longer has it; set structured_outputs: {regex: ...}"),
         (f"{CONFIG}load_format=dumy", "must be one of vLLM's: auto, "),
         (f"{CONFIG}load_format=dumy", "tensorizer; did you mean dummy?"),
         (f"{CONFIG}quantization=awk", "did you mean awq?"),
