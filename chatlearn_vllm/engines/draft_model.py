@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from chatlearn_vllm.engines import vllm_compat
+from chatlearn_vllm.engines.draft_loader import DraftUntouchedError, load_draft
 from chatlearn_vllm.engines.draft_weights import DraftWeights
 from chatlearn_vllm.engines.live_model import (
     EngineState,
@@ -81,7 +82,7 @@ class DraftModel(LiveModel):
         before, self.state = self.state, replace(self.state, weights=Weights.STALE)
         try:
             self._load(directory or str(self._directory))
-        except vllm_compat.DraftUntouchedError:
+        except DraftUntouchedError:
             self.state = before
             raise
         self._kept.forget()
@@ -140,12 +141,12 @@ class DraftModel(LiveModel):
     def _load(self, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
         """Have vLLM load weights; it can again after an error."""
         try:
-            vllm_compat.load_draft(self._engine, source)
-        except vllm_compat.DraftUntouchedError:
+            load_draft(self._engine, source)
+        except DraftUntouchedError:
             raise
         except BaseException:
             # has vLLM forget the layers of which only a part came
-            vllm_compat.load_draft(self._engine, iter(()))
+            load_draft(self._engine, iter(()))
             raise
 
     def direct_copy_problem(self) -> str | None:

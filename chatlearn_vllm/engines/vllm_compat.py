@@ -7,11 +7,9 @@ after loading, so that there are no plain parameters to copy new weights into.
 
 import atexit
 import contextlib
-import copy
 import functools
 import gc
 import importlib.metadata
-import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +78,6 @@ def why_older_model_runner(
     """Which keys of requests ask for more than the newer of vLLM's two model runners takes.
 
     It refuses them when they are scheduled; which of the two there is depends on the platform.
-    From 0.32 on it takes as many bad words as the environment says, which is made to say enough.
 
     Args:
         sampling: for `vllm.SamplingParams`.
@@ -90,22 +87,35 @@ def why_older_model_runner(
     if sampling.get("min_tokens"):
         most["stop_token_ids"] = 120  # of 128; a model's own count, too
     keys = [name for name, number in most.items() if len(sampling.get(name) or ()) > number]
-    if words := set(sampling.get("bad_words") or ()):
-        # vLLM forbids each at the beginning of a text and behind a space.
-        forbidden = [tokenize(space + word.lstrip()) for word in words for space in ("", " ")]
-        needed = {
-            "VLLM_MAX_NUM_BAD_WORDS": (len(forbidden), 128),
-            "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": (sum(map(len, forbidden)), 1024),
-        }
-        if installed_version() < Version("0.32"):
-            keys += ["bad_words"] * any(number > limit for number, limit in needed.values())
-        else:
-            for name, (number, limit) in needed.items():
-                if number > int(os.environ.get(name, limit)):
-                    os.environ[name] = str(number)
-    has_budget = sampling.get("thinking_token_budget") is not None
-    keys += ["thinking_token_budget"] * (has_budget and installed_version() < Version("0.32"))
+    if installed_version() < Version("0.32"):
+        has_budget = sampling.get("thinking_token_budget") is not None
+        keys += ["thinking_token_budget"] * has_budget
+        keys += ["bad_words"] * bool(_beyond_limits_of_bad_words(sampling, tokenize))
     return ", ".join(keys) or None
+
+
+def allow_bad_words(sampling: Mapping[str, Any], tokenize: Callable[[str], list[int]]) -> None:
+    """From 0.32 on vLLM takes as many as the environment says: have it say enough."""
+    if installed_version() >= Version("0.32"):
+        os.environ.update(_beyond_limits_of_bad_words(sampling, tokenize))
+
+
+def _beyond_limits_of_bad_words(
+    sampling: Mapping[str, Any], tokenize: Callable[[str], list[int]]
+) -> dict[str, str]:
+    """What requests need of vLLM's limits that is more than they are, by variable."""
+    # It forbids each at the beginning of a text and behind a space.
+    words = {word.lstrip() for word in sampling.get("bad_words") or ()}
+    forbidden = [tokenize(space + word) for word in words for space in ("", " ")]
+    needed = {
+        "VLLM_MAX_NUM_BAD_WORDS": (len(forbidden), 128),
+        "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": (sum(map(len, forbidden)), 1024),
+    }
+    return {
+        name: str(number)
+        for name, (number, limit) in needed.items()
+        if number > int(os.environ.get(name, limit))
+    }
 
 
 def set_environment(
@@ -397,12 +407,12 @@ def reload_weights(
         model: this rank's part of its model.
         tensors: whole, by their Hugging Face names.
     """
-    with unpacked_cpu_weights(), _buffers_keep_their_kind(model):
+    with unpacked_cpu_weights(), buffers_keep_their_kind(model):
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
 
 
 @contextlib.contextmanager
-def _buffers_keep_their_kind(model: torch.nn.Module) -> Iterator[None]:
+def buffers_keep_their_kind(model: torch.nn.Module) -> Iterator[None]:
     """Have a reload leave buffers that are no part of a checkpoint what they are.
 
     0.25 makes them all part of one. Models of a process share their rotary embedding, so the next
@@ -418,87 +428,7 @@ def _buffers_keep_their_kind(model: torch.nn.Module) -> Iterator[None]:
 
 def draft_model(engine: Any) -> torch.nn.Module | None:
     """The model that makes drafts on this rank; None if drafts come from elsewhere."""
-    return engine.collective_rpc(_draft_of)[0]
-
-
-def load_draft(engine: Any, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Read a draft's weights, as vLLM does with those of the model that verifies.
-
-    vLLM builds a `draft_model` with the `load_format` of the model that verifies, whatever
-    `draft_load_config` says: with random weights, where those come from a weight sync.
-
-    Args:
-        engine: with a draft that is a model.
-        source: the directory of the weights, or whole tensors by their Hugging Face names.
-
-    Raises:
-        DraftUntouchedError: the directory cannot be read, or lacks a layer that is the draft's own.
-    """
-    with unpacked_cpu_weights():
-        engine.collective_rpc(_load_draft, args=(source,))
-
-
-class DraftUntouchedError(ValueError):
-    """Weights that a draft cannot be given; it has those that it had."""
-
-
-def _load_draft(worker: Any, source: str | Iterator[tuple[str, torch.Tensor]]) -> None:
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
-
-    draft, config = _draft_of(worker), worker.vllm_config.speculative_config.draft_model_config
-    if isinstance(source, str):
-        source = _tensors_of_the_draft(worker, draft, source)
-    with set_current_vllm_config(worker.vllm_config), _buffers_keep_their_kind(draft):
-        initialize_layerwise_reload(draft)
-        draft.load_weights(source)
-        finalize_layerwise_reload(draft, config)
-
-
-def _tensors_of_the_draft(
-    worker: Any, draft: torch.nn.Module, directory: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those of a directory that vLLM shall write into the draft; the first is read by now.
-
-    Not what the draft shares with its target: vLLM would write the file's into both.
-    """
-    from vllm.config import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader
-
-    speculative = worker.vllm_config.speculative_config
-    loader = get_model_loader(speculative.draft_load_config or LoadConfig())
-    config = copy.copy(speculative.draft_model_config)
-    config.model = directory
-    targets = {id(parameter) for parameter in worker.get_model().parameters()}
-    shared = {
-        name.split(".")[-2]
-        for name, parameter in draft.named_parameters()
-        if id(parameter) in targets
-    }
-    try:
-        if not os.path.isdir(directory):
-            raise FileNotFoundError("no such directory")
-        own = {name for name in ("embed_tokens", "lm_head") if vars(draft).get(f"has_own_{name}")}
-        if own := own - shared:
-            names = [name for name, _ in loader.get_all_weights(config, draft)]
-            own = {layer for layer in own if not any(layer in name for name in names)}
-        if own:
-            raise ValueError(
-                f"the draft has its own {' and '.join(sorted(own))}, and these files have none; "
-                "add it to them, or begin the job with this draft"
-            )
-        tensors = (
-            (name, tensor)
-            for name, tensor in loader.get_all_weights(config, draft)
-            if shared.isdisjoint(name.split(".")[-2:-1])
-        )
-        first = next(tensors)
-    except Exception as error:  # vLLM and safetensors raise of all kinds
-        raise DraftUntouchedError(f"load_draft({directory!r}): {error}") from error
-    return itertools.chain([first], tensors)
+    return engine.collective_rpc(draft_of)[0]
 
 
 def draft_is_built_random(engine: Any) -> bool:
@@ -507,7 +437,8 @@ def draft_is_built_random(engine: Any) -> bool:
     return config is not None and config.load_format == "dummy"
 
 
-def _draft_of(worker: Any) -> torch.nn.Module | None:
+def draft_of(worker: Any) -> torch.nn.Module | None:
+    """The model that makes drafts in a worker of vLLM; None if drafts come from elsewhere."""
     runner = worker.model_runner
     if hasattr(runner, "get_draft_model"):  # from 0.32 on
         model = runner.get_draft_model()

@@ -58,9 +58,10 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
     default = not on_gpu and not draws_drafts(args)
     own = default if args.seed_per_response is None else args.seed_per_response
     asked = [sampling_arguments(args, is_eval=is_eval) for is_eval in (False, True)]
-    reasons = [
-        vllm_compat.why_older_model_runner(keys, partial(_token_ids, policy)) for keys in asked
-    ]
+    tokenize = partial(_token_ids, policy)
+    for keys in asked:
+        vllm_compat.allow_bad_words(keys, tokenize)
+    reasons = [vllm_compat.why_older_model_runner(keys, tokenize) for keys in asked]
     if is_first and (reason := next(filter(None, reasons), None)):
         logger.info("%s: vLLM's older model runner, which takes so many %s", policy.name, reason)
     engine = VLLMEngine(
