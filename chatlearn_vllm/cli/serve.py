@@ -18,8 +18,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from chatlearn_vllm.config.model_files import read_json_object
-
 _RETIRED_FLAGS = {
     "--speculative-model": '--speculative-config \'{"method": "draft_model", "model": "DIR", '
     '"num_speculative_tokens": 5}\'',
@@ -104,6 +102,8 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
     Raises:
         ValueError: says the rule and the remedy.
     """
+    from chatlearn_vllm.config.model_files import read_json_object
+
     if not Path(arguments.checkpoint).is_dir():
         raise ValueError(
             f"CKPT={arguments.checkpoint}: no such directory; a model of the Hugging Face hub is "
