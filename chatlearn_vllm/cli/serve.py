@@ -103,6 +103,7 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
         ValueError: says the rule and the remedy.
     """
     from chatlearn_vllm.config.model_files import read_json_object
+    from chatlearn_vllm.config.parallel_checks import sizes_that_divide
 
     if not Path(arguments.checkpoint).is_dir():
         raise ValueError(
@@ -118,10 +119,9 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
     config = Path(arguments.checkpoint, "config.json")
     heads = read_json_object(config).get("num_attention_heads") if config.is_file() else None
     if heads and heads % (arguments.tensor_parallel_size or 1):
-        sizes = ", ".join(str(one) for one in range(1, heads + 1) if heads % one == 0)
         raise ValueError(
             f"--tensor-parallel-size {arguments.tensor_parallel_size}: must divide the {heads} "
-            f"attention heads of {config}; set it to one of {sizes}"
+            f"attention heads of {config}; set it to one of {sizes_that_divide(heads)}"
         )
     for flag, instead in _RETIRED_FLAGS.items():
         if _is_given(flag, arguments.flags):

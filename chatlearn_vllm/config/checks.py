@@ -19,7 +19,11 @@ from chatlearn_vllm.config.megatron_fields import idle_fields, megatron_problems
 from chatlearn_vllm.config.model_args import DTYPE_OF_FLAG
 from chatlearn_vllm.config.model_files import read_config_json
 from chatlearn_vllm.config.package_checks import missing_packages
-from chatlearn_vllm.config.parallel_checks import check_experts, check_layers
+from chatlearn_vllm.config.parallel_checks import (
+    check_experts,
+    check_layers,
+    sizes_that_divide,
+)
 from chatlearn_vllm.config.problems import Key
 from chatlearn_vllm.config.sampling import changed_sampling
 from chatlearn_vllm.config.schema import JobConfig, ModelConfig, RuntimeConfig, UnusedRuntimeKeys
@@ -232,7 +236,7 @@ def _check_parallel(model: ModelConfig, report: Reporter) -> None:
         heads is None or heads % tp == 0,
         of_size if args.num_attention_heads is None else of_heads,
         f"a tensor parallel size of {tp} must divide the {heads} attention heads of the model; set "
-        f"it to one of {', '.join(map(str, _divisors(heads)))}",
+        f"it to one of {sizes_that_divide(heads or 1)}",
     )
     report.require(
         groups is None or groups % tp == 0 or tp % groups == 0,
@@ -318,10 +322,6 @@ def _check_warmup(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) 
         f"lr_decay_style={args.lr_decay_style} is at its lowest",
         given=[("runtime", "train_global_batch_size"), ("runtime", "sample_per_episode")],
     )
-
-
-def _divisors(number: int | None) -> list[int]:
-    return [one for one in range(1, (number or 0) + 1) if number % one == 0]
 
 
 def _num_steps(runtime: RuntimeConfig) -> int | None:

@@ -49,6 +49,11 @@ def check_layers(model: ModelConfig, layers: int | None, report: Reporter) -> No
     )
 
 
+def sizes_that_divide(number: int) -> str:
+    """Those parallel sizes that so many heads can be shared by, as text."""
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+
+
 def check_experts(model: ModelConfig, report: Reporter) -> None:
     """Check that a model's experts can be spread over its ranks."""
     args, at = model.model_args, ("models", model.name)

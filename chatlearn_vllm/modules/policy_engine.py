@@ -63,7 +63,7 @@ def _vllm_engine(policy: VLLMModule, model_dir: Path, shape: ModelShape) -> Gene
         vllm_compat.allow_bad_words(keys, tokenize)
     reasons = [vllm_compat.why_older_model_runner(keys, tokenize) for keys in asked]
     if is_first and (reason := next(filter(None, reasons), None)):
-        logger.info("%s: vLLM's older model runner, which takes so many %s", policy.name, reason)
+        logger.info("%s: runs vLLM's older model runner, for the sake of %s", policy.name, reason)
     engine = VLLMEngine(
         arguments, shape, owner=policy, seed_per_response=own, older_model_runner=any(reasons)
     )
