@@ -101,7 +101,6 @@ def bare_engine_arguments(
     task: Task, job: JobConfig, *, on_gpu: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Keyword arguments for `vllm.LLM`, and what of the options they cannot be."""
-    from chatlearn_vllm.engines import vllm_compat
     from chatlearn_vllm.engines.vllm_arguments import engine_arguments
     from chatlearn_vllm.layouts import ModelShape
 
@@ -114,16 +113,14 @@ def bare_engine_arguments(
     asked_for = {setting.partition("=")[0] for setting in case.settings}
     for name in set(ONLY_OF_MODULE) - asked_for:
         arguments.pop(name, None)
-    arguments |= vllm_compat.engine_overrides(pipeline_parallel_size=case.pipeline_parallel_size)
     if case.num_gpus > 1 and "distributed_executor_backend" not in asked_for:
         arguments["distributed_executor_backend"] = "mp"
     if case.logprobs and "logprobs_mode" not in asked_for:
         arguments["logprobs_mode"] = "processed_logprobs"
     # The counters of accepted tokens are part of the statistics.
     arguments["disable_log_stats"] = not (task.options.log_stats or case.speculative)
-    # Here ranks are scheduled by one process, and nobody puts the engine to sleep.
-    of_module = ("sleep mode", "pipeline_model_parallel_size")
-    return arguments, [notice for notice in notices if not notice.startswith(of_module)]
+    # Nobody puts the engine to sleep here.
+    return arguments, [notice for notice in notices if not notice.startswith("sleep mode")]
 
 
 def speculation(job: JobConfig, metrics: Mapping[str, float]) -> dict[str, Any] | None:

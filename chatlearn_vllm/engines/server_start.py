@@ -159,7 +159,7 @@ def _start(
     return start_server(
         str(model_dir),
         server_arguments(arguments, args.engine_args)
-        | vllm_compat.engine_overrides(pipeline_parallel_size=args.pipeline_model_parallel_size),
+        | vllm_compat.server_overrides(pipeline_parallel_size=args.pipeline_model_parallel_size),
         log_dir / f"{name}-{replica}.log",
         timeout_s=args.vllm_server_timeout,
         environment=environment,

@@ -62,12 +62,6 @@ def engine_arguments(
         another effect than its user may expect.
     """
     notices: list[str] = []
-    if (stages := args.pipeline_model_parallel_size) > 1:
-        notices.append(
-            f"pipeline_model_parallel_size: the {stages} stages of an engine work one after the "
-            "other, since each rank schedules for itself (vLLM's external_launcher); ranks of "
-            "tensor_model_parallel_size work at the same time"
-        )
     dtype = resolve_dtype(args, on_gpu=on_gpu)
     kwargs: dict[str, Any] = {
         "model": str(model_dir),

@@ -172,10 +172,38 @@ def engine_defaults(speculative_config: Mapping[str, Any] | None) -> dict[str, A
     return {"async_scheduling": True} if is_left_off and can else {}
 
 
-def engine_overrides(*, pipeline_parallel_size: int) -> dict[str, Any]:
-    """Engine arguments that a combination needs whatever the user says."""
-    # vLLM 0.32 switches async scheduling off for pipeline stages by itself; 0.25 fails with it.
-    return {"async_scheduling": False} if pipeline_parallel_size > 1 else {}
+def server_overrides(*, pipeline_parallel_size: int) -> dict[str, Any]:
+    """Arguments that a server of vLLM needs whatever the user says."""
+    # vLLM 0.32 schedules stages ahead where the model runner can, 0.25 also where it cannot.
+    is_ahead = pipeline_parallel_size > 1 and installed_version() < Version("0.32")
+    return {"async_scheduling": False} if is_ahead else {}
+
+
+def engine_config(arguments: Mapping[str, Any]) -> Any:
+    """`vllm.config.VllmConfig` of an engine in this process.
+
+    vLLM 0.25 schedules pipeline stages ahead with its older model runner, too, which goes wrong
+    (vLLM's issue 45014).
+    """
+    from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    has_stages = config.parallel_config.pipeline_parallel_size > 1
+    is_ahead = has_stages and config.scheduler_config.async_scheduling
+    if is_ahead and not config.use_v2_model_runner:
+        return engine_config({**arguments, "async_scheduling": False})
+    return config
+
+
+def compile_grammars_at_once(engine: Any) -> None:
+    """Let grammars be ready when their requests are added.
+
+    The ranks of a replica schedule alike only if no request waits for a thread. vLLM sees to it for
+    `external_launcher`; pipeline stages have an executor of their own.
+    """
+    core = engine.engine_core.engine_core
+    core.structured_output_manager._use_async_grammar_compilation = False
 
 
 def needs_dummy_batch(*, pipeline_parallel_size: int) -> bool:

@@ -2,7 +2,7 @@
 
 vLLM is held, never inherited from, and reached through its public seams only. With several ranks
 per replica each rank runs its own engine and, given the same requests, the identical schedule
-(vLLM's `external_launcher`), so a rank is driven locally.
+(as under vLLM's `external_launcher`), so a rank is driven locally.
 """
 
 import gc
@@ -75,28 +75,28 @@ class VLLMEngine(GenerationEngine):
             pipeline_parallel_size=pipeline, draft_method=draft_method,
             older_model_runner=older_model_runner,
         )  # fmt: skip
-        from vllm import EngineArgs, LLMEngine
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.executor.abstract import Executor
+        from vllm import LLMEngine
+        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
         self._owner = owner
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
-        arguments = engine_arguments | vllm_compat.engine_overrides(pipeline_parallel_size=pipeline)
+        executor = bind_executor(ExecutorWithExternalLauncher, self, self._distributed_id)
+        arguments = dict(engine_arguments)
+        if pipeline > 1:
+            arguments["distributed_executor_backend"] = executor
         if draft_method:
             self.speculation = Speculation(self._switch_drafting)
             vllm_compat.repair_cpu_drafts()
         with vllm_compat.undisturbed_process(), vllm_compat.unpacked_cpu_weights():
-            config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-            executor = bind_executor(Executor.get_class(config), self, self._distributed_id)
             self._engine = LLMEngine(
-                config,
+                vllm_compat.engine_config(arguments),
                 executor_class=executor,
                 log_stats=not arguments.get("disable_log_stats", False),
                 stat_loggers=[bind_step_counter(self.speculation)] if self.speculation else None,
-                usage_context=UsageContext.LLM_CLASS,
                 multiprocess_mode=False,
             )
+            vllm_compat.compile_grammars_at_once(self._engine)
             vllm_compat.keep_process_groups(self._engine)
             if vllm_compat.needs_dummy_batch(pipeline_parallel_size=pipeline):
                 self._engine.collective_rpc("execute_dummy_batch")

@@ -1,7 +1,7 @@
 """Where does user code stand between vLLM's scheduler and its model executor?
 
 Both of vLLM's step functions call `Executor.execute_model` exactly once per scheduled batch. The
-class made here derives from the executor that vLLM itself would pick and hands that call to the
+class made here derives from vLLM's executor for `external_launcher` and hands that call to the
 module's `forward_step`. vLLM takes an executor class as an argument, so nothing is patched, and
 async scheduling, CUDA graphs and pipeline batches work as without it.
 """
@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from chatlearn_vllm.engines.stage_outputs import StageOutputs, config_of_stage
 
 
 class StepOwner(Protocol):
@@ -126,8 +128,11 @@ def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
 def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type:
     """Derive an executor class from `base` that asks `owner` once per scheduled batch.
 
+    Pipeline stages are run as under an executor of all ranks, and their outputs exchanged here;
+    vLLM's config of such an engine must name the class made here as its executor.
+
     Args:
-        base: the class vLLM would use, `Executor.get_class(vllm_config)`.
+        base: vLLM's executor of ranks that schedule for themselves.
         owner: held weakly, so that dropping the owner drops the engine.
         distributed_id: text that is the same on all ranks of the replica and used by no other job
             on the host; vLLM's CPU communicator names its shared memory after it.
@@ -135,6 +140,20 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
     reference = weakref.ref(owner)
 
     class ChatLearnExecutor(base):  # type: ignore[misc,valid-type]
+        supports_pp = True
+        _outputs: StageOutputs | None = None
+
+        def _init_executor(self) -> None:
+            if self.parallel_config.pipeline_parallel_size == 1:
+                super()._init_executor()
+                return
+            from vllm.distributed import get_pp_group
+
+            whole, self.vllm_config = self.vllm_config, config_of_stage(self.vllm_config)
+            super()._init_executor()
+            self.vllm_config = whole
+            self._outputs = StageOutputs(get_pp_group())
+
         def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
             def execute() -> Any:
                 return base.execute_model(self, scheduler_output, non_block=non_block)
@@ -147,6 +166,8 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
 
         def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
             output = base.sample_tokens(self, grammar_output, non_block=non_block)
+            if self._outputs is not None:
+                output = self._outputs.exchange(output)
             owner = reference()
             return output if owner is None else owner.take_sampled(output)
 

@@ -83,6 +83,32 @@ def answers() -> list[tuple[list[int], list[float]]]:
     ]
 
 
+def responses(requests: list[tuple[list[int], dict[str, Any]]]) -> list[list[tuple]]:
+    """Answer requests of token ids and sampling keys.
+
+    Returns:
+        Per request and response: its tokens, their log-probabilities, its text and why it ended.
+    """
+    for number, (ids, sampling) in enumerate(requests):
+        _policy.engine.add_request(str(number), None, ids, sampling)
+    return [
+        [
+            (list(one.token_ids), one.logprobs.logprobs, one.text, one.finish_reason)
+            for one in output.outputs
+        ]
+        for output in _policy.engine.run()
+    ]
+
+
+def cut_off(requests: list[tuple[list[int], dict[str, Any]]], num_steps: int) -> int:
+    """Begin to answer requests, and drop what is left after some steps; how many were finished."""
+    for number, (ids, sampling) in enumerate(requests):
+        _policy.engine.add_request(str(number), None, ids, sampling)
+    finished = _policy.engine.run(max_steps=num_steps)
+    _policy.engine.cut()
+    return len(finished)
+
+
 def write_checkpoint(checkpoint: Path, version: int) -> str:
     """Write a checkpoint into the live parameters, where their layouts say; the engine's state."""
     tensors = load_file(checkpoint / "model.safetensors")
@@ -105,6 +131,15 @@ def load_checkpoint(checkpoint: Path, version: int) -> str:
     tensors = load_file(checkpoint / "model.safetensors")
     _policy.engine.load_weights(sorted(tensors.items()))
     _policy.engine.finish_weight_update(version)
+    return _policy.engine_state()
+
+
+def sleep_and_load(checkpoint: Path, version: int) -> str:
+    """Let the engine sleep, and wake it with a checkpoint; its state."""
+    _policy.sleep()
+    _policy.wake_weights()
+    load_checkpoint(checkpoint, version)
+    _policy.wake_kv_cache()
     return _policy.engine_state()
 
 

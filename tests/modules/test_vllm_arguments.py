@@ -45,16 +45,6 @@ def test_keys_of_the_engine_reach_it(model_dir, tmp_path) -> None:
     assert not arguments(model_dir, tmp_path, on_gpu=True, log_metrics=True)[0]["disable_log_stats"]
 
 
-def test_pipeline_stages_are_said_to_take_turns(model_dir, tmp_path) -> None:
-    def told(**sizes):
-        notices = arguments(model_dir, tmp_path, on_gpu=True, num_gpu=4, **sizes)[1]
-        return [notice for notice in notices if "one after the other" in notice]
-
-    (notice,) = told(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    assert notice.startswith("pipeline_model_parallel_size: the 2 stages of an engine work one")
-    assert told(tensor_model_parallel_size=4) == []
-
-
 def test_draft_models_are_scheduled_ahead_by_both_versions(
     model_dir, tmp_path, monkeypatch
 ) -> None:

@@ -69,6 +69,14 @@ def test_newer_engines_draft_with_the_model_runner_of_their_choice(install, runn
     assert runner(method="dspark") is None
 
 
+def test_servers_schedule_stages_ahead_where_their_vllm_knows_when_it_can(install) -> None:
+    install("0.25.1")
+    assert vllm_compat.server_overrides(pipeline_parallel_size=2) == {"async_scheduling": False}
+    assert vllm_compat.server_overrides(pipeline_parallel_size=1) == {}
+    install("0.32.0")
+    assert vllm_compat.server_overrides(pipeline_parallel_size=2) == {}
+
+
 def letters(text: str) -> list[int]:
     """Token ids of a tokenizer with one token per letter."""
     return [ord(letter) for letter in text]

@@ -1,0 +1,108 @@
+"""How does what the last pipeline stage sampled reach the schedulers of the other stages?
+
+Each rank schedules for itself and needs every step's output for it, but only the last stage has
+one. With vLLM's `external_launcher` the stages wait for each other in the middle of a step, where
+the last one hands on its logits, so that only one of them works at a time. Here a stage passes on
+what its layers made and goes on with the next batch, as under an executor that schedules for all;
+the output comes when the scheduler asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_NUM_TAGS = 2**30
+"""Steps after which tags begin again; tag 0 is that of vLLM's own messages."""
+
+
+def config_of_stage(config: Any) -> Any:
+    """vLLM's config for the worker of one of several stages.
+
+    Args:
+        config: `vllm.config.VllmConfig` of the engine. What the worker sets in its parts is seen
+            there too, but for `parallel_config`.
+
+    Returns:
+        One whose worker takes its place among the GPUs as it is given, like those of Ray.
+    """
+    own = copy.copy(config)
+    own.parallel_config = copy.copy(config.parallel_config)
+    own.parallel_config.distributed_executor_backend = "ray"
+    return own
+
+
+class StageOutputs:
+    """Brings the outputs of the last stage's steps to the ranks of the others."""
+
+    def __init__(self, group: Any) -> None:
+        """On every rank.
+
+        Args:
+            group: `vllm.distributed.get_pp_group()`: the ranks with the same shard of their layers.
+        """
+        self._group = group.cpu_group
+        self._earlier, self._last = list(group.ranks[:-1]), group.ranks[-1]
+        self._is_last = group.is_last_rank
+        self._num_steps = 0
+        self._on_their_way: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def exchange(self, output: Any) -> Any:
+        """Say what a step sampled, or ask for it; once per step, in their order.
+
+        Args:
+            output: what vLLM's worker gave, or a future of it; of no use on the earlier stages.
+
+        Returns:
+            The last stage's output, or a future of it; on the other stages always a future, which
+            waits for the last one when its result is asked for.
+        """
+        tag = 1 + self._num_steps % _NUM_TAGS
+        self._num_steps += 1
+        if not self._is_last:
+            return _Late(lambda: self._receive(tag))
+        if not isinstance(output, Future):
+            return self._send(output, tag)
+        if not output.done():  # the GPU still works on it
+            return _Late(lambda: self._send(output.result(), tag))
+        self._send(output.result(), tag)
+        return output
+
+    def _send(self, output: Any, tag: int) -> Any:
+        while self._on_their_way and self._on_their_way[0][0].is_completed():
+            self._on_their_way.popleft()
+        data = torch.frombuffer(bytearray(pickle.dumps(output)), dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        for rank in self._earlier:
+            for tensor in (size, data):
+                work = dist.isend(tensor, dst=rank, group=self._group, tag=tag)
+                self._on_their_way.append((work, tensor))
+        return output
+
+    def _receive(self, tag: int) -> Any:
+        size = torch.empty(1, dtype=torch.int64)
+        dist.recv(size, src=self._last, group=self._group, tag=tag)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, src=self._last, group=self._group, tag=tag)
+        return pickle.loads(data.numpy().tobytes())
+
+
+class _Late(Future):
+    """A future that does what is left to do when its result is asked for."""
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        super().__init__()
+        self._finish = finish
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the step sampled."""
+        if not self.done():
+            self.set_result(self._finish())
+        return super().result(timeout)
