@@ -140,13 +140,13 @@ def test_what_is_no_whole_results_file_is_refused_by_name(merge):
 
 def test_published_results_become_one_report(tmp_path):
     published = Path(__file__).parents[2] / "docs/benchmarks"
-    names = ("8b", "8b_transformers", "8b_tp2", "8b_tp4")
+    names = ("8b", "8b_transformers", "8b_tp2", "8b_pp2", "8b_tp4")
     together = merged([published / f"h200_bench_{name}.json" for name in names])
     done = [one["case"] for one in together["cases"] if one["status"] == "ok"]
-    own = "vllm-module:tp=2:disable_custom_all_reduce=false"
     assert done == [
-        "vllm-module", "vllm", "transformers-sdpa", "vllm:tp=2", own, "vllm-module:tp=2",
-        "vllm-module:tp=4",
+        "vllm-module", "vllm", "transformers-sdpa",
+        "vllm:tp=2", "vllm:tp=2:logprobs", "vllm-module:tp=2",
+        "vllm-module:pp=2", "vllm:pp=2", "vllm:tp=4", "vllm-module:tp=4",
     ]  # fmt: skip
 
 
