@@ -42,17 +42,20 @@ def config_of_stage(config: Any) -> Any:
 class StageOutputs:
     """Brings the outputs of the last stage's steps to the ranks of the others."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, most_at_once: int) -> None:
         """On every rank.
 
         Args:
             group: `vllm.distributed.get_pp_group()`: the ranks with the same shard of their layers.
+            most_at_once: steps that an engine begins before it asks for the output of the first.
         """
         self._group = group.cpu_group
         self._earlier, self._last = list(group.ranks[:-1]), group.ranks[-1]
         self._is_last = group.is_last_rank
         self._num_steps = 0
-        self._on_their_way: deque[tuple[Any, torch.Tensor]] = deque()
+        self._most_at_once = most_at_once
+        self._sent: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
+        """By step, what has to stay until it has arrived."""
 
     def exchange(self, output: Any) -> Any:
         """Say what a step sampled, or ask for it; once per step, in their order.
@@ -76,14 +79,18 @@ class StageOutputs:
         return output
 
     def _send(self, output: Any, tag: int) -> Any:
-        while self._on_their_way and self._on_their_way[0][0].is_completed():
-            self._on_their_way.popleft()
+        if len(self._sent) == self._most_at_once:
+            for work, _ in self._sent.popleft():
+                work.wait()  # has arrived: without it this step could not have begun there
         data = torch.frombuffer(bytearray(pickle.dumps(output)), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
-        for rank in self._earlier:
-            for tensor in (size, data):
-                work = dist.isend(tensor, dst=rank, group=self._group, tag=tag)
-                self._on_their_way.append((work, tensor))
+        self._sent.append(
+            [
+                (dist.isend(tensor, dst=rank, group=self._group, tag=tag), tensor)
+                for rank in self._earlier
+                for tensor in (size, data)
+            ]
+        )
         return output
 
     def _receive(self, tag: int) -> Any:

@@ -152,7 +152,7 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
             whole, self.vllm_config = self.vllm_config, config_of_stage(self.vllm_config)
             super()._init_executor()
             self.vllm_config = whole
-            self._outputs = StageOutputs(get_pp_group())
+            self._outputs = StageOutputs(get_pp_group(), whole.max_concurrent_batches)
 
         def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
             def execute() -> Any:
