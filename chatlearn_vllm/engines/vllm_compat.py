@@ -118,14 +118,10 @@ def _beyond_limits_of_bad_words(
     }
 
 
-def set_environment(
-    *, pipeline_parallel_size: int, draft_method: str | None, older_model_runner: bool
-) -> None:
+def set_environment(*, draft_method: str | None, older_model_runner: bool) -> None:
     """Set what vLLM reads from the environment; call before vLLM's config is made.
 
-    The engine runs in this process, and ranks of one replica must name requests alike: with
-    pipeline parallelism their random request-id suffixes would differ and the scheduler of one
-    rank would not know the other's requests.
+    The engine runs in this process.
 
     Drafts are made by the older of vLLM 0.25's two model runners. On GPUs the newer one would make
     those of EAGLE and MTP, at random beside weights that a sync brings (it passes over
@@ -133,7 +129,6 @@ def set_environment(
     54282), and whether they are asked for or not; it reads bad words one token off.
 
     Args:
-        pipeline_parallel_size: of a replica.
         draft_method: how the engine makes drafts; None if it makes none.
         older_model_runner: whether requests need it; unless the environment chooses one.
 
@@ -141,8 +136,6 @@ def set_environment(
         ValueError: the environment or the method asks for the newer one, and the engine drafts.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if pipeline_parallel_size > 1:
-        os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     asked = os.environ.get(_MODEL_RUNNER)
     if draft_method and installed_version() < Version("0.32"):
         if draft_method == "dspark":
@@ -182,14 +175,16 @@ def server_overrides(*, pipeline_parallel_size: int) -> dict[str, Any]:
 def engine_config(arguments: Mapping[str, Any]) -> Any:
     """`vllm.config.VllmConfig` of an engine in this process.
 
-    vLLM 0.25 schedules pipeline stages ahead with its older model runner, too, which goes wrong
-    (vLLM's issue 45014).
+    Pipeline stages are not scheduled ahead with the older model runner: vLLM 0.25 would do so, and
+    wrongly (vLLM's issue 45014); 0.32 refuses it if it is asked for.
     """
     from vllm import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    has_stages = arguments.get("pipeline_parallel_size", 1) > 1
+    if has_stages and os.environ.get(_MODEL_RUNNER, "1").lower() in ("0", "false"):
+        arguments = {**arguments, "async_scheduling": False}
     config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-    has_stages = config.parallel_config.pipeline_parallel_size > 1
     is_ahead = has_stages and config.scheduler_config.async_scheduling
     if is_ahead and not config.use_v2_model_runner:
         return engine_config({**arguments, "async_scheduling": False})

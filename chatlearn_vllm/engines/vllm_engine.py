@@ -72,9 +72,8 @@ class VLLMEngine(GenerationEngine):
         pipeline = engine_arguments.get("pipeline_parallel_size", 1)
         draft_method = (engine_arguments.get("speculative_config") or {}).get("method")
         vllm_compat.set_environment(
-            pipeline_parallel_size=pipeline, draft_method=draft_method,
-            older_model_runner=older_model_runner,
-        )  # fmt: skip
+            draft_method=draft_method, older_model_runner=older_model_runner
+        )
         from vllm import LLMEngine
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from chatlearn_vllm.engines.stage_outputs import StageOutputs, config_of_stage
+from chatlearn_vllm.engines.pipeline_stages import PipelineStages, config_of_stage
 
 
 class StepOwner(Protocol):
@@ -128,8 +128,8 @@ def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
 def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type:
     """Derive an executor class from `base` that asks `owner` once per scheduled batch.
 
-    Pipeline stages are run as under an executor of all ranks, and their outputs exchanged here;
-    vLLM's config of such an engine must name the class made here as its executor.
+    Pipeline stages are run as under an executor of all ranks, and exchange outputs and the sizes of
+    their caches here; vLLM's config of such an engine must name the class made here as executor.
 
     Args:
         base: vLLM's executor of ranks that schedule for themselves.
@@ -141,7 +141,8 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
 
     class ChatLearnExecutor(base):  # type: ignore[misc,valid-type]
         supports_pp = True
-        _outputs: StageOutputs | None = None
+        _stages: PipelineStages | None = None
+        _request_ids: list[str]
 
         def _init_executor(self) -> None:
             if self.parallel_config.pipeline_parallel_size == 1:
@@ -152,12 +153,26 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
             whole, self.vllm_config = self.vllm_config, config_of_stage(self.vllm_config)
             super()._init_executor()
             self.vllm_config = whole
-            self._outputs = StageOutputs(get_pp_group(), whole.max_concurrent_batches)
+            self._stages = PipelineStages(get_pp_group(), whole.max_concurrent_batches)
+
+        def get_kv_cache_specs(self) -> list[Any]:
+            (own,) = super().get_kv_cache_specs()
+            return [own] if self._stages is None else self._stages.of_all(own)
+
+        def determine_available_memory(self) -> list[int]:
+            (least,) = super().determine_available_memory()  # of all ranks
+            return [least] * self.parallel_config.pipeline_parallel_size
+
+        def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+            own = 0 if self._stages is None else self._stages.number
+            super().initialize_from_config([kv_cache_configs[own]])
 
         def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
             def execute() -> Any:
                 return base.execute_model(self, scheduler_output, non_block=non_block)
 
+            if self._stages is not None:
+                self._request_ids = list(scheduler_output.num_scheduled_tokens)
             owner = reference()
             # A batch without tokens only tells the workers about finished requests.
             if owner is None or scheduler_output.total_num_scheduled_tokens == 0:
@@ -166,8 +181,8 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
 
         def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
             output = base.sample_tokens(self, grammar_output, non_block=non_block)
-            if self._outputs is not None:
-                output = self._outputs.exchange(output)
+            if self._stages is not None:
+                output = self._stages.exchange(self._request_ids, output)
             owner = reference()
             return output if owner is None else owner.take_sampled(output)
 

@@ -35,8 +35,14 @@ def build(job_dir: Path, model_dir: Path, tp: int, pp: int, **model_args: Any) -
         def setup(self):
             pass
 
+        steps_to_error = 0
+
         def forward_step(self, data, iteration=0):
-            return self.execute_step(data)
+            handle = self.execute_step(data)
+            self.steps_to_error -= 1
+            if self.steps_to_error == 0:
+                raise ArithmeticError("wrong")
+            return handle
 
     directory = job_dir / os.environ["RANK"]
     directory.mkdir(parents=True)
@@ -107,6 +113,16 @@ def cut_off(requests: list[tuple[list[int], dict[str, Any]]], num_steps: int) ->
     finished = _policy.engine.run(max_steps=num_steps)
     _policy.engine.cut()
     return len(finished)
+
+
+def error_in_step(number: int, requests: list[tuple[list[int], dict[str, Any]]]) -> str:
+    """Answer requests with a `forward_step` that raises in a step, from 1; what it says."""
+    _policy.steps_to_error = number
+    try:
+        responses(requests)
+    except ArithmeticError as error:
+        return str(error)
+    return ""
 
 
 def write_checkpoint(checkpoint: Path, version: int) -> str:

@@ -37,9 +37,7 @@ def runner(monkeypatch):
         monkeypatch.setenv(RUNNER, asked or "")  # what is set below is undone
         if asked is None:
             monkeypatch.delenv(RUNNER)
-        vllm_compat.set_environment(
-            pipeline_parallel_size=1, draft_method=method, older_model_runner=older
-        )
+        vllm_compat.set_environment(draft_method=method, older_model_runner=older)
         return os.environ.get(RUNNER)
 
     return prepared

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from chatlearn_vllm.engines.stage_outputs import StageOutputs
+from chatlearn_vllm.engines.pipeline_stages import PipelineStages
 from tests.helpers import rollout_ranks
 from tests.helpers.ranks import RanksBySize
 from tests.helpers.tiny_llama import save_tiny_llama
 
-LONG = {"max_tokens": 30, "ignore_eos": True, "logprobs": 0}
+LONG = {"max_tokens": 80, "ignore_eos": True, "logprobs": 0}
 GRAMMAR = {"ignore_eos": False, "structured_outputs": {"regex": "[0-9]{3}(ab|cd)"}}
 
 
@@ -27,31 +27,42 @@ def ranks():
     by_size.close()
 
 
-def exchange_steps(num_steps: int, late: set[int]) -> list[object]:
-    """On a rank: the outputs of steps, two of them on their way at any time."""
+def exchange_steps(num_steps: int, late: set[int]) -> list[list[list[int]]]:
+    """On a rank: the tokens of steps, two of them on their way at any time."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     group = SimpleNamespace(
-        ranks=list(range(size)), cpu_group=dist.group.WORLD, is_last_rank=rank == size - 1
-    )
-    outputs, futures, results = StageOutputs(group, most_at_once=2), [], []
+        ranks=list(range(size)), cpu_group=dist.group.WORLD, is_last_rank=rank == size - 1,
+        rank_in_group=rank,
+    )  # fmt: skip
+    stages, futures, results = PipelineStages(group, most_at_once=2), [], []
     try:
+        assert stages.of_all(rank) == list(range(size))
         for step in range(num_steps):
+            ids = [f"{row}-of-rank-{rank}" for row in range(3)]
             sampled = None  # what the earlier stages have is of no use
             if group.is_last_rank:
-                sampled = {"step": step, "tokens": torch.full((1000 * step,), step)}
+                batch = ids[::-1]  # workers have an order of their own
+                rows = {name: row for row, name in enumerate(batch)}
+                tokens = [[step] * (100 * step), [step + 1], [step + 2]]
+                sampled = ModelRunnerOutput(
+                    batch, rows, tokens, prompt_logprobs_dict={ids[1]: None}
+                )
                 if step in late:
                     sampled = Sampling(sampled)
-            futures.append(outputs.exchange(sampled))
+            futures.append(stages.exchange(ids, sampled))
             if step:
                 results.append(result_of(futures[step - 1]))
         results.append(result_of(futures[-1]))
-        assert [len(one["tokens"]) for one in results] == [1000 * n for n in range(num_steps)]
-        assert all((one["tokens"] == one["step"]).all() for one in results)
+        for one in results:
+            assert one.req_ids == list(one.req_id_to_index) == ids[::-1]
+            assert list(one.prompt_logprobs_dict) == [ids[1]]
         kept = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
         messages = [one for one in kept if one.dtype == torch.uint8 and len(one) > 100]
         assert len(messages) == (2 if group.is_last_rank else 0)
-        return [one["step"] for one in results]
+        return [one.sampled_token_ids for one in results]
     finally:
         dist.barrier()
         dist.destroy_process_group()
@@ -74,15 +85,15 @@ def result_of(output):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_stage_gets_each_step_of_the_last_one_in_order(ranks, size) -> None:
+def test_every_stage_gets_each_step_of_the_last_one_under_its_own_ids(ranks, size) -> None:
     for answer in ranks[size].run(exchange_steps, 20, late={3, 4, 9}):
-        assert answer == list(range(20))
+        assert answer == [[[n] * (100 * n), [n + 1], [n + 2]] for n in range(20)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory)
+    save_tiny_llama(directory, num_hidden_layers=3)
     return directory
 
 
@@ -91,11 +102,12 @@ def test_two_stages_answer_as_one_rank_does(ranks, checkpoint, tmp_path) -> None
     greedy = [(ids, LONG | {"temperature": 0.0}) for ids in prompts]
     drawn = [(ids, LONG | {"seed": row, "n": 2}) for row, ids in enumerate(prompts)]
     penalised = [(ids, LONG | {"temperature": 0.0, "repetition_penalty": 1.5}) for ids in prompts]
-    # More sequences than run at once, and fewer blocks than those that run need at their end.
-    keys = {"load_format": "auto", "max_num_seqs": 8, "block_size": 16}
-    keys |= {"num_gpu_blocks_override": 12, "seed_per_response": True}
+    # More sequences than run at once, of which those that run do not fit into the cache together.
+    # One stage has twice the layers of the other.
+    keys = {"load_format": "auto", "max_num_seqs": 8, "block_size": 32, "seed_per_response": True}
+    keys["kv_cache_memory_bytes"] = 20 * 16384
     found = {}
-    for stages in (2, 1):  # vLLM keeps what it has read of the environment, here of two stages
+    for stages in (1, 2):
         group = ranks[stages]
         group.run(rollout_ranks.build, tmp_path / str(stages), checkpoint, 1, stages, **keys)
         for kind in (greedy, drawn, penalised):
@@ -107,6 +119,19 @@ def test_two_stages_answer_as_one_rank_does(ranks, checkpoint, tmp_path) -> None
         for one, other in zip(sum(alone, []), sum(together, []), strict=True):
             assert one[0] == other[0] and one[3] == other[3] == "length"
             assert torch.tensor(one[1]) == pytest.approx(torch.tensor(other[1]), abs=1e-4)
+
+
+def test_requests_after_an_error_of_a_hook_are_not_taken_for_those_before_it(
+    ranks, checkpoint, tmp_path
+) -> None:
+    group = ranks[2]
+    group.run(rollout_ranks.build, tmp_path / "job", checkpoint, 1, 2, load_format="auto")
+    greedy = [([5 + row, 6, 7 + row, 8], LONG | {"temperature": 0.0}) for row in range(12)]
+    expected = group.run(rollout_ranks.responses, greedy)
+    others = [([30 + row, 31], LONG) for row in range(12)]
+    assert group.run(rollout_ranks.error_in_step, 5, others) == ["wrong"] * 2
+    assert group.run(rollout_ranks.responses, greedy) == expected
+    group.run(rollout_ranks.drop)
 
 
 def test_stages_agree_on_grammars_and_go_on_after_responses_were_cut(
