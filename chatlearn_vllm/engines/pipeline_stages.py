@@ -13,12 +13,13 @@ import copy
 import dataclasses
 import pickle
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from chatlearn_vllm.engines.late_result import LateResult
 
 _NUM_TAGS = 2**30
 """Steps after which tags begin again; tag 0 is that of vLLM's own messages."""
@@ -82,11 +83,11 @@ class PipelineStages:
         tag = 1 + self._num_steps % _NUM_TAGS
         self._num_steps += 1
         if not self._is_last:
-            return _Late(lambda: _renamed(*self._receive(tag), request_ids))
+            return LateResult(lambda: _renamed(*self._receive(tag), request_ids))
         if not isinstance(output, Future):
             return self._send(request_ids, output, tag)
         if not output.done():  # the GPU still works on it
-            return _Late(lambda: self._send(request_ids, output.result(), tag))
+            return LateResult(lambda: self._send(request_ids, output.result(), tag))
         self._send(request_ids, output.result(), tag)
         return output
 
@@ -122,17 +123,3 @@ def _renamed(ids: list[str], output: Any, own_ids: list[str]) -> Any:
         if isinstance(by_id := getattr(output, field.name), dict):
             setattr(output, field.name, {own[name]: value for name, value in by_id.items()})
     return output
-
-
-class _Late(Future):
-    """A future that does what is left to do when its result is asked for."""
-
-    def __init__(self, finish: Callable[[], Any]) -> None:
-        super().__init__()
-        self._finish = finish
-
-    def result(self, timeout: float | None = None) -> Any:
-        """What the step sampled."""
-        if not self.done():
-            self.set_result(self._finish())
-        return super().result(timeout)

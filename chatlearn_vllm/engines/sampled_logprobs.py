@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from chatlearn_vllm.engines.late_result import LateResult
 from chatlearn_vllm.engines.vllm_compat import split_request_id
 
 _ENTRY = np.dtype([("token", np.int32), ("logprob", np.float32), ("rank", np.int32)])
@@ -90,7 +91,7 @@ class SampledLogprobs:
             The output for vLLM's scheduler.
         """
         if isinstance(output, Future):
-            return _Taken(output, self)
+            return LateResult(lambda: self.take_from(output.result()))
         if getattr(output, "logprobs", None) is None:
             return output
         lists, output.logprobs = output.logprobs, None
@@ -208,19 +209,3 @@ def _matching(found: np.ndarray, token_ids: list[int]) -> np.ndarray | None:
             return None
         kept.append(place)
     return found[kept]
-
-
-class _Taken(Future):
-    """A step's output, without what was taken from it; vLLM only asks for the result."""
-
-    def __init__(self, inner: Future, logprobs: SampledLogprobs) -> None:
-        super().__init__()
-        self._inner, self._logprobs = inner, logprobs
-
-    def done(self) -> bool:
-        return self._inner.done()
-
-    def result(self, timeout: float | None = None) -> Any:
-        if not super().done():
-            self.set_result(self._logprobs.take_from(self._inner.result(timeout)))
-        return super().result()
