@@ -75,12 +75,11 @@ class VLLMEngine(GenerationEngine):
             draft_method=draft_method, older_model_runner=older_model_runner
         )
         from vllm import LLMEngine
-        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
         self._owner = owner
         self._distributed_id = _shared_id()
         self._error_in_step: Exception | None = None
-        executor = bind_executor(ExecutorWithExternalLauncher, self, self._distributed_id)
+        executor = bind_executor(self, self._distributed_id)
         arguments = dict(engine_arguments)
         if pipeline > 1:
             arguments["distributed_executor_backend"] = executor

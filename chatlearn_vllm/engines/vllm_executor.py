@@ -125,21 +125,23 @@ def _read(scheduler_output: Any) -> Iterator[SequenceGroupMetadata]:
         yield SequenceGroupMetadata(request_id, generated == 0, chunk.get(request_id, 0), computed)
 
 
-def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type:
-    """Derive an executor class from `base` that asks `owner` once per scheduled batch.
+def bind_executor(owner: ExecutorOwner, distributed_id: str) -> type:
+    """Make vLLM's executor of ranks that schedule for themselves ask `owner` once per batch.
 
     Pipeline stages are run as under an executor of all ranks, and exchange outputs and the sizes of
     their caches here; vLLM's config of such an engine must name the class made here as executor.
 
     Args:
-        base: vLLM's executor of ranks that schedule for themselves.
         owner: held weakly, so that dropping the owner drops the engine.
         distributed_id: text that is the same on all ranks of the replica and used by no other job
             on the host; vLLM's CPU communicator names its shared memory after it.
     """
+    from vllm.distributed import get_pp_group
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
     reference = weakref.ref(owner)
 
-    class ChatLearnExecutor(base):  # type: ignore[misc,valid-type]
+    class ChatLearnExecutor(ExecutorWithExternalLauncher):
         supports_pp = True
         _stages: PipelineStages | None = None
         _request_ids: list[str]
@@ -148,8 +150,6 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
             if self.parallel_config.pipeline_parallel_size == 1:
                 super()._init_executor()
                 return
-            from vllm.distributed import get_pp_group
-
             whole, self.vllm_config = self.vllm_config, config_of_stage(self.vllm_config)
             super()._init_executor()
             self.vllm_config = whole
@@ -168,8 +168,10 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
             super().initialize_from_config([kv_cache_configs[own]])
 
         def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+            parent = super()
+
             def execute() -> Any:
-                return base.execute_model(self, scheduler_output, non_block=non_block)
+                return parent.execute_model(scheduler_output, non_block=non_block)
 
             if self._stages is not None:
                 self._request_ids = list(scheduler_output.num_scheduled_tokens)
@@ -180,7 +182,7 @@ def bind_executor(base: type, owner: ExecutorOwner, distributed_id: str) -> type
             return owner.on_step(Step(scheduler_output, execute))
 
         def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
-            output = base.sample_tokens(self, grammar_output, non_block=non_block)
+            output = super().sample_tokens(grammar_output, non_block=non_block)
             if self._stages is not None:
                 output = self._stages.exchange(self._request_ids, output)
             owner = reference()
