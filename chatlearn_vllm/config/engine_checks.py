@@ -46,7 +46,22 @@ _REFUSED = {
         "must be fcfs: no request has a priority here, and ranks of a replica, which schedule for "
         "themselves, would order equal ones differently; leave it out",
     ),
+    "tokens_only": (
+        (True,),
+        "leaves responses without text and stop strings without effect; leave it out",
+    ),
+    "logprobs_mode": (
+        ("raw_logits", "processed_logits"),
+        "must be processed_logprobs or raw_logprobs: `logprobs` of responses are taken for "
+        "log-probabilities, and logits are none; leave it out",
+    ),
+    "enable_lora": (
+        (True,),
+        "has no effect but slower steps: requests name no adapter, and a trainer's (lora_r) are "
+        "merged at each weight sync; leave it out",
+    ),
     "runner": (("pooling", "draft"), "must be generate, for responses; leave it out"),
+    "convert": (("embed", "classify"), "must be none, for responses; leave it out"),
 }
 """Values of vLLM's EngineArgs with which responses would silently be others."""
 _MUST_NAME_NUM_TOKENS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
@@ -65,6 +80,14 @@ def check_engine(model: ModelConfig, runtime: RuntimeConfig, report: Reporter) -
     for name, (values, rule) in _REFUSED.items():
         key = ("models", model.name, "model_args", name)
         report.require(model.model_args.engine_args.get(name) not in values, key, rule)
+    report.require(
+        model.model_args.engine_args.get("enable_sleep_mode") is not False
+        or not model.offload_weights,
+        ("models", model.name, "model_args", "enable_sleep_mode"),
+        "must be True where the model is to give its memory back while others work; leave it out, "
+        "or set free_memory: False (and offload_weights: False)",
+        given=[("models", model.name, name) for name in ("free_memory", "offload_weights")],
+    )
     _check_quantization(model, report)
     if model.model_args.speculative_config is not None:
         _check_speculation(model, report)

@@ -20,6 +20,8 @@ _OF_VLLM = (
 _OF_CALLS = ("vllm_server_timeout", "vllm_server_max_retries", "vllm_server_api_key")
 _NOT_SHOWN = ("vllm_server_api_key", "vllm_server")
 """Keys whose values are secrets, or may hold one."""
+_OF_HUBS = ("revision", "code_revision", "tokenizer_revision", "hf_token", "download_dir")
+"""Arguments of vLLM's engine about models that are not in a directory."""
 _FORMATS_OF_TRANSFORMERS = ("dummy", "auto", "safetensors", "pt", "hf")
 """Of load_format: random weights, or the directory's, in whatever form it has them."""
 
@@ -49,6 +51,10 @@ def _unused(model: ModelConfig) -> Iterator[tuple[list[str], str]]:
     else:
         why = "of inference_engine: transformers; vLLM's own is attention_backend"
         yield _given(args, "attn_implementation"), why
+        yield [name for name in _OF_HUBS if name in args.engine_args], "`load` is a directory"
+        name = "override_generation_config"
+        given = [name] if args.engine_args.get(name) else []
+        yield given, "every request says how it is sampled; set temperature, top_p, ... themselves"
     if engine == "server" and args.vllm_server != (START,):
         given = [*_given(args, *_OF_VLLM, "sleep_level"), *_changed(args, "dtype")]
         yield given, "give them to the server when you start it"

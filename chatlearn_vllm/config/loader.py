@@ -51,12 +51,21 @@ _SET_BY_OUR_KEY = {
     "param_sync_func": "the runtime",
     "timers": "the runtime",
     "data_parallel_size": "num_gpu of the model",
-    "distributed_executor_backend": "the runtime",
-    "worker_cls": "the runtime",
+    # Where ranks run, and how they find one another.
+    **dict.fromkeys(
+        (
+            "distributed_executor_backend", "worker_cls", "nnodes", "node_rank", "master_addr",
+            "master_port", "device_ids", "data_parallel_size_local", "data_parallel_rank",
+            "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port",
+            "data_parallel_backend", "data_parallel_hybrid_lb", "data_parallel_external_lb",
+            "data_parallel_multi_port_external_lb",
+        ),
+        "the runtime",
+    ),
     "spec_method": "speculative_config",
     "spec_model": "speculative_config",
     "spec_tokens": "speculative_config",
-}
+}  # fmt: skip
 """Upstream arguments that follow from one of our keys, so that no two keys mean the same."""
 
 

@@ -62,11 +62,9 @@ def incomparable_logprobs(policy: ModelArgs, trainer: ModelArgs) -> list[str]:
     mode = policy.engine_args.get("logprobs_mode", "processed_logprobs")
     if mode == "raw_logprobs":
         reasons, temperature, key = [], 1.0, "logprobs_mode='raw_logprobs', which is temperature 1"
-    elif mode == "processed_logprobs":
+    else:
         reasons, temperature = changed_sampling(policy), policy.temperature
         key = f"temperature={temperature:g}"
-    else:
-        return [f"logprobs_mode={mode!r}"]
     if temperature != trainer.temperature:
         reasons.append(f"{key}, while the trainer's is {trainer.temperature:g}")
     return reasons

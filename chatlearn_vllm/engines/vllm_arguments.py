@@ -82,7 +82,11 @@ def engine_arguments(
         # Log-probabilities of the distribution that was really sampled from.
         "logprobs_mode": "processed_logprobs",
         # Counting takes a tenth of the time of a step that does not wait for the GPU.
-        "disable_log_stats": not (args.log_metrics or args.speculative_config),
+        "disable_log_stats": not (
+            args.log_metrics
+            or args.speculative_config
+            or args.engine_args.get("otlp_traces_endpoint")  # traces hold what is counted
+        ),
     }
     if args.quantization is not None:
         kwargs["quantization"] = args.quantization

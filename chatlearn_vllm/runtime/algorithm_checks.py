@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from chatlearn_vllm.config.model_args import AlgorithmArgs
 from chatlearn_vllm.config.problems import UserError
+from chatlearn_vllm.config.sampling import incomparable_logprobs
 from chatlearn_vllm.config.schema import RuntimeConfig
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.observability.logging import get_logger
@@ -67,6 +68,8 @@ def check_grpo_keys(policy: BaseModule, trainer: BaseModule) -> None:
             f"most max_new_tokens={of_policy.max_new_tokens} of models.{policy.name}"
         )
     problems += _of_divisor(policy, trainer)
+    has_kl_rewards = args.advantage_estimator == "reinforce++" and args.init_kl_coef > 0
+    problems += _of_raw_logprobs(policy, trainer, has_kl_rewards=has_kl_rewards)
     _raise(problems)
     which = "" if args.advantage_estimator == "grpo" else f" with {args.advantage_estimator}"
     _tell_unread(f"GRPOEngine{which}", trainer, _READ_BY_ESTIMATOR[args.advantage_estimator])
@@ -121,6 +124,7 @@ def check_ppo_keys(
         )
     for trained in (trainer, value_trainer):
         problems += _of_divisor(policy, trained)
+    problems += _of_raw_logprobs(policy, trainer, has_kl_rewards=has_reference)
     _raise(problems)
     _tell_unread("RLHFEngine", trainer, _READ_BY_PPO)
     _tell_unread("RLHFEngine", value_trainer, _READ_BY_PPO_VALUE)
@@ -169,6 +173,23 @@ def _of_divisor(policy: BaseModule, trainer: BaseModule) -> Iterable[str]:
             f"models.{trainer.name}: loss_agg={args.loss_agg} divides by its "
             f"max_new_tokens={args.max_new_tokens}, which must be that of models.{policy.name}, "
             f"{longest}"
+        )
+
+
+def _of_raw_logprobs(
+    policy: BaseModule, trainer: BaseModule, *, has_kl_rewards: bool
+) -> Iterable[str]:
+    """Raw log-probabilities are of another temperature than the responses may have."""
+    if policy.model_args.engine_args.get("logprobs_mode") != "raw_logprobs":
+        return
+    cap = trainer.model_args.tis_imp_ratio_cap
+    readers = [] if cap is None else [f"tis_imp_ratio_cap={cap:g}"]
+    readers += ["the KL penalty of the rewards"] if has_kl_rewards else []
+    reasons = incomparable_logprobs(policy.model_args, trainer.model_args)
+    if readers and reasons:
+        yield (
+            f"models.{policy.name}: {'; '.join(reasons)}: {' and '.join(readers)} of "
+            f"models.{trainer.name} would compare the two; leave logprobs_mode out"
         )
 
 

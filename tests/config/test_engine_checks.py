@@ -134,8 +134,23 @@ def test_older_spellings_mean_the_map(job, models) -> None:
             ],
         ),
         (
-            ["runner=pooling"],
-            ["runner='pooling': must be generate, for responses; leave it out"],
+            ["runner=pooling", "convert=embed"],
+            [
+                "runner='pooling': must be generate, for responses; leave it out",
+                "convert='embed': must be none, for responses; leave it out",
+            ],
+        ),
+        (
+            ["tokens_only=True", "logprobs_mode=raw_logits", "enable_lora=True"],
+            [
+                "tokens_only=True: leaves responses without text and stop strings without effect; "
+                "leave it out",
+                "logprobs_mode='raw_logits': must be processed_logprobs or raw_logprobs: "
+                "`logprobs` of responses are taken for log-probabilities, and logits are none; "
+                "leave it out",
+                "enable_lora=True: has no effect but slower steps: requests name no adapter, and a "
+                "trainer's (lora_r) are merged at each weight sync; leave it out",
+            ],
         ),
         (
             ["logprobs_mode=raw_logprob", "enforce_eager=True"],
@@ -215,6 +230,28 @@ def test_older_spellings_mean_the_map(job, models) -> None:
 )  # fmt: skip
 def test_problems(job, keys, lines) -> None:
     assert problems_of(job, *keys) == lines
+
+
+def test_an_engine_that_is_to_give_memory_back_can_sleep(job) -> None:
+    never = "enable_sleep_mode=False"
+    stays = ["models.policy.free_memory=False", "models.policy.offload_weights=False"]
+    load_config(job, [*stays, *overrides(never)])
+    for key in ("free_memory", "offload_weights"):
+        with pytest.raises(ConfigError, match="enable_sleep_mode=False: must be True where the"):
+            load_config(job, [*stays, f"models.policy.{key}=True", *overrides(never)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "nnodes=2", "node_rank=1", "master_addr=10.0.0.1", "master_port=29500", "device_ids=[1]",
+        "data_parallel_backend=ray", "data_parallel_rank=0", "data_parallel_external_lb=True",
+    ],
+)  # fmt: skip
+def test_where_ranks_run_is_no_key_of_the_engine(job, key) -> None:
+    [line] = problems_of(job, key)
+    assert line.startswith(key.split("=")[0])
+    assert line.endswith(": is set by the runtime; leave it out")
 
 
 def test_vllms_flags_for_drafts_have_one_place(job) -> None:

@@ -31,6 +31,9 @@ def notices_of(tmp_path, name="policy", **model_args) -> list[str]:
          "vllm_server_api_key; only with inference_engine: server"),
         ({"vllm_server": URL, "sleep_level": 1, "dtype": "float16"}, "sleep_level=1, "
          "dtype='float16'; give them to the server when you start it"),
+        ({"hf_token": "secret-6", "revision": "main"}, "revision, hf_token; `load` is a directory"),
+        ({"override_generation_config": {"temperature": 0.1}}, "override_generation_config; every "
+         "request says how it is sampled; set temperature, top_p, ... themselves"),
         ({"inference_engine": "transformers", "load_format": "gguf"}, "load_format='gguf'; vLLM's, "
          "and inference_engine is transformers"),
     ],

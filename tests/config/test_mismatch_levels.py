@@ -49,7 +49,6 @@ def test_samples_of_the_whole_softmax_are_comparable():
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
         ({"sampling_args": {"min_tokens": 4}}, "min_tokens=4"),
         ({"temperature": 0.7}, "temperature=0.7, while the trainer's is 1"),
-        ({"engine_args": {"logprobs_mode": "raw_logits"}}, "logprobs_mode='raw_logits'"),
     ],
 )
 def test_other_samples_are_not(policy, reason):

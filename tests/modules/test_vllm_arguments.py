@@ -42,7 +42,8 @@ def test_keys_of_the_engine_reach_it(model_dir, tmp_path) -> None:
     found, _ = arguments(model_dir, tmp_path, on_gpu=True, **keys)
     assert {name: found[name] for name in keys} == keys
     assert found["disable_log_stats"]  # nobody reads them
-    assert not arguments(model_dir, tmp_path, on_gpu=True, log_metrics=True)[0]["disable_log_stats"]
+    for reader in ({"log_metrics": True}, {"otlp_traces_endpoint": "http://localhost:4317"}):
+        assert not arguments(model_dir, tmp_path, on_gpu=True, **reader)[0]["disable_log_stats"]
 
 
 def test_draft_models_are_scheduled_ahead_by_both_versions(

@@ -15,6 +15,8 @@ from chatlearn_vllm.runtime.rlhf_engine import RLHFEngine
 TRAINER = "models.policy_trainer.model_args."
 DR_GRPO = f"{TRAINER}loss_agg=seq-mean-token-sum-norm"
 ONE_RESPONSE = "models.policy.model_args.num_inference_per_prompt=1"
+RAW = "models.policy.model_args.logprobs_mode=raw_logprobs"
+COOLER = f"{TRAINER}temperature=0.7"
 
 
 @pytest.fixture
@@ -93,6 +95,22 @@ def online_dpo(path, *overrides):
             ["models.value_trainer.model_args.loss_agg=seq-mean-token-sum-norm"],
             "models.value_trainer: .* max_new_tokens=512, which must be that of models.policy, 8",
         ),
+        (
+            grpo,
+            [RAW, COOLER, f"{TRAINER}tis_imp_ratio_cap=2"],
+            "models.policy: logprobs_mode='raw_logprobs', which is temperature 1, while the "
+            "trainer's is 0.7: tis_imp_ratio_cap=2 of models.policy_trainer would compare",
+        ),
+        (
+            grpo,
+            [RAW, COOLER, f"{TRAINER}advantage_estimator=reinforce++"],
+            "the KL penalty of the rewards of models.policy_trainer would compare the two",
+        ),
+        (
+            ppo,
+            [RAW, COOLER, f"{TRAINER}tis_imp_ratio_cap=2"],
+            "tis_imp_ratio_cap=2 and the KL penalty of the rewards of models.policy_trainer would",
+        ),
         (ppo, ["runtime.dynamic_sampling=True"], "dynamic_sampling has no effect in RLHFEngine"),
         (ppo, [f"{TRAINER}overlong_buffer_len=4"], "overlong_buffer_len=4 has no effect in RLHF"),
         (ppo, [f"{TRAINER}ratio_level=sequence"], "ratio_level=sequence needs one .* PPO has one"),
@@ -143,6 +161,8 @@ def test_keys_that_fit_are_taken(path):
     grpo(path, ONE_RESPONSE, f"{TRAINER}advantage_estimator=reinforce++")
     grpo(path, f"{TRAINER}overlong_buffer_len=8", f"{TRAINER}ratio_level=sequence")
     grpo(path, DR_GRPO, f"{TRAINER}max_new_tokens=8")
+    grpo(path, RAW, COOLER)  # nothing of the algorithm reads them
+    grpo(path, RAW, f"{TRAINER}tis_imp_ratio_cap=2")
     ppo(path, ONE_RESPONSE, f"{TRAINER}horizon=3")
     ppo(path, DR_GRPO, f"{TRAINER}max_new_tokens=8")
     ppo(path, f"{TRAINER}fix_kl_coef=False", f"{TRAINER}horizon=4")
