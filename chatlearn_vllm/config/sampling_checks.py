@@ -74,6 +74,12 @@ def sampling_problems(model: ModelConfig) -> Iterator[tuple[Key, str]]:
             yield (*at, name), rule
     yield from _number_problems(args, at)
     yield from _logprobs_problems(args, given, at)
+    thinks = args.engine_args.keys() & {"reasoning_parser", "reasoning_config"}
+    if "thinking_token_budget" in given and args.inference_engine == "vllm" and not thinks:
+        yield (
+            (*at, "thinking_token_budget"),
+            "needs reasoning_parser or reasoning_config, which say how vLLM knows thoughts",
+        )
     longest = args.max_new_tokens if args.new_token_limit else args.seq_length - 1
     if given.get("min_tokens", 0) > longest:
         limit = f"max_new_tokens={longest}" if args.new_token_limit else f"{longest}"
@@ -160,6 +166,8 @@ def _logprobs_problems(
         if is_bound:
             rule = f"must be from 0 to max_logprobs={most}; lower it, or raise max_logprobs"
         yield (*at, name), rule
+    if "logprobs" in args.sampling_args and "logprobs" not in given:
+        yield (*at, "logprobs"), "must be 0 or more: batches hold them; leave it out"
     tokens = given.get("logprob_token_ids")
     if _are_tokens(tokens) and given.get("logprobs") != len(tokens):
         yield (*at, "logprob_token_ids"), f"needs logprobs: {len(tokens)}, as many as it names"

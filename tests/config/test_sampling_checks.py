@@ -36,6 +36,8 @@ def overrides(*keys: str) -> list[str]:
         (["logprobs=-1"], "logprobs=-1: must be from 0 to max_logprobs=20"),
         (["logprobs=30", "max_logprobs=25"], "logprobs=30: must be from 0 to max_logprobs=25"),
         (["logprobs=-2", "inference_engine=transformers"], "logprobs=-2: must be at least 0"),
+        (["logprobs=None"], "logprobs=None: must be 0 or more: batches hold them; leave it out"),
+        (["thinking_token_budget=9"], "budget=9: needs reasoning_parser or reasoning_config"),
         (["prompt_logprobs=21"], "prompt_logprobs=21: must be from 0 to max_logprobs=20"),
         (["logprob_token_ids=[4, 5]"], "logprob_token_ids=[4, 5]: needs logprobs: 2"),
         (["min_tokens=33"], "min_tokens=33: must be at most max_new_tokens=32"),
@@ -69,10 +71,11 @@ def test_what_vllm_takes_is_passed_on(job) -> None:
         "repetition_detection": {"max_pattern_size": 3, "min_count": 2},
         "logprobs": 30,
         "min_tokens": 63,
+        "thinking_token_budget": 9,
     }
     load_config(job, overrides("temperature=5", "inference_engine=transformers"))
     keys = [f"{name}={value}" for name, value in given.items()]
-    keys += ["max_logprobs=-1", "new_token_limit=False"]
+    keys += ["max_logprobs=-1", "new_token_limit=False", "reasoning_parser=qwen3"]
     assert load_config(job, overrides(*keys)).models["policy"].model_args.sampling_args == given
 
 
@@ -80,7 +83,7 @@ def test_keys_that_change_what_is_drawn_are_named(job) -> None:
     keys = ["thinking_token_budget=4"]
     if "watermarking" in upstream_fields()["sampling_args"]:  # vLLM 0.25 has no such field
         keys.append("watermarking=True")
-    [notice] = load_config(job, overrides(*keys)).notices
+    [notice] = load_config(job, overrides(*keys, "reasoning_parser=qwen3")).notices
     assert f"{', '.join(keys)} draws training responses from a" in notice
 
 
