@@ -144,6 +144,18 @@ FEATURES: Mapping[str, Feature] = {
         "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
         cpu="yes, not tested here",
     ),
+    "host memory": Feature(
+        "weights in host memory, read by the GPU", "cpu_offload_gb",
+        lambda args, model, runtime: bool(args.engine_args.get("cpu_offload_gb")),
+        "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
+        cpu="works on GPUs only; leave it out",
+    ),
+    "host memory, fetched": Feature(
+        "weights in host memory, fetched layer by layer", "offload_group_size",
+        lambda args, model, runtime: bool(args.engine_args.get("offload_group_size")),
+        "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
+        cpu="works on GPUs only; leave it out",
+    ),
     "partial rollouts": Feature(
         "partial rollouts", ":runtime.max_rollout_round",
         lambda args, model, runtime: runtime.max_rollout_round > 1,

@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 
 _OF_TOKENS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
 """Keys that hold token ids."""
+_IN_HOST_MEMORY = ("cpu_offload_gb", "offload_group_size")
+"""Arguments of vLLM that take weights off the device, where they are not 0."""
 
 
 def check_beam_search(policy: BaseModule, trainer: BaseModule) -> None:
@@ -158,11 +160,11 @@ def check_engines_on_cpus(job: JobConfig, modules: Iterable[BaseModule]) -> None
                 raise UserError(f"{problem} (this cluster has no GPUs)")
 
 
-def check_quantization(target: BaseModule) -> None:
-    """Check that the checkpoint of a model which gets a trainer's weights holds such weights.
+def check_takes_weights(target: BaseModule) -> None:
+    """Check that the weights of a trainer can be what a model computes with.
 
     Raises:
-        UserError: it is quantised.
+        UserError: its checkpoint is quantised, or vLLM keeps its weights in host memory.
     """
     how = quantization_of_checkpoint(target.model_args)
     if how is not None:
@@ -171,6 +173,13 @@ def check_quantization(target: BaseModule) -> None:
             "weights that a trainer sends are not; load the model that is trained, with "
             "quantization: fp8 where its responses should come from quantised weights"
         )
+    for name in _IN_HOST_MEMORY:
+        if value := target.model_args.engine_args.get(name):
+            raise UserError(
+                f"models.{target.name}: {name}={value} keeps weights in host memory, and those of "
+                "a trainer are sent to device memory only; leave it out (free_memory: True makes "
+                "room for others, a larger tensor_model_parallel_size needs less on each GPU)"
+            )
 
 
 def check_partial_rollouts(policy: BaseModule, trainer: BaseModule, runtime: RuntimeConfig) -> None:

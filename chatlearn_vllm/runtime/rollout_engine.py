@@ -38,8 +38,8 @@ from chatlearn_vllm.runtime.rollout import Rollout, check_weight_version
 from chatlearn_vllm.runtime.rollout_checks import (
     check_beam_search,
     check_partial_rollouts,
-    check_quantization,
     check_sleep_level,
+    check_takes_weights,
     with_levels_that_mean_something,
 )
 from chatlearn_vllm.runtime.scatter import train_rows
@@ -117,7 +117,7 @@ class RolloutEngine(BaseEngine):
         check_sleep_level(policy, sleeps=sleeps)
         for target in self._targets.values():
             if target is not None:
-                check_quantization(target)
+                check_takes_weights(target)
         if draft_trainer is None:
             check_draft_without_trainer(policy)
         else:

@@ -109,16 +109,23 @@ def test_the_log_says_why(caplog, monkeypatch) -> None:
     )
 
 
-def test_a_policy_that_gets_weights_is_not_read_from_a_quantised_checkpoint(tmp_path) -> None:
-    frozen = {"quantization": "gptq", "load_format": "auto"}
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quantization": "gptq", "load_format": "auto"}, r"models.policy: .* \(gptq\).*fp8"),
+        ({"cpu_offload_gb": 4}, "models.policy: cpu_offload_gb=4 keeps weights in host memory"),
+        ({"offload_group_size": 8}, "offload_group_size=8 keeps .*; leave it out"),
+    ],
+)
+def test_a_policy_that_gets_weights_can_compute_with_them(tmp_path, keys, message) -> None:
     models = {
-        "policy": {"num_gpu": 1, "model_args": frozen},
+        "policy": {"num_gpu": 1, "model_args": keys},
         "reward": {"num_cpu": 1},
         "policy_trainer": {"num_gpu": 1, "trainable": True},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"models": models}))
     job = load_config(tmp_path / "job.yaml")
-    with pytest.raises(ValueError, match=r"models.policy: .* quantised \(gptq\).*fp8"):
+    with pytest.raises(ValueError, match=message):
         GRPOEngine(
             ToyModule("policy", job), None, ToyModule("reward", job),
             ToyTrainer("policy_trainer", job),
