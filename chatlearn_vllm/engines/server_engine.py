@@ -95,6 +95,7 @@ class ServerEngine(ServerRank):
         self._requests: dict[str, _Request] = {}
         self._is_paused = False
         self._boot_ids = facts.boot_ids
+        self._weights_ids: tuple[str, ...] = ()
         """Which start of its workers has the weights."""
 
     # ---- requests ---------------------------------------------------------------------------
@@ -224,13 +225,14 @@ class ServerEngine(ServerRank):
         workers = self._workers("chatlearn_describe")
         boot_ids = tuple(worker["boot_id"] for worker in workers)
         versions = {worker["weight_version"] for worker in workers}
-        if boot_ids == self._boot_ids and versions == {self.state.version}:
+        weights_ids = tuple(worker["weights_id"] for worker in workers)
+        if boot_ids == self._boot_ids and weights_ids == self._weights_ids:
             return
         self.state = EngineState(Weights.STALE, self.state.version, self.state.kv_cache_awake)
         happened = "was started anew" if boot_ids != self._boot_ids else "was given others"
         raise EngineStateError(
             f"{self._client.url} no longer has the weights of version {self.state.version}: it "
-            f"{happened} (it says {sorted(versions, key=str)}); a weight sync must follow. "
+            f"{happened} (now of version {sorted(versions, key=str)}); a weight sync must follow. "
             "A server can belong to one job only"
         )
 
@@ -326,6 +328,7 @@ class ServerEngine(ServerRank):
             return
         workers = self._workers("chatlearn_set_version", version=version)
         self._boot_ids = tuple(worker["boot_id"] for worker in workers)
+        self._weights_ids = tuple(worker["weights_id"] for worker in workers)
         if self._is_paused:
             self._client.post("/resume", is_repeatable=True)
             self._is_paused = False

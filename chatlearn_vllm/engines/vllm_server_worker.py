@@ -36,6 +36,7 @@ class WeightUpdates:
         return {
             "boot_id": _BOOT_ID,
             "weight_version": getattr(self, "_chatlearn_version", None),
+            "weights_id": getattr(self, "_chatlearn_weights_id", None),
             "max_model_len": model.max_model_len,
             "vocab_size": model.get_vocab_size(),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -66,6 +67,7 @@ class WeightUpdates:
             `num_tensors`, or `error` in words; the weights have no version then.
         """
         self._chatlearn_version, self._chatlearn_has_weights = None, False
+        self._chatlearn_weights_id = None
         count = 0
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,12 +92,13 @@ class WeightUpdates:
         """Note what the weights are called from now on.
 
         Returns:
-            `boot_id`, or `error` where this worker was started anew since it was given weights.
+            `boot_id` and `weights_id`, which tells them from another job's of the same version; or
+            `error` where this worker was started anew since it was given weights.
         """
         if not getattr(self, "_chatlearn_has_weights", False):
             return {"error": "the server was started anew and has no weights of the job"}
-        self._chatlearn_version = version
-        return {"boot_id": _BOOT_ID}
+        self._chatlearn_version, self._chatlearn_weights_id = version, uuid.uuid4().hex
+        return {"boot_id": _BOOT_ID, "weights_id": self._chatlearn_weights_id}
 
 
 def _mapped_files() -> set[str]:

@@ -263,10 +263,13 @@ def test_weights_do_not_change_under_requests_of_the_job(engine, models) -> None
     assert [output.request_id for output in engine.run()] == ["r"]
 
 
-def test_weights_of_somebody_else_are_noticed(engine, client) -> None:
-    client.post("/collective_rpc", {"method": "chatlearn_set_version", "kwargs": {"version": 7}})
+@pytest.mark.parametrize("version", [7, 1])
+def test_weights_of_somebody_else_are_noticed(engine, client, version) -> None:
+    given = {"method": "chatlearn_set_version", "kwargs": {"version": version}}
+    client.post("/collective_rpc", given)
     engine.add_request("r", None, [5], SAMPLING)
-    with pytest.raises(EngineStateError, match=r"no longer has the weights of version 1.*\[7\]"):
+    happened = rf"no longer has the weights of version 1.* was given others .*\[{version}\]"
+    with pytest.raises(EngineStateError, match=happened):
         engine.run()
     assert str(engine.state) == "STALE(1)"
 
