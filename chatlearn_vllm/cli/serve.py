@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def serve(arguments: argparse.Namespace) -> int:
                     tempfile.TemporaryDirectory(prefix="chatlearn_vllm-serve-")
                 )
                 model = Path(directory) / "model"
-                print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
+                with _ended_by_signals():
+                    print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
+                _require_dividing_size(arguments, model / "config.json")
             return run(
                 serve_command(str(model), vllm_arguments(arguments, model), arguments.flags),
                 should_end=lambda: False,
@@ -102,9 +104,6 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
     Raises:
         ValueError: says the rule and the remedy.
     """
-    from chatlearn_vllm.config.model_files import read_json_object
-    from chatlearn_vllm.config.parallel_checks import sizes_that_divide
-
     if not Path(arguments.checkpoint).is_dir():
         raise ValueError(
             f"CKPT={arguments.checkpoint}: no such directory; a model of the Hugging Face hub is "
@@ -116,29 +115,40 @@ def check(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None
         raise ValueError(f"--tensor-parallel-size {arguments.tensor_parallel_size}: must be >= 1")
     if arguments.dtype not in (None, *_DTYPES):
         raise ValueError(f"--dtype {arguments.dtype}: must be one of {', '.join(_DTYPES)}")
-    config = Path(arguments.checkpoint, "config.json")
-    heads = read_json_object(config).get("num_attention_heads") if config.is_file() else None
-    if heads and heads % (arguments.tensor_parallel_size or 1):
-        raise ValueError(
-            f"--tensor-parallel-size {arguments.tensor_parallel_size}: must divide the {heads} "
-            f"attention heads of {config}; set it to one of {sizes_that_divide(heads)}"
-        )
+    _require_dividing_size(arguments, Path(arguments.checkpoint, "config.json"))
+    given = _given(arguments.flags)
     for flag, instead in _RETIRED_FLAGS.items():
-        if _is_given(flag, arguments.flags):
+        if flag in given:
             raise ValueError(f"{flag}: vLLM no longer has it; instead: {instead}")
     if arguments.weight_updates and not environment.get("VLLM_API_KEY"):
         raise ValueError(
             "--weight-updates: who reaches such a server can change its model; set VLLM_API_KEY to "
             "a secret, and vllm_server_api_key: ${VLLM_API_KEY} in the job"
         )
+    if arguments.weight_updates and "--api-key" in given:
+        raise ValueError(
+            "--api-key: a server that takes weights has one key, that of VLLM_API_KEY; leave it out"
+        )
     _require_free_port(arguments)
+
+
+def _require_dividing_size(arguments: argparse.Namespace, config: Path) -> None:
+    from chatlearn_vllm.config.model_files import read_json_object
+    from chatlearn_vllm.config.parallel_checks import sizes_that_divide
+
+    heads = read_json_object(config).get("num_attention_heads") if config.is_file() else None
+    if heads and heads % (arguments.tensor_parallel_size or 1):
+        raise ValueError(
+            f"--tensor-parallel-size {arguments.tensor_parallel_size}: must divide the {heads} "
+            f"attention heads of {config}; set it to one of {sizes_that_divide(heads)}"
+        )
 
 
 def _require_free_port(arguments: argparse.Namespace) -> None:
     """Before a checkpoint is written for a server that cannot listen."""
-    if any(_is_given(flag, arguments.flags) for flag in _LISTENING_FLAGS):
+    if not _given(arguments.flags).isdisjoint(_LISTENING_FLAGS):
         return
-    port, host = arguments.port or _VLLM_PORT, arguments.host or ""
+    port, host = arguments.port or _VLLM_PORT, _host(arguments) or ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,6 +159,13 @@ def _require_free_port(arguments: argparse.Namespace) -> None:
                 raise ValueError(
                     f"--port {port}: another process listens there; name a free one"
                 ) from None
+            where = f"--host {host} --port {port}" if host else f"--port {port}"
+            raise ValueError(f"{where}: no server can listen there: {error}") from None
+
+
+def _host(arguments: argparse.Namespace) -> str | None:
+    """Where the server listens; None leaves it to vLLM."""
+    return arguments.host or ("127.0.0.1" if arguments.weight_updates else None)
 
 
 def vllm_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -158,30 +175,26 @@ def vllm_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]
     from chatlearn_vllm.engines.server_process import weight_update_arguments
     from chatlearn_vllm.engines.vllm_arguments import cpu_kv_cache_bytes
 
-    chosen = {
-        "host": arguments.host,
-        "port": arguments.port,
-        "tensor_parallel_size": arguments.tensor_parallel_size,
-        "served_model_name": arguments.served_model_name or arguments.checkpoint,
-        "dtype": arguments.dtype,
-    }
-    if arguments.dtype is None and _is_float32(model):
+    names = ("host", "port", "tensor_parallel_size", "served_model_name", "dtype")
+    asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = _given(arguments.flags)
+    chosen: dict[str, Any] = {"host": _host(arguments), "served_model_name": arguments.checkpoint}
+    if _is_float32(model):
         chosen["dtype"] = "float32"  # vLLM's own choice is half precision, with other tokens
     if not torch.cuda.is_available():
         # On CPU vLLM's engine fails where a step ends inside the prompt of a request with a seed.
         chosen["enable_chunked_prefill"] = False
-        is_given = any(_is_given(flag, arguments.flags) for flag in _KV_CACHE_FLAGS)
-        if not is_given and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        if given.isdisjoint(_KV_CACHE_FLAGS) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             chosen["kv_cache_memory_bytes"] = cpu_kv_cache_bytes()
     if arguments.weight_updates:
-        chosen |= weight_update_arguments()
-        chosen["host"] = arguments.host or "127.0.0.1"
-        if not _is_given("--logprobs-mode", arguments.flags):
-            # Log-probabilities of the distribution that is drawn from, which is trained on.
-            chosen["logprobs_mode"] = "processed_logprobs"
-        if arguments.dtype is None and not torch.cuda.is_available():
+        # Log-probabilities of the distribution that is drawn from, which is trained on.
+        chosen["logprobs_mode"] = "processed_logprobs"
+        if not torch.cuda.is_available():
             chosen["dtype"] = "float32"  # vLLM packs half precision on CPU, once and for all
-    return chosen
+    # To vLLM what stands on its command line counts more than its file of flags.
+    chosen = {name: value for name, value in chosen.items() if _flag(name) not in given} | asked
+    needed = weight_update_arguments() if arguments.weight_updates else {}
+    return chosen | needed
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
@@ -199,8 +212,48 @@ def _is_float32(model: Path) -> bool:
     return (config.get("dtype") or config.get("torch_dtype")) == "float32"
 
 
-def _is_given(flag: str, flags: Sequence[str]) -> bool:
-    return any(one.partition("=")[0].replace("_", "-") == flag for one in flags)
+def _flag(name: str) -> str:
+    return f"--{name.lstrip('-').replace('_', '-')}"
+
+
+def _given(flags: Sequence[str]) -> set[str]:
+    """Flags of vLLM's that the user gives, after -- or in the file that --config there names.
+
+    Raises:
+        ValueError: there is no such file, or it holds no flags.
+    """
+    import yaml
+
+    names = {_flag(one.partition("=")[0]) for one in flags if one.startswith("--")}
+    file = None
+    for place, one in enumerate(flags):
+        name, is_one, value = one.partition("=")
+        if name == "--config":
+            file = value if is_one else "".join(flags[place + 1 : place + 2])
+    if file is None:
+        return names
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {file}: must hold a map of vLLM's flags")
+    return names | {_flag(str(name)) for name in content}
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end this process as errors do, with everything put away."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {one: signal.signal(one, end) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _export(checkpoint: Path, out: Path) -> Path:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from argparse import Namespace
@@ -22,6 +23,7 @@ import psutil
 import pytest
 import torch
 import transformers
+import yaml
 from vllm.config import ModelConfig
 
 from chatlearn_vllm.cli import serve
@@ -75,6 +77,9 @@ print(response.json()["choices"][0]["text"])
         ([".", "--dtype", "int8"], "--dtype int8: must be one of auto, half, float16, bfloat16, "),
         ([".", "--", "--speculative-model", "d"], "--speculative-model: .* --speculative-config"),
         ([".", "--weight-updates"], "set VLLM_API_KEY to a secret"),
+        ([".", "--host", "300.1.1.1"], "--host 300.1.1.1 --port 8000: no server can listen there"),
+        ([".", "--", "--config", "no.yaml"], "--config no.yaml: .*No such file"),
+        ([".", "--", "--config=list.yaml"], "--config list.yaml: must hold a map of vLLM's flags"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_anything_starts(
@@ -82,6 +87,7 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    Path("list.yaml").write_text("- dtype")
     assert main(["serve", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -109,6 +115,57 @@ def test_a_port_that_is_in_use_is_told_before_anything_starts(tmp_path, capsys) 
     assert "checkpoint" in told and "--port" not in told
 
 
+def test_a_server_that_takes_weights_has_one_key_and_its_own_address(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert main(["serve", str(tmp_path), "--weight-updates", "--", "--api-key", "other"]) == 2
+    assert "--api-key: a server that takes weights has one key" in capsys.readouterr().err
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert main(["serve", str(tmp_path), "--weight-updates", "--port", port]) == 2
+        assert "checkpoint" in capsys.readouterr().err  # of what comes next
+        assert main(["serve", str(tmp_path), "--port", port]) == 2
+        assert "another process listens there" in capsys.readouterr().err
+
+
+def test_a_file_of_flags_counts_more_than_what_the_user_did_not_choose(tmp_path) -> None:
+    given = {"served-model-name": "mine", "dtype": "bfloat16", "kv_cache_memory_bytes": 10**8}
+    given |= {"enable-chunked-prefill": True, "port": 8123}
+    file = tmp_path / "flags.yaml"
+    file.write_text(yaml.safe_dump(given))
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    model = save_config(tmp_path, dtype="float32")
+    for ours, port in ([], 8123), (["--port", "8124"], 8124):
+        chosen = parser.parse_args([str(model), *ours])
+        chosen.flags = ["--config", str(file)]
+        command = serve_command(str(model), serve.vllm_arguments(chosen, model), chosen.flags)
+        _, parsed = vllm_serve.parse(command[3:])
+        assert (parsed.served_model_name, parsed.dtype, parsed.port) == (["mine"], "bfloat16", port)
+        assert parsed.enable_chunked_prefill and parsed.kv_cache_memory_bytes == 10**8
+
+
+def test_a_signal_during_the_export_leaves_no_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+
+    def export(checkpoint, out):
+        assert [*(tmp_path / "tmp").iterdir()] == [out.parent]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(serve, "_export", export)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(tmp_path)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [*(tmp_path / "tmp").iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def save_config(directory: Path, **fields: str) -> Path:
     (directory / "config.json").write_text(json.dumps(fields))
     return directory
@@ -126,9 +183,8 @@ def test_the_command_is_that_of_vllm_with_the_users_flags(tmp_path) -> None:
         room = ["--kv-cache-memory-bytes", str(cpu_kv_cache_bytes())]
         on_cpu = ["--no-enable-chunked-prefill", *room]
     assert command[2:] == [
-        "chatlearn_vllm.engines.vllm_serve", "/tmp/hf", "--port", "8001",
-        "--tensor-parallel-size", "2", "--served-model-name", "run/ckpt", *on_cpu,
-        "--max-model-len", "32768",
+        "chatlearn_vllm.engines.vllm_serve", "/tmp/hf", "--served-model-name", "run/ckpt", *on_cpu,
+        "--port", "8001", "--tensor-parallel-size", "2", "--max-model-len", "32768",
     ]  # fmt: skip
 
 
