@@ -27,6 +27,19 @@ class Begun:
     """vLLM's: the stop string or token, None for the end-of-sequence token."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a request in the engine stands for."""
+
+    prompt_index: int
+    first_sample: int
+    """Ordinal of its first response."""
+    record: dict[str, Any]
+    """Of the dataset."""
+    begun: list[Begun]
+    """With partial rollouts its responses so far."""
+
+
 @dataclass
 class Carried:
     """A prompt whose responses go on in the next episode."""

@@ -208,11 +208,23 @@ class PromptPipeline:
         Raises:
             ValueError: the items' keys differ.
         """
-        for item in items:
-            if item.keys() != items[0].keys():
-                differing = sorted(item.keys() ^ items[0].keys())
-                raise ValueError(f"prompt records of one batch differ in fields {differing}")
-        return {key: [item[key] for item in items] for key in (items[0] if items else ())}
+        return record_columns(items)
+
+
+def record_columns(
+    records: Sequence[dict[str, Any]], but: Sequence[str] = ()
+) -> dict[str, list[Any]]:
+    """The fields of records, all but some, as a list each.
+
+    Raises:
+        ValueError: a record has other fields than the first.
+    """
+    first = records[0] if records else {}
+    for record in records:
+        if record.keys() != first.keys():
+            differing = sorted(record.keys() ^ first.keys())
+            raise ValueError(f"prompt records of one batch differ in fields {differing}")
+    return {key: [record[key] for record in records] for key in first if key not in but}
 
 
 class VLLMPromptPipeline(PromptPipeline):

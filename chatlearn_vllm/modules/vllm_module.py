@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatlearn_vllm.data.carried import Begun, Carried
+from chatlearn_vllm.data.carried import Asked, Begun, Carried
 from chatlearn_vllm.data.seeds import sample_seed
 from chatlearn_vllm.modules.base import BaseModule
 from chatlearn_vllm.modules.receives_weights import DRAFT, IncomingWeights, ReceivesWeights
@@ -35,19 +35,6 @@ class TokenizerGroup:
     """Holds the policy's Hugging Face tokenizer as `.tokenizer`, where ChatLearn's users look."""
 
     tokenizer: Any
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a request in the engine stands for."""
-
-    prompt_index: int
-    first_sample: int
-    """Ordinal of its first response."""
-    record: dict[str, Any]
-    """Of the dataset."""
-    begun: list[Begun]
-    """With partial rollouts its responses so far."""
 
 
 class VLLMModule(BaseModule, ReceivesWeights, ABC):
@@ -86,9 +73,9 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         self._iteration = 0
         self._is_eval = False
         self._has_told_no_logprobs = False
-        self._asking: list[_Asked] = []
-        """What the prompts that `_add_request` gets stand for."""
-        self._asked: dict[str, _Asked] = {}
+        self._asking: Iterator[Asked] = iter(())
+        """What those prompts of `_add_request` stand for that are still to be added."""
+        self._asked: dict[str, Asked] = {}
         """By the ids of the requests in the engine."""
 
     # ---- what users write -------------------------------------------------------------------
@@ -196,14 +183,16 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
     ) -> None:
         """Add prompts to the engine with the yaml's sampling keys and a seed for each response.
 
+        Those of `_add_request`, in order; all at once, or with several calls.
+
         Args:
             prompt_list: their texts.
             prompt_token_id_list: their tokens.
             is_eval: whether to sample with the `eval_*` keys; None: as the prompts are asked for.
 
         Raises:
-            ValueError: a prompt is no text with its tokens, leaves no room for a response, or vLLM
-                refuses it.
+            ValueError: a prompt is no text with its tokens, leaves no room for a response, is one
+                too many, or vLLM refuses it.
         """
         from chatlearn_vllm.data.prompts import require_prompt
         from chatlearn_vllm.engines.vllm_arguments import max_response_tokens
@@ -215,11 +204,15 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         for row, (prompt, ids) in enumerate(zip(prompt_list, prompt_token_id_list, strict=True)):
             room = max_response_tokens(args, len(ids))
             require_prompt(row, prompt, ids, room, args.seq_length)
-            ordinal = self._asking[row].first_sample
+            if (one := next(self._asking, None)) is None:
+                raise ValueError(
+                    f"{type(self).__name__}._add_request() adds more requests than it got prompts"
+                )
+            ordinal = one.first_sample
             seed = sample_seed(args.seed, ordinal, is_eval)
             request = {"max_tokens": room, "seed": seed} | sampling
             if self._is_partial(is_eval):
-                begun = self._asking[row].begun
+                begun = one.begun
                 begun += [Begun() for _ in range(sampling["n"] - len(begun))]
                 self.engine.add_partial_request(
                     PartialRequest(str(ordinal), prompt, ids, request, begun)
@@ -361,13 +354,13 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             dataset = self._datasets[is_eval]
             self._ask(
                 [
-                    _Asked(
+                    Asked(
                         one.prompt_index, one.first_sample, dataset[one.prompt_index], one.responses
                     )
                     for one in carried
                 ]
                 + [
-                    _Asked(index, first_sample + row * copies, dataset[index], [])
+                    Asked(index, first_sample + row * copies, dataset[index], [])
                     for row, index in enumerate(prompt_indices)
                 ],
                 is_eval,
@@ -405,12 +398,12 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
     def _is_partial(self, is_eval: bool) -> bool:
         return not is_eval and self.runtime_args.max_rollout_round > 1
 
-    def _ask(self, asking: list[_Asked], is_eval: bool) -> None:
+    def _ask(self, asking: list[Asked], is_eval: bool) -> None:
         """Pass prompts to the engine, and remember which request stands for which of them."""
         if not asking:
             return
         num_before = len(self.engine.requests)
-        self._asking = asking
+        self._asking = iter(asking)
         data = self._datasets[is_eval].collate_fn([one.record for one in asking])
         # ChatLearn's documents show it without the argument, too.
         keywords = {"is_eval": is_eval} if _takes(self._add_request, "is_eval") else {}
@@ -423,11 +416,12 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
             )
         self._asked |= zip(added, asking, strict=True)
 
-    def _batch_of(self, outputs: list[Any], asked: list[_Asked]) -> dict[str, Any]:
+    def _batch_of(self, outputs: list[Any], asked: list[Asked]) -> dict[str, Any]:
         """The user's batch of finished requests, with what the framework adds to it."""
         import torch
 
         from chatlearn_vllm.data.batch import check_rollout_shapes
+        from chatlearn_vllm.data.prompts import record_columns
 
         counts = [len(output.outputs) for output in outputs]
         batch = self.decode_internal(outputs)
@@ -460,9 +454,8 @@ class VLLMModule(BaseModule, ReceivesWeights, ABC):
         if self._is_partial(self._is_eval):
             batch["begun"] = [one.begun[number] for one, number in rows]
             batch["token_versions"] = self._token_versions(batch)
-        for key in asked[0].record.keys() - batch.keys() - {"input_ids", "prompt"}:
-            batch[key] = [one.record[key] for one, _ in rows]
-        return batch
+        columns = record_columns([one.record for one, _ in rows], but=("input_ids", "prompt"))
+        return columns | batch
 
     def _token_versions(self, batch: dict[str, Any]) -> torch.Tensor:
         """[B, S-1]: the weight version that sampled each token of the responses, else -1."""

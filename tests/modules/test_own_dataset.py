@@ -61,6 +61,13 @@ def test_the_least_dataset_is_answered(tmp_path) -> None:
     assert batch["str_prompts"] == ["1+1=", "1+1=", "7+8=", "7+8="]
     assert [ids.tolist() for ids in batch["no_padded_query_ids"]] == [[1, 5]] * 2 + [[1, 6, 7]] * 2
 
+    policy.returned = Prompts([*ROWS, {"prompt": "7+8=", "input_ids": [1, 6, 7], "answer": "15"}])
+    policy.build_prompts(["1+1=", "7+8="])
+    for rows in ([0, 1], [1, 0]):
+        with pytest.raises(ValueError, match=r"prompt records .* differ in fields \['answer'\]"):
+            policy.generate(rows, first_sample=0)
+    assert policy.generate([1], first_sample=0)["answer"] == ["15", "15"]
+
     policy._add_request = lambda data, is_eval: policy._add_request_internal(
         data["input_ids"], data["prompt"]
     )

@@ -277,6 +277,28 @@ def test_a_prompt_that_add_request_leaves_out_is_an_error(ready, monkeypatch) ->
     assert ready.engine.requests == ()
 
 
+def test_prompts_may_be_added_one_by_one_and_none_too_often(ready, monkeypatch) -> None:
+    at_once = ready.generate([0, 1, 2], first_sample=0)
+
+    def one_by_one(data, is_eval=False):
+        for prompt, ids in zip(data["prompt"], data["input_ids"], strict=True):
+            ready._add_request_internal([prompt], [ids], is_eval=is_eval)
+
+    monkeypatch.setattr(ready, "_add_request", one_by_one)
+    single = ready.generate([0, 1, 2], first_sample=0)
+    for key in ("all_tokens", "logprobs", "sample_index"):
+        assert torch.equal(single[key], at_once[key])
+
+    def twice(data, is_eval=False):
+        one_by_one(data, is_eval)
+        one_by_one(data, is_eval)
+
+    monkeypatch.setattr(ready, "_add_request", twice)
+    with pytest.raises(ValueError, match=r"_add_request\(\) adds more requests than it got pr"):
+        ready.generate([0, 1, 2], first_sample=0)
+    assert ready.engine.requests == ()
+
+
 def test_generating_leaves_the_process_random_generators_alone(ready) -> None:
     torch.manual_seed(5)
     want = torch.rand(3)
