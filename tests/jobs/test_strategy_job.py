@@ -132,10 +132,11 @@ def test_a_reward_of_transformers_without_devices_is_on_cpus():
 
 def test_records_without_the_tag_that_a_reward_chooses_by_are_told():
     job = load_config(EXAMPLE, ["rewards.math_rule.tag_included=[sum]"])
-    check_tags(job, [{"prompt": "1+1=", "tag": "sum"}])
-    with pytest.raises(UserError, match=r"math_rule.tag_included=\['sum'\]: record 2 of .* `tag`"):
-        check_tags(job, [{"prompt": "1+1=", "tag": "sum"}, {"prompt": "1+2="}])
-    check_tags(load_config(EXAMPLE), [{"prompt": "1+2="}])
+    check_tags(job, [{"prompt": "1+1=", "tag": "sum"}], "a.jsonl")
+    for second in ({"prompt": "1+2="}, {"prompt": "1+2=", "tag": None}):
+        with pytest.raises(UserError, match=r"math_rule.tag_included=\['sum'\]: record 2 of b.js"):
+            check_tags(job, [{"prompt": "1+1=", "tag": "sum"}, second], "b.jsonl")
+    check_tags(load_config(EXAMPLE), [{"prompt": "1+2="}], "c.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,8 @@ class Role:
         ratio = training.get("warmup_ratio", float, 0.0, least=0)
         self.put(
             "lr_warmup_iters", warmup or math.ceil(ratio * num_steps),
-            training.key("warmup_steps"), training.key("warmup_ratio"),
+            training.key("warmup_steps" if warmup else "warmup_ratio"),
+            training.key("warmup_ratio" if warmup else "warmup_steps"),
         )  # fmt: skip
         self.put("clip_grad", max_grad_norm, ("max_grad_norm",))
         self._recomputes()

@@ -188,6 +188,14 @@ class _Job:
             and "device_mapping" not in role.given.values
         ):
             self.t.report(path, f"needs its device_mapping: {role.strategy} runs on devices")
+        if (
+            role.strategy in ("hf_infer", "megatron_infer")
+            and role.given.values.get("worker_cls") is None  # then the class is ours
+            and self.t.source.get(role.model_args.key("model_name_or_path")) is None
+            and self.t.source.get(("reward_pretrain",)) is None
+        ):
+            rule = "needs model_args.model_name_or_path, or reward_pretrain: the model that scores"
+            self.t.report(path, rule)
         if role.strategy is not None:
             user_args["strategy_name"] = role.strategy
         for name, value in role.given.values.items():

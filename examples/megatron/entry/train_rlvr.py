@@ -55,16 +55,22 @@ def main() -> None:
             "actor_train.data_args.file_name must name the prompts: a jsonl file, or a list"
         )
     prompts = load_prompts(args.data_path, args.training_data_num_limit, key)
-    check_tags(job, prompts)
+    check_tags(job, prompts, args.data_path)
     engine.set_dataset(prompts)
     if args.eval_data_path:
         eval_prompts = load_prompts(args.eval_data_path, args.eval_data_num_limit, key)
+        check_tags(job, eval_prompts, args.eval_data_path)
         engine.set_evaluator(Evaluator(policy, rewards, eval_prompts))
     engine.learn()
 
 
-def check_tags(job: JobConfig, prompts: list[dict[str, Any]]) -> None:
+def check_tags(job: JobConfig, prompts: list[dict[str, Any]], files: object) -> None:
     """Check that records say what rewards for some of them choose by.
+
+    Args:
+        job: with the rewards.
+        prompts: records; None stands for what a line did not have.
+        files: they are from, for the message.
 
     Raises:
         UserError: one has no tag.
@@ -74,11 +80,12 @@ def check_tags(job: JobConfig, prompts: list[dict[str, Any]]) -> None:
         if not args.get("tag_included"):
             continue
         tag = args.get("tag", "tag")
-        number = next((row for row, record in enumerate(prompts) if tag not in record), None)
+        tags = [record.get(tag) for record in prompts]
+        number = tags.index(None) if None in tags else None
         if number is not None:
             raise UserError(
                 f"rewards.{name.removeprefix('reward_')}.tag_included={args['tag_included']}: "
-                f"record {number + 1} of {job.runtime.data_path} has no `{tag}`; say in "
+                f"record {number + 1} of {files} has no `{tag}`; say in "
                 "actor_train.data_args.tag which field it is, or leave tag_included out"
             )
 

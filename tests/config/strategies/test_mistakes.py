@@ -193,6 +193,8 @@ def test_beams_are_of_the_evaluation(job):
         (["rewards.rule.worker_cls=None"], "job.yaml: rewards.rule: needs worker_cls, which says"),
         (["rewards.judge={strategy_args: {strategy_name: vllm}, device_mapping: [4]}"],
          "command line: rewards.judge: needs worker_cls, which says how it scores"),
+        (["rewards.second={strategy_args: {strategy_name: hf_infer}}"],
+         "command line: rewards.second: needs model_args.model_name_or_path, or reward_pretrain"),
         (["rewards.rule.worker_cls=Rule"], "command line: rewards.rule.worker_cls='Rule': is no "
          "class: name a class of yours as package.module.Class"),
     ],
