@@ -36,6 +36,9 @@ class Processes:
             "CHATLEARN_VLLM_JOB_ID": self._job_id,
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            # As in a job; with more threads steps that draft n-grams now and then take 30 times
+            # as long on few cores.
+            "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", "1"),
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         }
         if on_gpu:

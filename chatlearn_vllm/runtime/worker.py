@@ -151,6 +151,8 @@ def process_environment(
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         # vLLM caps torch's threads unless it is set; several CPU ranks share the cores.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # vLLM looks for n-grams with one thread; numba would start as many as there are cores.
+        "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", "1"),
     }
     if has_gpu:
         # Every rank sees every GPU of its host: the weight sync reads peers' memory.
