@@ -64,6 +64,12 @@ _REFUSED = {
     "convert": (("embed", "classify"), "must be none, for responses; leave it out"),
 }
 """Values of vLLM's EngineArgs with which responses would silently be others."""
+_NOT_VERIFIED = {
+    "logit_bias": "which vLLM verifies without it",
+    "min_tokens": "with which vLLM forbids end tokens for one token too long where drafts are "
+    "accepted beyond the minimum; leave one of the two out",
+}
+"""Fields of SamplingParams with which drafts change what is drawn."""
 _MUST_NAME_NUM_TOKENS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
 """Methods that have no number of tokens of their own."""
 
@@ -216,11 +222,9 @@ def _check_speculation(model: ModelConfig, report: Reporter) -> None:
             not args[name], (*at, name), "must be 0 with speculative_config, which vLLM verifies "
             "without it; use top_p",
         )  # fmt: skip
-    report.require(
-        not args.sampling_args.get("logit_bias"),
-        (*at, "logit_bias"),
-        "does not go with speculative_config, which vLLM verifies without it",
-    )
+    for name, why in _NOT_VERIFIED.items():
+        rule = f"does not go with speculative_config, {why}"
+        report.require(not args.sampling_args.get(name), (*at, name), rule)
     if method in DRAFT_DIR_METHODS:
         _check_draft(model, config, at_key("model"), inside, report)
 

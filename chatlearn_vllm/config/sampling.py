@@ -25,7 +25,7 @@ _VLLM_KEYS = (
 
 _OF_WHOLE_RESPONSES = (
     "min_tokens", "structured_outputs", "thinking_token_budget", "repetition_detection",
-    "trace_decode_token_ids",
+    "trace_decode_token_ids", "bad_words",
 )  # fmt: skip
 """Those of SamplingParams that count or read a response from its beginning."""
 

@@ -190,6 +190,8 @@ def _keep_prompts_whole(kwargs: dict[str, Any]) -> list[str]:
     if kwargs.get("enable_chunked_prefill"):
         notices.append("enable_chunked_prefill: off (CPU: fails with seeds of requests)")
     kwargs["enable_chunked_prefill"] = False
+    if kwargs.pop("long_prefill_token_threshold", None):
+        notices.append("long_prefill_token_threshold: left out (CPU: a step takes whole prompts)")
     longest, most = kwargs["max_model_len"], kwargs.get("max_num_batched_tokens")
     if most is not None and most < longest:
         kwargs["max_num_batched_tokens"] = longest

@@ -190,10 +190,14 @@ def test_that_room_is_not_more_than_vllm_takes(model_dir, tmp_path, given, longe
 
 def test_on_cpu_a_step_takes_whole_prompts(model_dir, tmp_path) -> None:
     args = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    args |= {"long_prefill_token_threshold": 8}
     found, notices = arguments(model_dir, tmp_path, on_gpu=False, **args)
     assert found["enable_chunked_prefill"] is False
     assert found["max_num_batched_tokens"] == found["max_model_len"]
     assert any(notice.startswith("enable_chunked_prefill: off") for notice in notices)
     assert any(notice.startswith("max_num_batched_tokens: 16 becomes") for notice in notices)
+    assert "long_prefill_token_threshold" not in found
+    assert any(notice.startswith("long_prefill_token_threshold: left out") for notice in notices)
     found, _ = arguments(model_dir, tmp_path, on_gpu=True, **args)
     assert found["enable_chunked_prefill"] and found["max_num_batched_tokens"] == 16
+    assert found["long_prefill_token_threshold"] == 8
