@@ -21,6 +21,10 @@ VLLM: Keys = {
     "sleep_level": Becomes(
         "model_args.sleep_level", "1 (default): weights go to host memory; 2: they are dropped"
     ),
+    "speculative_min_gain": Becomes(
+        "model_args.speculative_min_gain",
+        "with speculative_config: how many times as fast drafts must make generation; 0: they stay",
+    ),
     "load_format": Becomes(
         "model_args.load_format", "default dummy (auto for a reward): weights come with the sync"
     ),

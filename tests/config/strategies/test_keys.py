@@ -45,6 +45,7 @@ from tests.config.strategy_job import (
         (f"{CONFIG}max_model_len=8000", "policy", {"engine_args": {"max_model_len": 8000}}),
         (f"{CONFIG}load_format=auto", "policy", {"load_format": "auto"}),
         (f"{CONFIG}sleep_level=2", "policy", {"sleep_level": 2}),
+        (f"{CONFIG}speculative_min_gain=0", "policy", {"speculative_min_gain": 0}),
         (f"{CONFIG}sleep_level=None", "policy", {"sleep_level": 1}),
         (f"{CONFIG}tensor_parallel_size=2", "policy", {"tensor_model_parallel_size": 2}),
         (f"{CONFIG}max_num_seqs=8", "policy", {"max_num_seqs": 8}),
