@@ -137,10 +137,11 @@ def _require_dividing_size(arguments: argparse.Namespace, config: Path) -> None:
     from chatlearn_vllm.config.parallel_checks import sizes_that_divide
 
     heads = read_json_object(config).get("num_attention_heads") if config.is_file() else None
-    if heads and heads % (arguments.tensor_parallel_size or 1):
+    size = arguments.tensor_parallel_size or 1
+    if heads and heads % size:
         raise ValueError(
-            f"--tensor-parallel-size {arguments.tensor_parallel_size}: must divide the {heads} "
-            f"attention heads of {config}; set it to one of {sizes_that_divide(heads)}"
+            f"--tensor-parallel-size {size}: must divide the {heads} attention heads of "
+            f"{arguments.checkpoint}; set it to one of {sizes_that_divide(heads)}"
         )
 
 

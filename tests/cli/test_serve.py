@@ -96,7 +96,7 @@ def test_heads_that_cannot_be_shared_are_told_before_anything_starts(tmp_path, c
     (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
     assert main(["serve", str(tmp_path), "--tensor-parallel-size", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"--tensor-parallel-size 4: must divide the 6 attention heads of {tmp_path}/config.json; "
+        f"--tensor-parallel-size 4: must divide the 6 attention heads of {tmp_path}; "
         "set it to one of 1, 2, 3, 6\n"
     )
 
@@ -164,6 +164,13 @@ def test_a_signal_during_the_export_leaves_no_directory(tmp_path, monkeypatch) -
     assert ended.value.code == 128 + signal.SIGTERM
     assert [*(tmp_path / "tmp").iterdir()] == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_heads_of_a_trainers_checkpoint_are_looked_at_too(trained, capfd) -> None:
+    checkpoint = trained / "checkpoints"
+    assert main(["serve", str(checkpoint), "--tensor-parallel-size", "3"]) == 2
+    told = capfd.readouterr().err
+    assert f"--tensor-parallel-size 3: must divide the 4 attention heads of {checkpoint}" in told
 
 
 def save_config(directory: Path, **fields: str) -> Path:
