@@ -80,12 +80,12 @@ def serve(arguments: argparse.Namespace) -> int:
         with ExitStack() as stack:
             model = checkpoint
             if not (checkpoint / "config.json").is_file():
+                stack.enter_context(_ended_by_signals())
                 directory = stack.enter_context(
                     tempfile.TemporaryDirectory(prefix="chatlearn_vllm-serve-")
                 )
                 model = Path(directory) / "model"
-                with _ended_by_signals():
-                    print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
+                print(f"{_export(checkpoint, model)} is written to {model}", flush=True)
                 _require_dividing_size(arguments, model / "config.json")
             return run(
                 serve_command(str(model), vllm_arguments(arguments, model), arguments.flags),

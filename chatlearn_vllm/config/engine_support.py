@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 YES = "yes"
 CHECKPOINT_QUANTIZATION = ("awq", "auto_awq", "awq_marlin", "gptq", "auto_gptq", "gptq_marlin")
 """Ways in which a checkpoint is quantised already; no trainer's weights are."""
+IN_HOST_MEMORY = {
+    "cpu_offload_gb": "weights in host memory, read by the GPU",
+    "offload_group_size": "weights in host memory, fetched layer by layer",
+}
+"""Arguments of vLLM that take weights off the device, where they are not 0 -> what they do."""
 NGRAM_METHODS = ("ngram", "ngram_gpu", "suffix")
 """Methods that draft from the tokens so far."""
 DRAFT_DIR_METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash")
@@ -144,18 +149,15 @@ FEATURES: Mapping[str, Feature] = {
         "yes, not tested here", _VLLM_ONLY, _OF_SERVER,
         cpu="yes, not tested here",
     ),
-    "host memory": Feature(
-        "weights in host memory, read by the GPU", "cpu_offload_gb",
-        lambda args, model, runtime: bool(args.engine_args.get("cpu_offload_gb")),
-        "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
-        cpu="works on GPUs only; leave it out",
-    ),
-    "host memory, fetched": Feature(
-        "weights in host memory, fetched layer by layer", "offload_group_size",
-        lambda args, model, runtime: bool(args.engine_args.get("offload_group_size")),
-        "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
-        cpu="works on GPUs only; leave it out",
-    ),
+    **{
+        key: Feature(
+            title, key,
+            lambda args, model, runtime, key=key: bool(args.engine_args.get(key)),
+            "yes, for models that no trainer sends weights to", _VLLM_ONLY, _OF_SERVER,
+            cpu="works on GPUs only; leave it out",
+        )
+        for key, title in IN_HOST_MEMORY.items()
+    },
     "partial rollouts": Feature(
         "partial rollouts", ":runtime.max_rollout_round",
         lambda args, model, runtime: runtime.max_rollout_round > 1,

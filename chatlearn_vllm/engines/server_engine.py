@@ -95,8 +95,9 @@ class ServerEngine(ServerRank):
         self._requests: dict[str, _Request] = {}
         self._is_paused = False
         self._boot_ids = facts.boot_ids
-        self._weights_ids: tuple[str, ...] = ()
         """Which start of its workers has the weights."""
+        self._weights_ids: tuple[str, ...] = ()
+        """Which weights these are, by worker; none before the first sync."""
 
     # ---- requests ---------------------------------------------------------------------------
 

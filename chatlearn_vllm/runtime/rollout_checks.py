@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from chatlearn_vllm.config.engine_support import cpu_problem, quantization_of_checkpoint
+from chatlearn_vllm.config.engine_support import (
+    IN_HOST_MEMORY,
+    cpu_problem,
+    quantization_of_checkpoint,
+)
 from chatlearn_vllm.config.model_files import (
     OTHER_CONFIG,
     has_experts,
@@ -32,8 +36,6 @@ logger = get_logger(__name__)
 
 _OF_TOKENS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias")
 """Keys that hold token ids."""
-_IN_HOST_MEMORY = ("cpu_offload_gb", "offload_group_size")
-"""Arguments of vLLM that take weights off the device, where they are not 0."""
 
 
 def check_beam_search(policy: BaseModule, trainer: BaseModule) -> None:
@@ -173,7 +175,7 @@ def check_takes_weights(target: BaseModule) -> None:
             "weights that a trainer sends are not; load the model that is trained, with "
             "quantization: fp8 where its responses should come from quantised weights"
         )
-    for name in _IN_HOST_MEMORY:
+    for name in IN_HOST_MEMORY:
         if value := target.model_args.engine_args.get(name):
             raise UserError(
                 f"models.{target.name}: {name}={value} keeps weights in host memory, and those of "
