@@ -148,21 +148,23 @@ def test_a_file_of_flags_counts_more_than_what_the_user_did_not_choose(tmp_path)
         assert parsed.enable_chunked_prefill and parsed.kv_cache_memory_bytes == 10**8
 
 
-def test_a_signal_during_the_export_leaves_no_directory(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+@pytest.mark.parametrize("when", ["_export", "vllm_arguments"])
+def test_a_signal_before_the_server_runs_leaves_no_directory(
+    when, trained, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def export(checkpoint, out):
-        assert [*(tmp_path / "tmp").iterdir()] == [out.parent]
+    def told_to_end(*arguments):
+        assert len([*tmp_path.iterdir()]) == 1
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(serve, "_export", export)
+    monkeypatch.setattr(serve, when, told_to_end)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        main(["serve", str(tmp_path)])
+        main(["serve", str(trained / "checkpoints")])
     assert ended.value.code == 128 + signal.SIGTERM
-    assert [*(tmp_path / "tmp").iterdir()] == []
+    assert [*tmp_path.iterdir()] == []
     assert signal.getsignal(signal.SIGTERM) is before
 
 
