@@ -51,7 +51,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Make two hosts; at the end kill their processes and remove them.
 
     Raises:
-        NoNamespacesError: namespaces are not permitted here; tests skip with its message.
+        NoNamespacesError: namespaces are not permitted here.
     """
     hosts = tuple(Host(f"test{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in range(2))
     with ExitStack() as stack:
